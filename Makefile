@@ -1,0 +1,32 @@
+# The two commands of the README. Needs Python 3.11 or newer with venv, and make.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && { echo $$p; break; }; done)
+BIN := .venv/bin
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed
+	$(BIN)/mars run configs/demo.yaml
+
+test: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "mars_jax: no Python found. Install Python 3.11 (Debian: apt-get install python3 python3-venv)."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mars_jax: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed. Use: make PYTHON=/path/to/python3.11 ..."; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "mars_jax: $(PYTHON) lacks venv. Install it (Debian: apt-get install python3-venv)."; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

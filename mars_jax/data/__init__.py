@@ -1,0 +1,1 @@
+"""From files to static-shape batches: records, chat template and label mask, images, splits, batches."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in (safetensors to parameters), PEFT adapters and merged checkpoints out."""
