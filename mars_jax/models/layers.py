@@ -1,0 +1,102 @@
+"""The few layers that every module shares: a dense layer that takes an adapter, norms, activations, attention.
+
+No architecture lives here. Ranks are never attributes: a dense layer adds a low-rank update exactly when the `lora`
+collection has leaves for it, so one compiled model serves every rank pair.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from mars_jax.lora import lora_dense
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class Dense(nn.Module):
+    """`y = x W + bias`, plus the low-rank update of the `lora` collection where there is one.
+
+    Attributes:
+        features: output width.
+        use_bias: whether the layer has a bias.
+    """
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x [..., in] to [..., features]."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
+        if not self.has_variable("lora", "a"):
+            return lora_dense(x, kernel, bias, None)
+        return lora_dense(x, kernel, bias, {name: self.get_variable("lora", name) for name in ("a", "b", "scale")})
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x [..., D] to [..., D] in the dtype of x."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (normal * _over(scale, x) + _over(bias, x)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x [..., D] to [..., D] in the dtype of x."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * _over(scale, x).astype(x.dtype)
+
+
+def attention(query: Array, key: Array, value: Array, *, causal: bool) -> Array:
+    """Softmax attention with grouped queries; the softmax is in float32.
+
+    Args:
+        query: [B, T, H, head].
+        key: [B, T, G, head], with H a multiple of G.
+        value: [B, T, G, head].
+        causal: whether position t sees positions up to t only.
+
+    Returns:
+        [B, T, H * head].
+    """
+    batch, length, heads, head_dim = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, head_dim)
+    scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * head_dim**-0.5
+    if causal:
+        visible = jnp.tril(jnp.ones((length, length), bool))
+        scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads * head_dim)
+
+
+def _over(vector: Array, x: Array) -> Array:
+    """Gives a [D] parameter the rank of x, since rank promotion is never left to chance."""
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))

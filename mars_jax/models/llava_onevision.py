@@ -1,0 +1,105 @@
+"""LLaVA-OneVision (arXiv 2408.03326): a SigLIP encoder, a two-layer projector and a Qwen2 decoder.
+
+Everything that depends on the data (tiles, unpadding, newline positions, where image tokens stand) arrives as index
+arrays made in the input pipeline: the model only gathers. What a batch holds is described in `Batch`.
+"""
+
+from typing import TypedDict
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.layers import ACTIVATIONS, Dense
+from mars_jax.models.qwen2 import Qwen2Decoder
+from mars_jax.models.siglip import SiglipEncoder
+
+
+class Batch(TypedDict):
+    """Inputs of B samples with N tiles each, padded on the right to T tokens; C rows make an image token.
+
+    A row index points into the N * P projected patch features of the sample, N * P being the newline vector; -1 says
+    that the token is text. An image token is the weighted sum of its C rows (C > 1 only where any-resolution features
+    are scaled down). S supervised positions: hidden state `target_positions` predicts `targets`, weight 0 is padding.
+    """
+
+    tokens: Array  # int32 [B, T]
+    pixels: Array  # float32 [B, N, 3, height, width]
+    image_index: Array  # int32 [B, T, C]
+    image_weight: Array  # float32 [B, T, C]
+    targets: Array  # int32 [B, S]
+    target_positions: Array  # int32 [B, S]
+    target_weights: Array  # float32 [B, S]
+
+
+class Projector(nn.Module):
+    """Maps encoder features to the decoder's width."""
+
+    config: LlavaOnevisionConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x [..., D vision] to [..., D text]."""
+        width, bias = self.config.text.hidden_size, self.config.projector_bias
+        hidden = ACTIVATIONS[self.config.projector_activation](Dense(width, bias, name="linear_1")(x))
+        return Dense(width, bias, name="linear_2")(hidden)
+
+
+class LlavaOnevision(nn.Module):
+    """The whole model. Adapters ride in the `lora` collection: `apply({"params": base, "lora": adapters}, batch)`."""
+
+    config: LlavaOnevisionConfig
+
+    def setup(self) -> None:
+        """Names the modules as adapters, laws and reports do: vision, projector, llm."""
+        config = self.config
+        self.vision = SiglipEncoder(config.vision, config.num_vision_layers_used)
+        self.projector = Projector(config)
+        self.llm = Qwen2Decoder(config.text)
+        self.image_newline = self.param(
+            "image_newline", nn.initializers.normal(config.text.hidden_size**-0.5), (config.text.hidden_size,)
+        )
+
+    def __call__(self, batch: Batch) -> Array:
+        """Returns float32 logits at the supervised positions [B, S, V]."""
+        hidden = self.hidden(batch)
+        return self.llm.head(jnp.take_along_axis(hidden, batch["target_positions"][:, :, None], axis=1))
+
+    def logits(self, batch: Batch) -> Array:
+        """Returns float32 logits at every position [B, T, V]."""
+        return self.llm.head(self.hidden(batch))
+
+    def hidden(self, batch: Batch) -> Array:
+        """Returns final hidden states [B, T, D]."""
+        text = self.llm.embed(batch["tokens"])
+        features = self.image_features(batch["pixels"].astype(text.dtype))
+        return self.llm.hidden(place_image_features(text, features, batch["image_index"], batch["image_weight"]))
+
+    def image_features(self, pixels: Array) -> Array:
+        """Encodes tiles [B, N, 3, height, width] to rows [B, N * P + 1, D], the last being the newline vector."""
+        batch, tiles = pixels.shape[:2]
+        encoded = self.vision(pixels.reshape(batch * tiles, *pixels.shape[2:]))
+        projected = self.projector(encoded).reshape(batch, -1, self.config.text.hidden_size)
+        newline = jnp.broadcast_to(
+            self.image_newline[None, None].astype(projected.dtype), (batch, 1, projected.shape[2])
+        )
+        return jnp.concatenate([projected, newline], axis=1)
+
+
+def place_image_features(text: Array, features: Array, index: Array, weight: Array) -> Array:
+    """Replaces the embeddings of image tokens by their features.
+
+    Args:
+        text: token embeddings [B, T, D].
+        features: feature rows [B, N * P + 1, D].
+        index: int32 [B, T, C], -1 where the token is text.
+        weight: float32 [B, T, C], weights of the C rows.
+
+    Returns:
+        [B, T, D].
+    """
+    batch, length, corners = index.shape
+    rows = jnp.take_along_axis(features, jnp.maximum(index, 0).reshape(batch, length * corners, 1), axis=1)
+    rows = rows.reshape(batch, length, corners, -1) * weight[..., None].astype(features.dtype)
+    return jnp.where(index[:, :, :1] >= 0, rows.sum(axis=2), text)
