@@ -14,6 +14,10 @@ from jax import Array
 
 from mars_jax.lora import lora_dense
 
+# Layers of a scan unrolled at a time: the whole of a small model (1.4x faster steps on CPU), a bounded program for a
+# large one.
+SCAN_UNROLL = 4
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import TextConfig
-from mars_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, attention
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention
 
 
 def rotary(x: Array, theta: float) -> Array:
@@ -92,6 +92,7 @@ class Qwen2Decoder(nn.Module):
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             length=config.num_layers,
+            unroll=SCAN_UNROLL,
         )(config)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import VisionConfig
-from mars_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, LayerNorm, attention
 
 
 class SelfAttention(nn.Module):
@@ -81,6 +81,7 @@ class SiglipEncoder(nn.Module):
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             length=self.num_layers,
+            unroll=SCAN_UNROLL,
         )
         x, _ = layers(config, name="layers")(x, None)
         return x
