@@ -1,0 +1,121 @@
+"""JSON on disk: whole documents that are never half written, and line files that survive a killed writer.
+
+Floats keep all their digits; NaN and infinities, which JSON lacks, become null. What a document means
+is its writer's business.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mars_jax.errors import DataError
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON text, keys in their own order; paths become text, arrays and their scalars lists and numbers."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all: a reader, or a run after a crash, sees the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON document, whole or not at all."""
+    write_text(path, dump_json(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The document in the file.
+
+    Raises:
+        DataError: the file is absent or isn't JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. Delete it, and run the command that writes it again.") from None
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one record as a line. The torn last line of a killed writer is cut off first, so it can't spoil this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = dump_json(record).encode() + b"\n"
+    with path.open("a+b") as file:
+        end = file.tell()
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                content = file.read()
+                start = content.rfind(b"\n") + 1
+                if _record(content[start:]) is None:
+                    file.truncate(start)
+                else:
+                    line = b"\n" + line
+        file.write(line)
+
+
+def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The records of a line file; none if the file is absent.
+
+    Args:
+        path: the file.
+        warn: told when the last line is torn, as a killed writer leaves it, and so left out.
+
+    Raises:
+        DataError: another line isn't a JSON object.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number == len(lines):
+            warn(f"{path}, line {number}: torn by a killed run, left out")
+        else:
+            raise DataError(
+                f"{path}, line {number}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line."
+            )
+    return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
