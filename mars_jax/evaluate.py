@@ -1,0 +1,198 @@
+"""Measurements on held-out records: perplexity and answer accuracy, with image-blind and shuffled-image controls.
+
+Perplexity is exp(sum of -log p / number of supervised tokens) over the corpus, float32. Accuracy is by log-likelihood:
+of the closed set of answers, the one whose tokens (and end token) are likeliest given picture and question. It needs no
+parsing, and is not comparable with accuracy of generated text.
+"""
+
+import math
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from mars_jax.data.batches import eval_batches, image_blind, shuffle_images
+from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
+from mars_jax.data.records import Record, Turn
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one condition (a model and a way of showing it pictures) reached.
+
+    Attributes:
+        losses: summed -log p of the supervised tokens of each record, nats.
+        tokens: supervised tokens of each record.
+        choices: index of the likeliest candidate answer of each record; empty where accuracy is not scored.
+        correct: whether that is the record's answer.
+    """
+
+    losses: np.ndarray
+    tokens: np.ndarray
+    choices: np.ndarray
+    correct: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Loss (nats per token), perplexity, accuracy with its Wilson 95 % interval, supervised tokens."""
+        loss = float(self.losses.sum() / self.tokens.sum())
+        scored = self.correct.size > 0
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "accuracy": float(self.correct.mean()) if scored else None,
+            "accuracy_ci": list(wilson_interval(int(self.correct.sum()), self.correct.size)) if scored else None,
+            "supervised_tokens": int(self.tokens.sum()),
+        }
+
+
+def candidate_answers(records: Sequence[Record], most: int) -> tuple[str, ...]:
+    """The distinct last answers of the training records, most frequent first; empty if more than `most`."""
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[_answer(record)] = counts.get(_answer(record), 0) + 1
+    ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
+    return tuple(ordered) if len(ordered) <= most else ()
+
+
+def scoring_name(candidates: Sequence[str]) -> str:
+    """`letter_loglik` when every candidate is one capital letter, else `string_loglik`."""
+    letters = all(answer in string.ascii_uppercase and len(answer) == 1 for answer in candidates)
+    return "letter_loglik" if letters else "string_loglik"
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927), by default at 95 %."""
+    share, spread = successes / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return centre - half, centre + half
+
+
+class Evaluator:
+    """Scores adapters on records under several conditions with two compiled programs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Tree,
+        records: Sequence[Record],
+        preprocessor: Preprocessor,
+        *,
+        candidates: Sequence[str],
+        batch_size: int,
+        controls: bool,
+        seed: int,
+    ) -> None:
+        """Plans the shapes of every condition.
+
+        Args:
+            model: a Linen module whose `apply` returns logits at the supervised positions.
+            base: frozen parameters.
+            records: held-out records.
+            preprocessor: of the checkpoint.
+            candidates: the closed set of answers; empty to measure perplexity only.
+            batch_size: B; C candidates make C * B sequences.
+            controls: whether to measure without pictures and with shuffled ones too.
+            seed: of the shuffled pictures.
+        """
+        self._base, self._preprocessor, self._batch_size = base, preprocessor, batch_size
+        self._controls = controls
+        self.candidates = tuple(candidates)
+        self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
+        if controls and len({record.group for record in records if record.images}) > 1:
+            self._views["shuffled"] = shuffle_images(records, seed)
+        everything = [record for view in self._views.values() for record in view]
+        everything += [with_answer(record, answer) for record in everything for answer in candidates]
+        self._shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
+
+        def losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
+            logits = model.apply({"params": base, "lora": adapters}, batch)
+            per_token = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+            return (per_token * batch["target_weights"]).sum(axis=1)
+
+        # The pictures have no candidate axis, so they are encoded once for all candidates.
+        axes = dict.fromkeys(_TEXT, 0) | {"pixels": None}
+        self._losses = jax.jit(losses)
+        self._candidate_losses = jax.jit(jax.vmap(losses, in_axes=(None, None, axes)))
+
+    def evaluate(
+        self, models: Mapping[str, Tree], advance: Callable[[int, str], None] = lambda records, text: None
+    ) -> dict[str, Outcome]:
+        """Scores every model under every condition, reading the records once.
+
+        Args:
+            models: name -> adapters, all of the same shapes; zero `b` gives the base.
+            advance: told of records done.
+
+        Returns:
+            "NAME", "NAME_blind" and, where pictures differ, "NAME_shuffled" -> outcome.
+        """
+        parts: dict[str, list[tuple[np.ndarray, ...]]] = {}
+        for view, records in self._views.items():
+            for batch, answers, valid in self._batches(records):
+                for condition in ("", "blind") if view == "" and self._controls else (view,):
+                    shown = image_blind(batch) if condition == "blind" else batch
+                    for name, adapters in models.items():
+                        key = f"{name}_{condition}" if condition else name
+                        part = self._score(adapters, shown, answers)
+                        parts.setdefault(key, []).append(tuple(array[:valid] for array in part))
+                advance(valid, view)
+        return {key: self._outcome(chunks) for key, chunks in parts.items()}
+
+    @property
+    def num_reads(self) -> int:
+        """Records that `evaluate` reads, for its progress."""
+        return sum(len(records) for records in self._views.values())
+
+    def _score(
+        self, adapters: Tree, batch: Mapping[str, Any], answers: Mapping[str, Any] | None
+    ) -> tuple[np.ndarray, ...]:
+        """Losses, supervised tokens and likeliest candidates of a batch, each [B] (candidates [0] when not scored)."""
+        losses = np.asarray(self._losses(self._base, adapters, batch))
+        choices = np.zeros(0, np.int64)
+        if answers is not None:
+            scores = self._candidate_losses(self._base, adapters, {**answers, "pixels": batch["pixels"]})
+            choices = np.asarray(jnp.argmin(scores, axis=0))
+        return losses, batch["target_weights"].sum(axis=1), choices
+
+    def _outcome(self, chunks: Sequence[tuple[np.ndarray, ...]]) -> Outcome:
+        losses, tokens, choices = (np.concatenate(column) for column in zip(*chunks, strict=True))
+        # Shuffling pictures keeps the order and the answers of the records.
+        truth = [_answer(record) for record in self._views[""]]
+        correct = [self.candidates[k] == answer for k, answer in zip(choices, truth, strict=False)]
+        return Outcome(losses, tokens, choices, np.asarray(correct, bool))
+
+    def _batches(self, records: Sequence[Record]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, int]]:
+        """Batches [B, ...], the same with each candidate for an answer [C, B, ...] (without pixels), and real rows."""
+        size = self._batch_size
+        source = ExampleSource(records, self._preprocessor, self._shapes)
+        for start, (batch, valid) in zip(range(0, len(records), size), eval_batches(source, size), strict=True):
+            if not self.candidates:
+                yield batch, None, valid
+                continue
+            rows = [records[start + min(row, valid - 1)] for row in range(size)]
+            answered = [with_answer(record, answer) for answer in self.candidates for record in rows]
+            examples = ExampleSource(answered, self._preprocessor, self._shapes)
+            (full,) = eval_batches(examples, len(answered))
+            shape = (len(self.candidates), size)
+            yield batch, {name: full.batch[name].reshape(*shape, *full.batch[name].shape[1:]) for name in _TEXT}, valid
+
+
+_TEXT = ("tokens", "image_index", "image_weight", "targets", "target_positions", "target_weights")
+
+
+def with_answer(record: Record, answer: str) -> Record:
+    """The record with its last answer replaced."""
+    return replace(record, turns=(*record.turns[:-1], Turn("assistant", answer)))
+
+
+def _answer(record: Record) -> str:
+    return record.turns[-1].text
