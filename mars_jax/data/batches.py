@@ -1,0 +1,96 @@
+"""Which examples a step sees, in which order, as batches; and the batches of the evaluation controls.
+
+Order is a pure function of (seed, step), so a stopped run goes on exactly. Encoding is in `examples`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from mars_jax.data.examples import Example, ExampleSource
+from mars_jax.data.records import Record
+from mars_jax.errors import ConfigError, DataError
+
+Batch = Example
+"""The arrays of `ExampleSource` with a leading batch axis B."""
+
+
+class EvalBatch(NamedTuple):
+    """A batch and how many of its rows are real; the others have zero `target_weights`."""
+
+    batch: Batch
+    valid: int
+
+
+def subset(total: int, num_samples: int, subset_seed: int) -> tuple[int, ...]:
+    """The first `num_samples` of a permutation of `range(total)` fixed by the seed: smaller subsets lie in larger ones.
+
+    Raises:
+        ConfigError: there are not that many.
+    """
+    if not 1 <= num_samples <= total:
+        raise ConfigError(
+            f"num_samples is {num_samples}, but the training split has {total} records. Choose 1 to {total}, or give "
+            "more data."
+        )
+    permutation = np.random.default_rng(subset_seed).permutation(total)
+    return tuple(permutation[:num_samples].tolist())
+
+
+def stream(source: ExampleSource, indices: Sequence[int], *, seed: int, batch_size: int) -> grain.MapDataset[Batch]:
+    """The endless batch stream of one lane: `stream(...)[step]` is the batch of that step.
+
+    Every epoch is a new permutation of `indices`; batches run across the ends of epochs, so no sample is lost or
+    repeated within an epoch.
+
+    Args:
+        source: the examples.
+        indices: which of them, for instance from `subset`.
+        seed: of the permutations; 0 to 2^32 - 1.
+        batch_size: B; may be larger than the number of indices.
+    """
+    order = grain.MapDataset.source(np.asarray(indices)).shuffle(seed=seed).repeat()
+    return order.map(source.__getitem__).batch(batch_size, drop_remainder=True)
+
+
+def eval_batches(source: ExampleSource, batch_size: int) -> Iterator[EvalBatch]:
+    """All examples once, in order; the last batch is filled up with copies of its last row that weigh nothing."""
+    for start in range(0, len(source), batch_size):
+        valid = min(batch_size, len(source) - start)
+        rows = [source[start + min(row, valid - 1)] for row in range(batch_size)]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        batch["target_weights"][valid:] = 0
+        yield EvalBatch(batch, valid)
+
+
+def image_blind(batch: Batch) -> Batch:
+    """The batch with every picture zero (mean grey): what the model says from the text alone."""
+    return {**batch, "pixels": np.zeros_like(batch["pixels"])}
+
+
+def shuffle_images(records: Sequence[Record], seed: int) -> tuple[Record, ...]:
+    """The records with every picture swapped for a different one of the set; text-only records stay.
+
+    The distinct pictures are put in a random ring and each gives way to the next, so none keeps its own. Pictures of
+    other sizes need other shapes: plan them again.
+
+    Raises:
+        DataError: fewer than two distinct pictures.
+    """
+    pictures = {record.group: record for record in records if record.images}
+    if len(pictures) < 2:
+        raise DataError(
+            f"the shuffled-picture control needs two different pictures, the data have {len(pictures)}. Leave the "
+            "control out, or evaluate on more data."
+        )
+    ring = [sorted(pictures)[place] for place in np.random.default_rng(seed).permutation(len(pictures))]
+    donors = {group: pictures[ring[place - 1]] for place, group in enumerate(ring)}
+    return tuple(
+        replace(record, images=donors[record.group].images, group=donors[record.group].group)
+        if record.images
+        else record
+        for record in records
+    )

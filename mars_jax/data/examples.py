@@ -1,0 +1,255 @@
+"""Records to examples of fixed shape: encoding, the shapes a data set needs, and a cached random-access source.
+
+An example is a numpy dict; its keys and shapes are the contract with the models (see `ExampleSource`). Batching and
+order are in `batches`.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mars_jax.data.images import (
+    NEWLINE,
+    Geometry,
+    ImageTokens,
+    image_pixels,
+    image_size,
+    image_tokens,
+    load_image_processor,
+    load_rgb,
+)
+from mars_jax.data.records import Record
+from mars_jax.data.template import Encoded, encode, load_tokenizer
+from mars_jax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+Example = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessor:
+    """What of a checkpoint turns records into numbers."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    image_processor: "LlavaOnevisionImageProcessorPil"
+    geometry: Geometry
+    image_token_id: int
+
+
+def load_preprocessor(directory: Path) -> Preprocessor:
+    """Reads config.json, the tokenizer and the image processor of a checkpoint folder.
+
+    Raises:
+        ConfigError: a file is missing or unusable.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}). Point model.checkpoint at a checkpoint folder.") from error
+    image_token_id = config.get("image_token_index", config.get("image_token_id"))
+    if not isinstance(image_token_id, int):
+        raise ConfigError(f"{path}: image_token_index is {image_token_id!r}; the id of the image token is expected.")
+    geometry = Geometry.from_config(config, str(path))
+    return Preprocessor(load_tokenizer(directory), load_image_processor(directory, geometry), geometry, image_token_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The static sizes of every batch of a data set.
+
+    Attributes:
+        max_tokens: T, text and image tokens together.
+        max_tiles: N, at least 1.
+        max_supervised: S, tokens to predict.
+        corners: C, 4 when the features of some picture are scaled down, else 1.
+    """
+
+    max_tokens: int
+    max_tiles: int
+    max_supervised: int
+    corners: int
+
+    def union(self, other: "Shapes") -> "Shapes":
+        """The smallest shapes that hold both, so that two data sets can share one compiled program."""
+        return Shapes(
+            max(self.max_tokens, other.max_tokens),
+            max(self.max_tiles, other.max_tiles),
+            max(self.max_supervised, other.max_supervised),
+            max(self.corners, other.corners),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShapePlan:
+    """The records that fit, their shapes, and the rest with its number of tokens (for the caller to log)."""
+
+    shapes: Shapes
+    kept: tuple[Record, ...]
+    dropped: tuple[tuple[Record, int], ...]
+
+
+def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int) -> ShapePlan:
+    """Works out the static shapes from picture sizes and tokenised text; cuts no tiles.
+
+    A record of more than `max_tokens` tokens is left out whole: cutting it would cut image tokens or the answer.
+
+    Raises:
+        DataError: a record has nothing to learn or cannot be encoded, or no record fits.
+    """
+    kept: list[Record] = []
+    dropped: list[tuple[Record, int]] = []
+    shapes = Shapes(1, 1, 1, 1)
+    for record in records:
+        encoded, image = _encode_text(record, preprocessor)
+        length = len(encoded.token_ids)
+        if length > max_tokens:
+            dropped.append((record, length))
+            continue
+        kept.append(record)
+        shapes = shapes.union(_shapes_of(encoded, image))
+    if not kept:
+        shortest = min((length for _, length in dropped), default=0)
+        raise DataError(
+            f"none of {len(records)} records fits max_tokens = {max_tokens}; the shortest has {shortest} tokens. Raise "
+            "max_tokens, or use smaller pictures."
+        )
+    return ShapePlan(shapes, tuple(kept), tuple(dropped))
+
+
+def _encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, ImageTokens | None]:
+    image = None
+    if record.images:
+        try:
+            image = image_tokens(*image_size(record.images[0]), preprocessor.geometry)
+        except (DataError, OSError) as error:
+            raise DataError(f"{record}: {record.images[0]}: {error}") from error
+    counts = [len(image.index)] if image else []
+    encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
+    if not encoded.supervised.any():
+        raise DataError(f"{record}: no supervised tokens, so nothing to learn. Give it an assistant turn.")
+    return encoded, image
+
+
+def _shapes_of(encoded: Encoded, image: ImageTokens | None) -> Shapes:
+    tiles, corners = (image.num_tiles, image.index.shape[1]) if image else (1, 1)
+    return Shapes(len(encoded.token_ids), tiles, int(encoded.supervised.sum()), corners)
+
+
+class ExampleSource:
+    """Random access to examples of one shape, encoded on demand (a grain random-access source; safe in threads).
+
+    `source[i]` is a dict, with T, N, S, C of `shapes` and P patches in a tile:
+
+        tokens            int32   [T]           right-padded with the padding token
+        pixels            float32 [N, 3, H, W]  zero tiles beyond the picture's own
+        image_index       int32   [T, C]        rows of the features [N*P + 1], row N*P the newline; -1 on text
+        image_weight      float32 [T, C]        a token is the weighted sum of its C rows; 0 on text
+        targets           int32   [S]           tokens to predict
+        target_positions  int32   [S]           position of the hidden state that predicts each
+        target_weights    float32 [S]           1, and 0 on padding
+    """
+
+    def __init__(
+        self, records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes, cache_bytes: int = 2**30
+    ) -> None:
+        """Keeps what was used last, encoded, in up to `cache_bytes` of memory; 0 keeps nothing."""
+        self.records = tuple(records)
+        self.shapes = shapes
+        self._preprocessor = preprocessor
+        self._cache = _LruCache(cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"ExampleSource({len(self.records)} records, {self.shapes})"
+
+    def __getitem__(self, number: int) -> Example:
+        """Encodes record `number`.
+
+        Raises:
+            DataError: the picture cannot be read any more, or the record does not fit `shapes`.
+        """
+        record = self.records[number]
+        encoded, image = self._cache.get(number, lambda: self._text(record))
+        example = _text_example(encoded, self.shapes, self._preprocessor.tokenizer.pad_token_id)
+        geometry = self._preprocessor.geometry
+        pixels = np.zeros((self.shapes.max_tiles, 3, geometry.image_size, geometry.image_size), np.float32)
+        index = np.full((self.shapes.max_tokens, self.shapes.corners), -1, np.int32)
+        weight = np.zeros((self.shapes.max_tokens, self.shapes.corners), np.float32)
+        if image:
+            (tiles,) = self._cache.get(record.images[0], lambda: self._tiles(record))
+            pixels[: len(tiles)] = tiles
+            rows = np.where(image.index == NEWLINE, self.shapes.max_tiles * geometry.num_patches, image.index)
+            places = np.flatnonzero(encoded.token_ids == self._preprocessor.image_token_id)
+            # Spare corners repeat the first row with weight 0, so that -1 always means text.
+            index[places] = rows[:, :1]
+            index[places, : rows.shape[1]] = rows
+            weight[places, : rows.shape[1]] = image.weight
+        return {**example, "pixels": pixels, "image_index": index, "image_weight": weight}
+
+    def _text(self, record: Record) -> tuple[tuple[Encoded, ImageTokens | None], int]:
+        encoded, image = _encode_text(record, self._preprocessor)
+        needed = _shapes_of(encoded, image)
+        if self.shapes.union(needed) != self.shapes:
+            raise DataError(f"{record} needs {needed}, more than {self.shapes}. Plan the shapes with this record.")
+        return (encoded, image), encoded.token_ids.nbytes + encoded.supervised.nbytes
+
+    def _tiles(self, record: Record) -> tuple[tuple[NDArray[np.float32]], int]:
+        path = record.images[0]
+        try:
+            tiles = image_pixels(load_rgb(path), self._preprocessor.image_processor)
+        except OSError as error:
+            raise DataError(f"{record}: {path} cannot be read any more ({error}). Restore the file.") from error
+        return (tiles,), tiles.nbytes
+
+
+def _text_example(encoded: Encoded, shapes: Shapes, pad_token_id: int) -> Example:
+    tokens = np.full(shapes.max_tokens, pad_token_id, np.int32)
+    tokens[: len(encoded.token_ids)] = encoded.token_ids
+    supervised = np.flatnonzero(encoded.supervised)
+    count = len(supervised)
+    targets = np.zeros(shapes.max_supervised, np.int32)
+    positions = np.zeros(shapes.max_supervised, np.int32)
+    weights = np.zeros(shapes.max_supervised, np.float32)
+    targets[:count] = encoded.token_ids[supervised]
+    positions[:count] = supervised - 1
+    weights[:count] = 1
+    return {"tokens": tokens, "targets": targets, "target_positions": positions, "target_weights": weights}
+
+
+class _LruCache:
+    """Values by key; those not used for longest are forgotten when all together exceed a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Any, int]]) -> Any:
+        """The value kept under `key`, else the one of `make()`, which returns (value, bytes)."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key][0]
+        value, size = make()  # unlocked, so that threads encode at the same time
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = value, size
+                self._bytes += size
+            while self._bytes > self._max_bytes:
+                _, (_, forgotten) = self._entries.popitem(last=False)
+                self._bytes -= forgotten
+        return value

@@ -1,0 +1,111 @@
+"""Train, validation and test sets that share no picture. Search code is handed `SearchData`, which has no test set."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mars_jax.data.records import Record
+from mars_jax.errors import ConfigError, DataError
+
+SplitName = Literal["train", "validation", "test"]
+
+# Part of the definition of the splits: another salt would move records between them.
+_SALT = "mars_jax splits 1:"
+
+
+@dataclass(frozen=True, slots=True)
+class Fractions:
+    """Shares of the pictures that go to each split; positive, and 1 in sum.
+
+    Raises:
+        ConfigError: they are not.
+    """
+
+    train: float = 0.8
+    validation: float = 0.1
+    test: float = 0.1
+
+    def __post_init__(self) -> None:
+        shares = (self.train, self.validation, self.test)
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ConfigError(
+                f"split fractions are train {self.train}, validation {self.validation}, test {self.test}; they must be "
+                "positive and sum to 1."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SearchData:
+    """What probes, fits and selection may see."""
+
+    train: tuple[Record, ...]
+    validation: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The three sets. Made by `split_records` or `splits_of_files`, which check them."""
+
+    train: tuple[Record, ...]
+    validation: tuple[Record, ...]
+    test: tuple[Record, ...]
+
+    @property
+    def search_data(self) -> SearchData:
+        """The part that search code may see."""
+        return SearchData(self.train, self.validation)
+
+
+def split_of(record: Record, fractions: Fractions) -> SplitName:
+    """The split of a record: a fixed function of its picture's bytes (or of its id, when text only).
+
+    Records of the same picture always fall together, whatever the file's order, name or other records.
+    """
+    digest = hashlib.sha256((_SALT + record.group).encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < fractions.train:
+        return "train"
+    return "validation" if position < fractions.train + fractions.validation else "test"
+
+
+def split_records(records: Sequence[Record], fractions: Fractions) -> Splits:
+    """Splits one data set by hash.
+
+    Raises:
+        DataError: a split comes out empty.
+    """
+    names = [split_of(record, fractions) for record in records]
+    parts: dict[SplitName, tuple[Record, ...]] = {
+        wanted: tuple(record for record, name in zip(records, names, strict=True) if name == wanted)
+        for wanted in ("train", "validation", "test")
+    }
+    return _checked(Splits(**parts), hint="Give more pictures, larger fractions, or explicit files")
+
+
+def splits_of_files(train: Sequence[Record], validation: Sequence[Record], test: Sequence[Record]) -> Splits:
+    """Takes records of three files as they are.
+
+    Raises:
+        DataError: one is empty, or two share a picture (compared by the bytes of the file).
+    """
+    splits = _checked(Splits(tuple(train), tuple(validation), tuple(test)), hint="Give each split a file with records")
+    first_use: dict[str, tuple[str, Record]] = {}
+    for name, records in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        for record in records:
+            other_name, other = first_use.setdefault(record.group, (name, record))
+            if other_name != name and record.images:
+                raise DataError(
+                    f"{record} in {name} has the same picture as {other} in {other_name}: {record.images[0]}. A "
+                    "picture may be in one split only; move or remove one of the records."
+                )
+    return splits
+
+
+def _checked(splits: Splits, hint: str) -> Splits:
+    counts = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+    for name, count in counts.items():
+        if count == 0:
+            listed = ", ".join(f"{other} {number}" for other, number in counts.items())
+            raise DataError(f"the {name} split is empty (records: {listed}). {hint}.")
+    return splits

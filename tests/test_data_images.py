@@ -1,0 +1,233 @@
+"""Pictures of every kind to RGB, and the order of image tokens against transformers' own code in torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_data
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_data import GEOMETRY, save_picture
+from transformers import LlavaOnevisionConfig
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+from mars_jax.data.images import (
+    NEWLINE,
+    Geometry,
+    ImageTokens,
+    image_pixels,
+    image_size,
+    image_tokens,
+    load_image_processor,
+    load_rgb,
+)
+from mars_jax.errors import ConfigError, DataError
+
+REAL = Geometry(384, 14, tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)), 9)
+
+
+def geometries() -> st.SearchStrategy[Geometry]:
+    sides = st.integers(1, 6)
+    pinpoints = st.lists(st.tuples(sides, sides), min_size=1, max_size=8, unique=True)
+    return st.builds(
+        lambda grid, points, most: Geometry(
+            grid * 14, 14, tuple((r * grid * 14, c * grid * 14) for r, c in points), most
+        ),
+        st.integers(1, 5),
+        pinpoints,
+        st.integers(1, 9),
+    )
+
+
+def tokens_or_skip(height: int, width: int, geometry: Geometry) -> ImageTokens:
+    try:
+        return image_tokens(height, width, geometry)
+    except DataError:  # transformers fails on these too: test_too_thin
+        assume(False)
+        raise
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 3000), st.integers(1, 3000), geometries())
+@example(8000, 20, REAL)
+@example(480, 640, REAL)
+@example(2304, 2304, REAL)
+def test_count_is_the_one_of_transformers(height: int, width: int, geometry: Geometry) -> None:
+    side = geometry.image_size
+    processor = LlavaOnevisionProcessor.__new__(
+        LlavaOnevisionProcessor
+    )  # its constructor wants torchvision, for videos
+    processor.image_processor = LlavaOnevisionImageProcessorPil(
+        image_grid_pinpoints=list(geometry.image_grid_pinpoints)
+    )
+    processor.num_image_tokens = geometry.num_patches
+    processor.vision_aspect_ratio = f"anyres_max_{geometry.max_patches}"
+    ours = tokens_or_skip(height, width, geometry)
+    assert len(ours.index) == processor._get_number_of_features(height, width, side, side)
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> LlavaOnevisionModel:
+    text = {"model_type": "qwen2", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    text |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14, "vision_use_head": False}
+    return LlavaOnevisionModel(LlavaOnevisionConfig(text_config=text, vision_config=vision))
+
+
+@settings(deadline=None, max_examples=150)
+@given(height=st.integers(1, 1500), width=st.integers(1, 1500), geometry=geometries(), seed=st.integers(0, 99))
+@example(height=700, width=690, geometry=Geometry(28, 14, ((168, 168),), 9), seed=0)  # scaled down: 36 tiles, 9 allowed
+@example(height=300, width=900, geometry=REAL, seed=0)
+def test_gather_is_the_packing_of_transformers(
+    torch_model: LlavaOnevisionModel, height: int, width: int, geometry: Geometry, seed: int
+) -> None:
+    ours = tokens_or_skip(height, width, geometry)
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(ours.num_tiles, geometry.num_patches, 8)).astype(np.float32)
+    newline = generator.normal(size=8).astype(np.float32)
+
+    torch_model.config.vision_config.image_size = geometry.image_size
+    torch_model.config.image_grid_pinpoints = [list(point) for point in geometry.image_grid_pinpoints]
+    (expected,), _ = torch_model.pack_image_features(
+        [torch.tensor(features)], [[height, width]], torch.tensor(newline), f"anyres_max_{geometry.max_patches}"
+    )
+
+    rows = np.concatenate([features.reshape(-1, 8), newline[None]])
+    assert NEWLINE == -1  # so that it indexes the last row here
+    packed = (rows[ours.index] * ours.weight[:, :, None]).sum(axis=1)
+    np.testing.assert_allclose(packed, expected.numpy(), atol=1e-5)
+    assert ours.index.shape[1] in (1, 4)
+    np.testing.assert_allclose(ours.weight.sum(axis=1), 1, atol=1e-6)
+
+
+def test_known_counts() -> None:
+    # 729 of the thumbnail, then the rows of the fitted picture with a newline each; 9 tiles' worth is 81 x 81.
+    square = image_tokens(384, 384, REAL)
+    assert (len(square.index), square.num_tiles, square.index.shape[1]) == (729 + 27 * 28, 2, 1)
+    huge = image_tokens(2304, 2304, REAL)
+    assert (len(huge.index), huge.num_tiles, huge.index.shape[1]) == (729 + 81 * 82, 37, 4)
+    with pytest.raises(ValueError, match="read-only"):
+        huge.index[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "geometry"), [(1, 9000, REAL), (2, 2000, Geometry(28, 14, ((28, 168),), 1))]
+)
+def test_too_thin(height: int, width: int, geometry: Geometry) -> None:
+    with pytest.raises(DataError, match=f"height {height} and width {width} is too thin"):
+        image_tokens(height, width, geometry)
+
+
+def test_geometry_from_config() -> None:
+    vision = {"image_size": 28, "patch_size": 14}
+    assert Geometry.from_config({"vision_config": vision, "image_grid_pinpoints": tiny_data.PINPOINTS}) == GEOMETRY
+    default = Geometry.from_config({"vision_config": {"image_size": 384, "patch_size": 14}})
+    assert default == REAL
+    assert [list(point) for point in default.image_grid_pinpoints] == LlavaOnevisionConfig().image_grid_pinpoints
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"vision_feature_select_strategy": "default"}, r"is 'default'; only 'full' is supported"),
+        ({"vision_aspect_ratio": "pad"}, r"vision_aspect_ratio is 'pad'; only 'anyres_max_N' is supported"),
+        ({"vision_config": {"patch_size": 14}}, r"vision_config has no 'image_size'. Point model.checkpoint at"),
+        (
+            {"image_grid_pinpoints": [[28, 30]]},
+            r"image_grid_pinpoints has \[28, 30\]; every height and width must be a",
+        ),
+    ],
+)
+def test_geometry_errors(change: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^some/config.json: .*{text}"):
+        Geometry.from_config({"vision_config": {"image_size": 28, "patch_size": 14}, **change}, "some/config.json")
+
+
+def test_processor_is_checked_against_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has neither preprocessor_config.json nor processor_config.json"):
+        load_image_processor(tmp_path, GEOMETRY)
+    folder = tiny_data.checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"has image_grid_pinpoints = .* but config.json says \(\(28, 28\),\)"):
+        load_image_processor(folder, Geometry(28, 14, ((28, 28),), 9))
+    with pytest.raises(ConfigError, match=r"has size = \(28, 28\), but config.json says \(14, 14\)"):
+        load_image_processor(folder, Geometry(14, 14, GEOMETRY.image_grid_pinpoints, 9))
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="the image processor's configuration cannot be read"):
+        load_image_processor(folder, GEOMETRY)
+
+
+def test_processor_nested_in_processor_config(tmp_path: Path) -> None:
+    folder = tiny_data.checkpoint(tmp_path)
+    values = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
+    assert load_image_processor(folder, GEOMETRY).image_grid_pinpoints == tiny_data.PINPOINTS
+
+
+def test_pixels_are_the_thumbnail_and_the_tiles(tmp_path: Path) -> None:
+    processor = load_image_processor(tiny_data.checkpoint(tmp_path), GEOMETRY)
+    image = load_rgb(save_picture(tmp_path / "a.png", 56, 56))
+    pixels = image_pixels(image, processor)
+    assert (pixels.shape, pixels.dtype) == ((5, 3, 28, 28), np.float32)
+    assert image_tokens(56, 56, GEOMETRY).num_tiles == 5
+    raw = (np.asarray(image, np.float32) / 255 - processor.image_mean) / processor.image_std
+    np.testing.assert_allclose(pixels[2], raw[:28, 28:].transpose(2, 0, 1), atol=1e-5)  # top right
+
+
+RED = (200, 30, 40)
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
+    red = Image.new("RGB", (6, 4), RED)
+    clear = Image.new("RGBA", (6, 4), (*RED, 0))
+    palette = red.quantize(2)
+    pictures = {
+        "rgb.png": (red, RED),
+        "grey.png": (Image.new("L", (6, 4), 77), (77, 77, 77)),
+        "grey_alpha.png": (Image.new("LA", (6, 4), (77, 0)), (255, 255, 255)),
+        "bits.png": (Image.new("1", (6, 4), 1), (255, 255, 255)),
+        "palette.png": (palette, RED),
+        "rgba.png": (Image.new("RGBA", (6, 4), (*RED, 255)), RED),
+        "clear.png": (clear, (255, 255, 255)),
+        "cmyk.jpg": (Image.new("CMYK", (6, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        "grey16.png": (Image.fromarray(np.full((4, 6), 0x8080, np.uint16)), (128, 128, 128)),
+        "grey32.tiff": (Image.fromarray(np.full((4, 6), 65535, np.int32)), (255, 255, 255)),
+    }
+    for name, (picture, expected) in pictures.items():
+        picture.save(tmp_path / name)
+        rgb = load_rgb(tmp_path / name)
+        assert (rgb.mode, rgb.size, image_size(tmp_path / name)) == ("RGB", (6, 4), (4, 6)), name
+        np.testing.assert_allclose(np.asarray(rgb).reshape(-1, 3), [expected] * 24, atol=3, err_msg=name)
+
+
+def test_transparent_palette_is_laid_on_white(tmp_path: Path) -> None:
+    palette = Image.new("RGB", (6, 4), RED).quantize(2)
+    for transparency in (palette.getpixel((0, 0)), bytes(256)):
+        palette.save(tmp_path / "a.png", transparency=transparency)
+        assert load_rgb(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    picture = Image.new("L", (16, 8), 0)
+    picture.paste(255, (0, 0, 8, 8))  # stored: white on the left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    picture.save(path, exif=exif)
+    upright = load_rgb(path)
+    assert image_size(path) == (upright.height, upright.width)
+    white_edge = {1: "left", 2: "right", 3: "right", 4: "left", 5: "top", 6: "top", 7: "bottom", 8: "bottom"}[
+        orientation
+    ]
+    height, width = image_size(path)
+    places = {"left": (1, height // 2), "right": (width - 2, height // 2)}
+    places |= {"top": (width // 2, 1), "bottom": (width // 2, height - 2)}
+    assert upright.getpixel(places[white_edge])[0] > 200
