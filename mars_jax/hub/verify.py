@@ -1,0 +1,170 @@
+"""Checks an export in PyTorch: every tensor in its place, logits equal to ours and different from the base's.
+
+It needs the `torch` extra and runs on the CPU in float32. PEFT accepts an adapter that it can't place with no more
+than a warning, so nothing here trusts that loading succeeded.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.hub import tables
+from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX
+from mars_jax.hub.read import read_tensors
+
+
+def verify_adapter(
+    adapter_dir: str | Path,
+    base_dir: str | Path,
+    batch: Mapping[str, np.ndarray],
+    our_logits: np.ndarray,
+    base_logits: np.ndarray,
+    tolerance: float = 1e-4,
+) -> dict[str, float]:
+    """Loads base and adapter with transformers and PEFT, and compares tensors and logits with ours.
+
+    Args:
+        adapter_dir: from `write_adapter`.
+        base_dir: the base checkpoint.
+        batch: inputs of the Hugging Face model: input_ids and attention_mask [B, T], pixel_values, image_sizes.
+        our_logits: our logits with the adapter, float32 [B, T, V]; compared where the attention mask is 1.
+        base_logits: our logits without it, float32 [B, T, V].
+        tolerance: largest absolute difference of a logit.
+
+    Returns:
+        `tensors` placed, and the largest absolute differences `logits_difference` (theirs and ours, adapted),
+        `base_difference` (theirs and ours, base alone), `moved` (theirs, adapted and base alone).
+
+    Raises:
+        ConfigError: torch or peft is not installed.
+        NoValidResultError: a tensor that is missing, unexpected or different, logits that are not ours, or logits
+            that the adapter does not move.
+    """
+    torch, transformers = _imports()
+    from peft import PeftModel, get_peft_model_state_dict
+
+    base = _load(transformers, torch, base_dir)[0]
+    theirs_base = _logits(base, batch)
+    model = PeftModel.from_pretrained(base, str(adapter_dir))
+    # With the default, peft asks the hub whether the embeddings changed size.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    loaded = {_hub_name(name): tensor.numpy() for name, tensor in state.items()}
+    stored = {_hub_name(name): tensor for name, tensor in read_tensors(Path(adapter_dir) / ADAPTER_WEIGHTS_FILE)}
+    missing, unexpected = sorted(set(loaded) - set(stored)), sorted(set(stored) - set(loaded))
+    different = [name for name in stored if name in loaded and not np.array_equal(stored[name], loaded[name])]
+    if missing or unexpected or different:
+        placed = len(stored) - len(unexpected) - len(different)
+        raise NoValidResultError(
+            f"{adapter_dir}: PEFT placed {placed} of {len(stored)} tensors. Without a place: {unexpected[:5]}; "
+            f"left at their initial values: {missing[:5]}; with other values: {different[:5]}. "
+            f"Export the adapter again, with transformers 4.57 or newer installed."
+        )
+    theirs = _logits(model, batch)
+    result = _compare(str(adapter_dir), batch, theirs, theirs_base, our_logits, base_logits, tolerance)
+    return {"tensors": len(stored)} | result
+
+
+def verify_merged(
+    merged_dir: str | Path,
+    base_dir: str | Path,
+    batch: Mapping[str, np.ndarray],
+    our_logits: np.ndarray,
+    base_logits: np.ndarray,
+    tolerance: float = 1e-4,
+) -> dict[str, float]:
+    """Loads a merged checkpoint and its base with transformers, and compares logits with ours.
+
+    A base stored in float16 or bfloat16 rounds the merged weights: then take `our_logits` from
+    `read_checkpoint(merged_dir, "float32")`, which holds the same rounded weights.
+
+    Args:
+        merged_dir: from `write_merged`.
+        base_dir, batch, our_logits, base_logits, tolerance: as in `verify_adapter`.
+
+    Returns:
+        As `verify_adapter`, without `tensors`.
+
+    Raises:
+        ConfigError: torch is not installed.
+        NoValidResultError: a tensor that is missing or unexpected, logits that are not ours, or logits that did not
+            move from the base's.
+    """
+    torch, transformers = _imports()
+    theirs_base = _logits(_load(transformers, torch, base_dir)[0], batch)
+    model, info = _load(transformers, torch, merged_dir)
+    astray = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if astray:
+        raise NoValidResultError(
+            f"{merged_dir}: transformers could not place every tensor: {astray}. Merge again from an intact base."
+        )
+    theirs = _logits(model, batch)
+    return _compare(str(merged_dir), batch, theirs, theirs_base, our_logits, base_logits, tolerance)
+
+
+def _imports() -> tuple[Any, Any]:
+    try:
+        import peft  # noqa: F401
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            f"verify: {error.name} is not installed, and the check loads the export in PyTorch. "
+            f"Run `pip install 'mars_jax[torch]'`, or export without --verify."
+        ) from error
+    return torch, transformers
+
+
+def _load(transformers: Any, torch: Any, directory: str | Path) -> tuple[Any, dict[str, Any]]:
+    model, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+        str(directory), dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    return model.eval(), info
+
+
+def _logits(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    import torch
+
+    inputs = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
+    with torch.no_grad():
+        return model(**inputs).logits.float().numpy()
+
+
+def _hub_name(name: str) -> str:
+    return tables.hub_key(name.removeprefix(PEFT_PREFIX))
+
+
+def _compare(
+    what: str,
+    batch: Mapping[str, np.ndarray],
+    theirs: np.ndarray,
+    theirs_base: np.ndarray,
+    ours: np.ndarray,
+    ours_base: np.ndarray,
+    tolerance: float,
+) -> dict[str, float]:
+    mask = np.asarray(batch["attention_mask"], bool)
+
+    def difference(left: np.ndarray, right: np.ndarray) -> float:
+        return float(np.abs(np.asarray(left)[mask] - np.asarray(right)[mask]).max())
+
+    result = {
+        "logits_difference": difference(theirs, ours),
+        "base_difference": difference(theirs_base, ours_base),
+        "moved": difference(theirs, theirs_base),
+    }
+    numbers = ", ".join(f"{name} {value:.3g}" for name, value in result.items())
+    # Written so that NaN fails too.
+    if not result["logits_difference"] <= tolerance:
+        raise NoValidResultError(
+            f"{what}: its logits in PyTorch are not ours: {numbers}, tolerance {tolerance:g}. "
+            f"A base_difference as large points at the base or the inputs, otherwise the export is wrong."
+        )
+    if not result["moved"] > tolerance:
+        raise NoValidResultError(
+            f"{what}: the adapter does not change the logits: {numbers}, tolerance {tolerance:g}. "
+            f"Either nothing was trained, or the tensors were not applied."
+        )
+    return result

@@ -1,0 +1,168 @@
+"""Writes Hugging Face checkpoints in the hub's key layout: our parameters, or a base with adapters merged into it.
+
+The hub's layout is the one that every transformers version and the serving engines read. Adapters on their own are
+written by `adapter.py`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from mars_jax.errors import ConfigError
+from mars_jax.hub import tables
+from mars_jax.hub.read import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    read_json,
+    read_tensors,
+    weight_files,
+)
+from mars_jax.lora import flatten
+from mars_jax.models.configs import LlavaOnevisionConfig
+
+# What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
+_COMPANIONS = (".json", ".txt", ".model", ".jinja")
+_METADATA = {"format": "pt"}
+
+Update = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config_json: Mapping[str, Any],
+    params: Mapping[str, Any],
+    dtype: DTypeLike,
+    extra_files: Iterable[str | Path] = (),
+) -> None:
+    """Writes parameters as an ordinary checkpoint: `config.json`, `model.safetensors`, and copies of `extra_files`.
+
+    All tensors are in memory once more in the dtype stored.
+
+    Args:
+        directory: made if it isn't there; files of the same names are replaced.
+        config_json: the Hugging Face configuration, written as it is.
+        params: parameter tree of the model that `config_json` describes.
+        dtype: dtype of the stored tensors.
+        extra_files: files to copy beside them (tokenizer, processor).
+
+    Raises:
+        ConfigError: parameters that are not those of the configuration.
+    """
+    directory = Path(directory)
+    config = LlavaOnevisionConfig.from_hf(config_json, "config_json")
+    if config.num_vision_layers_used != config.vision.num_layers:
+        raise ConfigError(
+            f"config_json: has {config.vision.num_layers} vision layers, of which the parameters hold the "
+            f"{config.num_vision_layers_used} in use. Set vision_config.num_hidden_layers to "
+            f"{config.num_vision_layers_used} and vision_feature_layer to -1: it is the same model."
+        )
+    flat = flatten(params)
+    table = tables.parameters(config)
+    differing = {parameter.path for parameter in table} ^ set(flat)
+    if differing:
+        raise ConfigError(
+            f"{directory}: parameters and config_json differ in {len(differing)} paths: {', '.join(sorted(differing))}."
+        )
+    tensors = {}
+    for parameter in table:
+        array = np.asarray(flat[parameter.path])
+        if array.shape != parameter.shape:
+            raise ConfigError(
+                f"{directory}: {parameter.path} has shape {list(array.shape)}; "
+                f"config_json asks for {list(parameter.shape)}."
+            )
+        array = array.astype(jnp.dtype(dtype))
+        for key, layer in zip(parameter.keys, array if parameter.stacked else [array], strict=True):
+            tensors[key] = tables.to_stored(layer, parameter)
+    # transformers builds this norm although the model never reads it, and warns where it is missing.
+    norm = "vision_tower.vision_model.post_layernorm"
+    tensors[f"{norm}.weight"] = np.ones(config.vision.hidden_size, jnp.dtype(dtype))
+    tensors[f"{norm}.bias"] = np.zeros(config.vision.hidden_size, jnp.dtype(dtype))
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS_FILE, metadata=_METADATA)
+    write_json(directory / CONFIG_FILE, config_json)
+    for file in extra_files:
+        shutil.copy(file, directory)
+
+
+def write_merged(directory: str | Path, base_directory: str | Path, adapters: Mapping[str, Any]) -> None:
+    """Writes the base with the adapters added to its weights: W + scale * A B, added in float32.
+
+    Tensors keep the dtype, the file and the order they have in the base, and get the hub's names. Configuration,
+    tokenizer and processor files are copied. One shard is in memory at a time.
+
+    Args:
+        directory: made if it isn't there; files of the same names are replaced.
+        base_directory: the checkpoint that the adapters were trained on.
+        adapters: adapter tree; padded ranks are fine.
+
+    Raises:
+        ConfigError: the two directories are the same, or an adapter that does not fit the base.
+    """
+    directory, base = Path(directory), Path(base_directory)
+    config = read_config(base)
+    if directory.resolve() == base.resolve():
+        raise ConfigError(f"{directory}: is the base checkpoint itself. Give another directory for the merged one.")
+    updates = _updates_by_key(adapters, config, base)
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    for file in weight_files(base):
+        tensors = {}
+        for name, tensor in read_tensors(file):
+            key = tables.hub_key(name)
+            tensors[key] = _merged(tensor, updates.pop(key), file, name) if key in updates else tensor
+        save_file(tensors, directory / file.name, metadata=_METADATA)
+        weight_map |= dict.fromkeys(tensors, file.name)
+    if updates:
+        raise ConfigError(
+            f"{base}: the adapters update {len(updates)} tensors that it does not have, such as {next(iter(updates))}. "
+            f"Give the checkpoint that the adapters were trained on."
+        )
+    for path in sorted(base.iterdir()):
+        if path.suffix in _COMPANIONS and path.name != INDEX_FILE:
+            shutil.copy(path, directory)
+    if (base / INDEX_FILE).is_file():
+        write_json(directory / INDEX_FILE, read_json(base / INDEX_FILE) | {"weight_map": weight_map})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented, keys in the order given."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _updates_by_key(adapters: Mapping[str, Any], config: LlavaOnevisionConfig, base: Path) -> dict[str, Update]:
+    """Maps hub keys to the update of one tensor: a [in, R], b [R, out], scale []."""
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
+    keys = {parameter.path: parameter for parameter in tables.parameters(config)}
+    updates: dict[str, Update] = {}
+    for path in sorted({path.rpartition("/")[0] for path in flat}):
+        parameter = keys.get(f"{path}/kernel")
+        a, b, scale = (flat[f"{path}/{name}"] for name in ("a", "b", "scale"))
+        if not parameter or path not in tables.LINEARS or (parameter.stacked and len(a) != len(parameter.keys)):
+            raise ConfigError(
+                f"{base}: has no place for the adapter of {path!r} with shape {list(a.shape)}. "
+                f"Give the checkpoint that the adapters were trained on."
+            )
+        layers = zip(a, b, scale, strict=True) if parameter.stacked else [(a, b, scale)]
+        updates |= dict(zip(parameter.keys, layers, strict=True))
+    return updates
+
+
+def _merged(tensor: tables.HostArray, update: Update, file: Path, name: str) -> tables.HostArray:
+    a, b, scale = update
+    delta = scale * (a @ b).T
+    if delta.shape != tensor.shape:
+        raise ConfigError(
+            f"{file}: {name!r} has shape {list(tensor.shape)}, its adapter makes {list(delta.shape)}. "
+            f"Give the checkpoint that the adapters were trained on."
+        )
+    return (tensor.astype(np.float32) + delta).astype(tensor.dtype)
