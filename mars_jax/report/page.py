@@ -1,0 +1,183 @@
+"""Writes `report/` of a run directory: index.html, one SVG a figure, report.json. Reads only that run's files."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mars_jax.jsonfiles import write_json, write_text
+from mars_jax.report import words
+from mars_jax.report.collect import RunRecord, read_run
+from mars_jax.report.facts import CONDITIONS, build_report, picked_candidate
+from mars_jax.report.figures_curves import finetune_curves, probe_curves, probe_groups
+from mars_jax.report.figures_laws import law_c, law_p, rank_grid
+from mars_jax.report.laws_data import joint_lanes, searched_modules
+from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
+from mars_jax.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STATUS_WORDS = {"converged": "converged", "horizon": "not converged", "diverged": "diverged"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page. `section` names the part of the page it stands in, `name` its file without `.svg`."""
+
+    section: str
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+    @property
+    def inline(self) -> str:
+        """The SVG element for the page: description and themed colours."""
+        return inline_svg(self.svg, self.title)
+
+
+def write_report(run_directory: Path) -> Path:
+    """Writes `report/{index.html, *.svg, report.json}` from the files of a run directory, whatever there is of them.
+
+    The same files give the same bytes. A part whose files are absent is named as absent on the page.
+
+    Returns:
+        The path of index.html.
+
+    Raises:
+        ConfigError: no such directory, or none of a run's files in it.
+        DataError: a file of the run is not what its name promises.
+    """
+    run = read_run(run_directory)
+    drawings = draw(run)
+    report = build_report(run) | {"figures": {drawing.name: f"{drawing.name}.svg" for drawing in drawings}}
+    folder = RunDirectory(run_directory).report
+    shutil.rmtree(folder, ignore_errors=True)  # figures of an earlier state of the run must not stay
+    for drawing in drawings:
+        write_text(folder / f"{drawing.name}.svg", drawing.svg)
+    write_json(folder / "report.json", report)
+    page = folder / "index.html"
+    write_text(page, render(run, report, drawings))
+    return page
+
+
+def draw(run: RunRecord) -> tuple[Drawing, ...]:
+    """Every figure that the run's files allow, in the order of the page."""
+    with figure_style():
+        return tuple(
+            Drawing(section, name, title, caption, to_svg(figure, name))
+            for section, name, title, caption, figure in _figures(run)
+            if figure is not None
+        )
+
+
+def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | None]]":
+    """Section, name, title, caption and figure."""
+    from mars_jax.laws import Laws
+
+    for group in probe_groups(run):
+        yield (
+            "probe_curves",
+            f"probe_curves_{'_'.join(group)}",
+            f"Probe lanes that adapt {words.listing(list(group))}",
+            "Validation loss, a panel for each number of training samples D."
+            + (" A dot is where the module has converged." if len(group) == 1 else ""),
+            probe_curves(run, group),
+        )
+    yield (
+        "finetune",
+        "finetune_curves",
+        "Final fine-tune",
+        "Train loss of single steps and validation loss of each look.",
+        finetune_curves(run),
+    )
+    if run.laws:
+        laws = Laws.from_json(run.laws)
+        yield (
+            "laws",
+            "law_c",
+            "Law-C: how long each module takes to converge",
+            "Each point is a lane; a hollow triangle had not converged at its last step, so its time is a lower limit. "
+            "Lines are the fitted law, bands the central 95% of the bootstrap refits.",
+            law_c(run, laws.convergence),
+        )
+        yield (
+            "laws",
+            "law_p",
+            "Law-P: the loss that ranks and data size lead to",
+            "Left: on the diagonal the law is exact; bars are the central 95% of the bootstrap refits. "
+            "Right: lines are the fitted law, points the lanes.",
+            law_p(run, laws.performance),
+        )
+    largest = max((lane["num_samples"] for lane in joint_lanes(run)), default=None)
+    measured = f" In brackets: the loss measured with {largest} samples." if largest else ""
+    yield (
+        "grid",
+        "rank_grid",
+        "Predicted loss over the rank grid",
+        f"Predicted validation loss with {run.selection.get('target_num_samples')} training samples; darker is lower. "
+        f"The outline holds the balanced candidates, the orange frame is the pick.{measured}",
+        rank_grid(run),
+    )
+
+
+def render(run: RunRecord, report: dict[str, Any], drawings: tuple[Drawing, ...]) -> str:
+    """The page as HTML text; every value from the run is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("mars_jax.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    for name in ("number", "count", "percent", "duration", "size", "ranks_text"):
+        environment.filters[name] = getattr(words, name)
+    environment.filters["ratio"] = lambda log_ratio: f"{math.exp(log_ratio):.2f}\u00d7"
+    searched = searched_modules(run)
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for drawing in drawings:
+        entry = {"title": drawing.title, "caption": drawing.caption, "svg": Markup(drawing.inline)}
+        figures.setdefault(drawing.section, []).append(entry)
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        conditions=[
+            (label, report["evaluation"]["conditions"][name])
+            for name, label in CONDITIONS.items()
+            if report["evaluation"] and name in (report["evaluation"].get("conditions") or {})
+        ],
+        picked=picked_candidate(run),
+        searched=searched,
+        fixed={module: rank for module, rank in (run.selection.get("pick") or {}).items() if module not in searched},
+        lane_modules=list(dict.fromkeys(module for lane in run.lanes for module in lane["adapted"])),
+        lane_timed=list(dict.fromkeys(module for lane in run.lanes for module in lane["convergence_steps"])),
+        status_words=STATUS_WORDS,
+        figures=figures,
+        usage=usage(run),
+        config_text=run.config_text,
+        light=LIGHT,
+        dark=DARK,
+    )
+
+
+def usage(run: RunRecord) -> dict[str, Any]:
+    """How to use the adapter of this run: command and code texts by kind, and whether the adapter is there yet."""
+    base = (
+        run.adapter.get("base_model_name_or_path") or (run.config.get("model") or {}).get("checkpoint") or "BASE_MODEL"
+    )
+    places = RunDirectory(run.directory)
+    return {
+        "exported": bool(run.adapter),
+        "peft": (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+            f"base = {str(base)!r}\n"
+            "processor = AutoProcessor.from_pretrained(base)\n"
+            "model = AutoModelForImageTextToText.from_pretrained(base)\n"
+            f"model = PeftModel.from_pretrained(model, {str(places.adapter)!r})"
+        ),
+        "merge": f"mars export {run.directory} --merged --verify",
+        "serve": f"vllm serve {places.merged}",
+    }
