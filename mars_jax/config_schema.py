@@ -168,9 +168,11 @@ class ProbeConfig(_Section):
     seeds: Count = Field(default=1, description="runs of each (ranks, D), with seeds 0, 1, ...")
     steps: Count = Field(default=500, description="optimizer steps of a lane: its horizon")
     batch_size: Count = Field(default=16, description="samples a step of one lane")
-    look_every: Count = Field(default=10, description="steps between two looks at the validation loss")
+    looks_per_doubling: Count = Field(
+        default=4, description="looks at the validation loss each time the step doubles (log-spaced)"
+    )
     validation_samples: Count = Field(default=128, description="validation samples in a look")
-    chunk_steps: Count = Field(default=50, description="steps between two looks of the host")
+    chunk_steps: Count = Field(default=8, description="most steps whose batches are in memory at once")
     lanes_per_program: Count = Field(default=8, description="lanes that one compiled program trains at once")
     corners: Flag = Field(default=True, description="also run the corners of the rank grid, all modules adapted")
 
@@ -178,13 +180,11 @@ class ProbeConfig(_Section):
     def _check_steps(self) -> "ProbeConfig":
         if list(self.num_samples) != sorted(set(self.num_samples)):
             raise ValueError(f"num_samples must rise without repeats; seen {list(self.num_samples)}")
-        if self.look_every > self.steps:
-            raise ValueError(f"look_every ({self.look_every}) must be at most steps ({self.steps})")
         return self
 
 
 class ConvergenceConfig(_Section):
-    """When a module counts as converged."""
+    """When a module counts as converged. With `loss_fraction`, lanes that adapt one module only are planned too."""
 
     rule: Literal["loss_fraction", "drift"] = Field(default="loss_fraction", description="the signal that is followed")
     epsilon: Positive | None = Field(default=None, description="its threshold; null: the rule's own")
@@ -225,7 +225,6 @@ class FinetuneConfig(_Section):
     warmup_steps: CountOrZero = Field(default=30, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="shape after the warm-up")
     look_every: Count = Field(default=50, description="steps between two looks at the validation loss")
-    checkpoint_every: Count = Field(default=100, description="steps between two checkpoints")
 
     @model_validator(mode="after")
     def _check_steps(self) -> "FinetuneConfig":

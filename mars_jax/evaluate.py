@@ -17,9 +17,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from mars_jax import lora
 from mars_jax.data.batches import eval_batches, image_blind, shuffle_images
 from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
 from mars_jax.data.records import Record, Turn
+from mars_jax.jsonfiles import append_jsonl, write_json
+from mars_jax.rundir import RunDirectory
+from mars_jax.workspace import Workspace
 
 Tree = Any
 
@@ -184,6 +188,48 @@ class Evaluator:
             (full,) = eval_batches(examples, len(answered))
             shape = (len(self.candidates), size)
             yield batch, {name: full.batch[name].reshape(*shape, *full.batch[name].shape[1:]) for name in _TEXT}, valid
+
+
+def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) -> dict[str, Any]:
+    """Base and fine-tuned model on the test split; also one line a sample."""
+    settings = workspace.config.evaluate
+    records = workspace.test_records[: settings.max_samples]
+    candidates = candidate_answers(workspace.search.train, settings.max_candidates)
+    if not candidates:
+        workspace.reporter.warn(
+            f"answers are not scored: the training split has more than {settings.max_candidates} distinct answers "
+            f"(evaluate.max_candidates). Perplexity is measured all the same."
+        )
+    evaluator = Evaluator(
+        workspace.model,
+        workspace.base,
+        records,
+        workspace.preprocessor,
+        candidates=candidates,
+        batch_size=settings.batch_size,
+        controls=settings.controls,
+        seed=workspace.config.seed,
+    )
+    trainable, scales = lora.split_trainable(adapters)
+    untrained = lora.join_trainable(jax.tree.map(jnp.zeros_like, trainable), scales)
+    with workspace.reporter.progress("evaluate", evaluator.num_reads, "samples") as advance:
+        outcomes = evaluator.evaluate({"base": untrained, "finetuned": adapters}, advance)
+    document = {
+        "split": "test",
+        "num_samples": len(records),
+        "conditions": {name: outcome.to_json() for name, outcome in outcomes.items()},
+        "scoring": scoring_name(candidates) if candidates else None,
+        "num_candidates": len(candidates),
+    }
+    directory.samples_file.unlink(missing_ok=True)
+    for i, record in enumerate(records):
+        line: dict[str, Any] = {"id": record.id, "prompt": record.turns[-2].text, "target": record.turns[-1].text}
+        for name, outcome in outcomes.items():
+            response = candidates[outcome.choices[i]] if candidates else None
+            line[name] = {"loss": float(outcome.losses[i] / outcome.tokens[i]), "response": response}
+        append_jsonl(directory.samples_file, line)
+    write_json(directory.evaluation_file, document)
+    return document
 
 
 _TEXT = ("tokens", "image_index", "image_weight", "targets", "target_positions", "target_weights")

@@ -166,7 +166,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         ("data.validation_fraction=0", "data: validation_fraction is 0 and validation is null"),
         ("data.train=3", "data.train is 3 but must be a path"),
         ("probe.num_samples=[64, 32]", "probe: num_samples must rise without repeats; seen [64, 32]"),
-        ("probe.look_every=900", "probe: look_every (900) must be at most steps (500)"),
+        ("finetune.look_every=9000", "finetune: look_every (9000) must be at most steps (1000)"),
         ("finetune.warmup_steps=1001", "finetune: warmup_steps (1001) must be at most steps (1000)"),
         ("finetune.schedule=3", "finetune.schedule is 3 but must be 'cosine', 'constant' or 'linear'"),
         ("probe.steps", "override 'probe.steps' is not of the form key.sub=value, e.g. probe.steps=200"),

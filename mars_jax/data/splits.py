@@ -16,7 +16,7 @@ _SALT = "mars_jax splits 1:"
 
 @dataclass(frozen=True, slots=True)
 class Fractions:
-    """Shares of the pictures that go to each split; positive, and 1 in sum.
+    """Shares of the pictures that go to each split: 1 in sum, train positive, the others 0 where a file gives them.
 
     Raises:
         ConfigError: they are not.
@@ -28,10 +28,10 @@ class Fractions:
 
     def __post_init__(self) -> None:
         shares = (self.train, self.validation, self.test)
-        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        if self.train <= 0 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(
-                f"split fractions are train {self.train}, validation {self.validation}, test {self.test}; they must be "
-                "positive and sum to 1."
+                f"split fractions are train {self.train}, validation {self.validation}, test {self.test}; they must "
+                "sum to 1, train above 0 and none below."
             )
 
 

@@ -89,6 +89,15 @@ class LlavaOnevisionConfig:
                 f"{source}: model_type is {family!r}, which is not supported. Supported families: "
                 f"{', '.join(SUPPORTED_FAMILIES)}. Point model.checkpoint at a checkpoint of one of them."
             )
+        missing = [name for name in ("text_config", "vision_config") if not isinstance(config.get(name), Mapping)]
+        missing += [f"text_config.{key}" for key in _TEXT_KEYS if key not in config.get("text_config", _TEXT_KEYS)]
+        missing += [
+            f"vision_config.{key}" for key in _VISION_KEYS if key not in config.get("vision_config", _VISION_KEYS)
+        ]
+        if missing:
+            raise ConfigError(
+                f"{source}: {', '.join(missing)} is missing. Take the config.json that belongs to the checkpoint."
+            )
         text, vision = dict(config["text_config"]), dict(config["vision_config"])
         _require(source, "text_config.model_type", text.get("model_type", "qwen2"), ("qwen2",))
         _require(source, "vision_config.model_type", vision.get("model_type"), ("siglip_vision_model",))
@@ -136,6 +145,9 @@ class LlavaOnevisionConfig:
         )
 
 
+_LAYER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_TEXT_KEYS = ("vocab_size", *_LAYER_KEYS)
+_VISION_KEYS = (*_LAYER_KEYS, "image_size", "patch_size")
 _DEFAULT_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 
 

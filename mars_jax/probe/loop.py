@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mars_jax.checkpoint import Checkpoints
-from mars_jax.models.llava_onevision import Batch
+from mars_jax.data.batches import Batch
 from mars_jax.probe.engine import Engine, LaneState
 from mars_jax.probe.plan import Lane
 
@@ -54,7 +54,8 @@ class GroupResult:
     """What a group of lanes leaves.
 
     Attributes:
-        rows: by lane, one row a look: step, train_loss, validation_loss, update_norm, drift.
+        rows: by lane, one row a look: step, train_loss (mean since the look before; None at step 0), validation_loss,
+            update_norm, drift, alive.
         state: the final state, leading axis K.
     """
 
@@ -81,6 +82,7 @@ def run_group(
     schedule: Schedule,
     *,
     checkpoints: Checkpoints | None = None,
+    start: GroupResult | None = None,
     advance: Callable[[int, str], None] = lambda steps, text: None,
 ) -> GroupResult:
     """Runs lanes together to the schedule's horizon.
@@ -94,6 +96,7 @@ def run_group(
         learning_rates: module -> learning rate.
         schedule: steps, looks and factors.
         checkpoints: where to save and resume; None for neither.
+        start: go on from here, in place of a fresh state.
         advance: told of lane-steps done, and of the latest look.
 
     Returns:
@@ -103,13 +106,18 @@ def run_group(
     first_of = {key: lane for key, lane in reversed(list(zip(keys, lanes, strict=True)))}
     streams = [stream_of(first_of[key]) for key in first_of]
     stream_index = jnp.asarray([list(first_of).index(key) for key in keys])
-    validation = jax.device_put(validation)
+    on_device = jax.device_put(validation)
 
-    state, rows, done = _start(lanes, engine, learning_rates, checkpoints)
+    if start is None:
+        state, rows, done = _start(lanes, engine, learning_rates, checkpoints)
+    else:
+        state, rows, done = start.state, start.rows, start.rows[0][-1]["step"]
+    looks = [step for step in schedule.looks if step > done]
+    done = max(done, 0)
     advance(done * len(lanes), "")
     losses: list[jax.Array] = []
     last_save = time.monotonic()
-    for look in [step for step in schedule.looks if step > done]:
+    for look in looks:
         while done < look:
             size = min(schedule.chunk_steps, look - done)
             state, chunk_losses = engine.train(
@@ -123,14 +131,14 @@ def run_group(
             losses.append(chunk_losses[:, :size])
             done += size
         half = _has_half(schedule, look)
-        state, seen = engine.look(state, base, validation, jnp.asarray(look, jnp.int32), jnp.asarray(half))
-        train_losses = np.concatenate(jax.device_get(losses), axis=1)
+        state, seen = engine.look(state, base, on_device, jnp.asarray(look, jnp.int32), jnp.asarray(half))
+        train_losses = np.concatenate([np.zeros((len(lanes), 0)), *jax.device_get(losses)], axis=1)
         seen = jax.device_get(seen)
         for k, lane_rows in enumerate(rows):
             lane_rows.append(
                 {
                     "step": look,
-                    "train_loss": float(train_losses[k].mean()),
+                    "train_loss": float(train_losses[k].mean()) if losses else None,
                     "validation_loss": float(seen.validation_loss[k]),
                     "update_norm": {module: float(norm[k]) for module, norm in seen.update_norm.items()},
                     "drift": {module: float(drift[k]) for module, drift in seen.drift.items()},
@@ -148,7 +156,7 @@ def run_group(
 def _start(
     lanes: Sequence[Lane], engine: Engine, learning_rates: Mapping[str, float], checkpoints: Checkpoints | None
 ) -> tuple[LaneState, list[list[Row]], int]:
-    """A fresh state, or the newest checkpoint of these lanes: (state, rows, steps done)."""
+    """A fresh state, or the newest checkpoint of these lanes: (state, rows, last look); -1 before any look."""
     modules = lanes[0].ranks.keys()
     state = engine.init(
         jnp.asarray([lane.seed for lane in lanes], jnp.int32),
@@ -157,7 +165,7 @@ def _start(
     )
     found = checkpoints.restore(state) if checkpoints else None
     if found is None:
-        return state, [[] for _ in lanes], 0
+        return state, [[] for _ in lanes], -1
     step, restored, document = found
     return restored, document["rows"], step
 

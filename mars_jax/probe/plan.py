@@ -91,11 +91,11 @@ def look_steps(horizon: int, looks_per_doubling: int, first: int = 4) -> list[in
     The grid is round(2^(i / looks_per_doubling)): the step t/2 stands `looks_per_doubling` places before t.
 
     Args:
-        horizon: last step, always in the list.
+        horizon: last step, always in the list; so is 0, the base itself.
         looks_per_doubling: n.
-        first: no look before this step.
+        first: no other look before this step.
     """
-    steps, i = {horizon}, 0
+    steps, i = {0, horizon}, 0
     while (step := round(2 ** (i / looks_per_doubling))) < horizon:
         if step >= first:
             steps.add(step)

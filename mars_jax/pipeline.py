@@ -1,0 +1,353 @@
+"""The phases of a run in order: what each reads and writes, and when it is skipped. The work itself is elsewhere.
+
+Every function takes a config and a reporter and returns the JSON document that the command line prints. Each is safe to
+call again: finished work with unchanged inputs is skipped, interrupted work goes on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mars_jax import lora
+from mars_jax.config import Config
+from mars_jax.data.examples import ExampleSource
+from mars_jax.errors import ConfigError
+from mars_jax.evaluate import evaluate_run
+from mars_jax.finetune import best_adapters
+from mars_jax.finetune import finetune as run_finetune
+from mars_jax.hub.adapter import write_adapter
+from mars_jax.hub.write import write_merged
+from mars_jax.jsonfiles import read_json, read_jsonl, write_json
+from mars_jax.laws import Laws, fit_laws
+from mars_jax.progress import Reporter
+from mars_jax.rundir import RunDirectory, hash_inputs
+from mars_jax.search import lane_costs, planned_lanes, run_probes
+from mars_jax.selection import candidates_for_sweep, decide_by_sweep
+from mars_jax.selection import select as choose
+from mars_jax.sweep import run_sweep
+from mars_jax.verification import verify_run
+from mars_jax.workspace import Workspace
+
+Document = dict[str, Any]
+
+
+def run(config: Config, reporter: Reporter) -> Document:
+    """Every phase, from plan to report."""
+    with RunDirectory.open(config) as directory:
+        session = _Session(config, reporter, directory)
+        session.data()
+        session.plan()
+        session.probe()
+        session.fit()
+        selection = session.select()
+        session.finetune()
+        evaluation = session.evaluate()
+        session.export(verify=False, merged=config.export.merged)
+        page = session.report()
+    conditions = evaluation["conditions"]
+    kept = ("loss", "perplexity", "accuracy")
+    return {
+        "pick": selection["pick"],
+        "why": selection["explanation"],
+        "test": {name: {key: value[key] for key in kept} for name, value in conditions.items()},
+        "adapter": directory.adapter,
+        "report": page["report"],
+    }
+
+
+def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
+    """Config, data and targets, before any step; writes nothing."""
+    workspace = Workspace(config, reporter)
+    targets = workspace.targets
+    summary = workspace.data_summary()
+    workspace.check_sizes()
+    rows = [
+        {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
+        for path, t in targets.items()
+    ]
+    return {"data": summary, "targets": rows, "samples": _shown(workspace, show)}
+
+
+def plan(config: Config, reporter: Reporter) -> Document:
+    """The lanes, what they cost, and whether they fit this machine."""
+    with RunDirectory.open(config) as directory:
+        session = _Session(config, reporter, directory)
+        session.data()
+        return session.plan()
+
+
+def probe(config: Config, reporter: Reporter) -> Document:
+    """Runs the lanes."""
+    with RunDirectory.open(config) as directory:
+        session = _Session(config, reporter, directory)
+        session.data()
+        session.plan()
+        return session.probe()
+
+
+def fit(config: Config, reporter: Reporter) -> Document:
+    """Fits both laws to the finished lanes; needs `probes/lanes.jsonl` alone."""
+    with RunDirectory.open(config) as directory:
+        return _Session(config, reporter, directory).fit()
+
+
+def select(config: Config, reporter: Reporter) -> Document:
+    """Picks the ranks."""
+    with RunDirectory.open(config) as directory:
+        return _Session(config, reporter, directory).select()
+
+
+def finetune(config: Config, reporter: Reporter) -> Document:
+    """The final run."""
+    with RunDirectory.open(config) as directory:
+        return _Session(config, reporter, directory).finetune()
+
+
+def evaluate(config: Config, reporter: Reporter) -> Document:
+    """Measures base and result on the test split."""
+    with RunDirectory.open(config) as directory:
+        return _Session(config, reporter, directory).evaluate()
+
+
+def export(config: Config, reporter: Reporter, *, verify: bool = False, merged: bool = False) -> Document:
+    """Writes the PEFT adapter, and on demand the merged checkpoint; `verify` loads them in PyTorch."""
+    with RunDirectory.open(config) as directory:
+        session = _Session(config, reporter, directory)
+        return session.export(verify=verify, merged=merged or config.export.merged)
+
+
+def report(config: Config, reporter: Reporter) -> Document:
+    """Writes the page."""
+    with RunDirectory.open(config) as directory:
+        return _Session(config, reporter, directory).report()
+
+
+class _Session:
+    """The phases of one opened run directory, sharing one workspace."""
+
+    def __init__(self, config: Config, reporter: Reporter, directory: RunDirectory) -> None:
+        self.config = config
+        self.reporter = reporter
+        self.directory = directory
+        self.workspace = Workspace(config, reporter)
+
+    def _skip_or_run(
+        self, phase: str, inputs: str, result: Callable[[], Document], work: Callable[[], Document]
+    ) -> Document:
+        """Runs `work` as a phase unless it is done from the same inputs; then `result` reads what it left."""
+        if self.directory.is_done(phase, inputs):
+            self.reporter.notice(f"{phase}: done before, skipped")
+            return result()
+        with self.directory.phase(phase, inputs):
+            return work()
+
+    def _sections(self, *names: str) -> str:
+        """Config sections as text, for the hash of a phase's inputs."""
+        return repr([getattr(self.config, name) for name in names])
+
+    def data(self) -> Document:
+        """Reads and checks every record; writes data.json."""
+        files = [path for path in (self.config.data.train, self.config.data.validation, self.config.data.test) if path]
+        inputs = hash_inputs(*[path for path in files if path.exists()], self._sections("data", "model"))
+
+        def work() -> Document:
+            self.reporter.notice("data: reading and checking every sample")
+            summary = self.workspace.data_summary()
+            self.workspace.check_sizes()
+            write_json(self.directory.data_file, summary)
+            sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))
+            self.reporter.notice(f"data: {sizes} samples, {len(summary['dropped'])} left out")
+            return summary
+
+        return self._skip_or_run("data", inputs, lambda: read_json(self.directory.data_file), work)
+
+    def plan(self) -> Document:
+        """Counts lanes, steps, samples and memory; refuses what can't fit."""
+        inputs = hash_inputs(self._sections("model", "lora", "probe", "convergence", "finetune"))
+
+        def work() -> Document:
+            document = lane_costs(self.workspace, planned_lanes(self.config))
+            write_json(self.directory.plan_file, document)
+            self.reporter.notice(
+                f"plan: {document['lanes']} lanes, {document['lane_steps']} lane-steps; the full grid of final runs "
+                f"would be {document['full_grid_steps']} steps"
+            )
+            return document
+
+        return self._skip_or_run("plan", inputs, lambda: read_json(self.directory.plan_file), work)
+
+    def probe(self) -> Document:
+        """Runs the groups of lanes that have no record yet."""
+        sections = self._sections("seed", "model", "data", "lora", "optimizer", "probe", "convergence")
+        inputs = hash_inputs(self.directory.data_file, sections)
+
+        def work() -> Document:
+            run_probes(self.workspace, planned_lanes(self.config), self.directory)
+            return self._lane_counts()
+
+        return self._skip_or_run("probe", inputs, self._lane_counts, work)
+
+    def _lane_counts(self) -> Document:
+        records = read_jsonl(self.directory.lanes_file, self.reporter.warn)
+        statuses = [record["status"] for record in records]
+        return {"lanes": len(records), **{status: statuses.count(status) for status in sorted(set(statuses))}}
+
+    def fit(self) -> Document:
+        """Fits the laws from the lane records alone."""
+        self._need(self.directory.lanes_file, "probe")
+        inputs = hash_inputs(self.directory.lanes_file, self._sections("laws", "seed"))
+
+        def work() -> Document:
+            records = read_jsonl(self.directory.lanes_file, self.reporter.warn)
+            laws = fit_laws(
+                records,
+                key=jax.random.key(self.config.seed),
+                num_bootstraps=self.config.laws.bootstraps,
+                measuring_interval=2 ** (1 / self.config.probe.looks_per_doubling) - 1,
+            )
+            write_json(self.directory.laws_file, laws.to_json())
+            return _without_draws(laws.to_json())
+
+        return self._skip_or_run("fit", inputs, lambda: _without_draws(read_json(self.directory.laws_file)), work)
+
+    def select(self) -> Document:
+        """Picks by the laws, and by a local sweep where they leave it open."""
+        self._need(self.directory.laws_file, "fit")
+        inputs = hash_inputs(self.directory.laws_file, self._sections("selection", "lora"))
+
+        def work() -> Document:
+            workspace = self.workspace
+            settings = self.config.selection
+            laws = Laws.from_json(read_json(self.directory.laws_file))
+            selection = choose(
+                laws,
+                {module: ranks for module, ranks in workspace.grids.items() if max(ranks) > 0},
+                workspace.target_num_samples(),
+                method=settings.method,
+                parameters_per_rank=lora.parameters_per_rank(workspace.targets),
+            )
+            candidates = candidates_for_sweep(selection, most=settings.sweep.max_candidates)
+            unsure = selection.p_best < settings.sweep.threshold and len(candidates) > 1
+            if settings.method == "laws" and settings.sweep.enabled and unsure:
+                self.reporter.notice(
+                    f"select: P(best) is {selection.p_best:.2f}, so the last {len(candidates)} candidates are run"
+                )
+                frozen = {module: 0 for module, ranks in workspace.grids.items() if max(ranks) == 0}
+                results = run_sweep(workspace, [{**ranks, **frozen} for ranks in candidates])
+                results = [({m: r for m, r in ranks.items() if m not in frozen}, loss) for ranks, loss in results]
+                selection = decide_by_sweep(selection, results)
+            document = selection.to_json()
+            write_json(self.directory.selection_file, document)
+            self.reporter.notice(f"select: {document['explanation']}")
+            return document
+
+        return self._skip_or_run("select", inputs, lambda: read_json(self.directory.selection_file), work)
+
+    def _ranks(self) -> dict[str, int]:
+        """The pick, with 0 for frozen modules."""
+        self._need(self.directory.selection_file, "select")
+        return dict.fromkeys(self.workspace.grids, 0) | read_json(self.directory.selection_file)["pick"]
+
+    def finetune(self) -> Document:
+        """The final run with the pick."""
+        sections = self._sections("seed", "finetune", "optimizer")
+        self._need(self.directory.selection_file, "select")
+        inputs = hash_inputs(self.directory.selection_file, sections)
+
+        def work() -> Document:
+            return run_finetune(
+                self.workspace,
+                self._ranks(),
+                self.directory.finetune_checkpoints,
+                self.directory.finetune_metrics_file,
+                self.directory.finetune_summary_file,
+            )
+
+        return self._skip_or_run("finetune", inputs, lambda: read_json(self.directory.finetune_summary_file), work)
+
+    def _adapters(self) -> Any:
+        return best_adapters(self.workspace, self._ranks(), self.directory.finetune_checkpoints)
+
+    def evaluate(self) -> Document:
+        """Base and result on the test split, with controls."""
+        self._need(self.directory.finetune_summary_file, "finetune")
+        inputs = hash_inputs(self.directory.finetune_summary_file, self._sections("evaluate"))
+
+        def work() -> Document:
+            return evaluate_run(self.workspace, self._adapters(), self.directory)
+
+        return self._skip_or_run("evaluate", inputs, lambda: read_json(self.directory.evaluation_file), work)
+
+    def export(self, *, verify: bool, merged: bool) -> Document:
+        """Adapter, merged checkpoint, and the proof that PyTorch sees the same."""
+        self._need(self.directory.finetune_summary_file, "finetune")
+        inputs = hash_inputs(self.directory.finetune_summary_file, repr(merged))
+
+        def work() -> Document:
+            write_adapter(
+                self.directory.adapter,
+                self._adapters(),
+                self._ranks(),
+                self.workspace.model_config,
+                base_name=str(self.config.model.checkpoint),
+                provenance={
+                    "selection": _brief(read_json(self.directory.selection_file)),
+                    "finetune": read_json(self.directory.finetune_summary_file),
+                    "alpha": asdict(self.workspace.alpha),
+                    "versions": self.directory.state()["versions"],
+                },
+            )
+            if merged:
+                write_merged(self.directory.merged, self.config.model.checkpoint, self._adapters())
+            return written()
+
+        def written() -> Document:
+            return {"adapter": self.directory.adapter, "merged": self.directory.merged if merged else None}
+
+        document = self._skip_or_run("export", inputs, written, work)
+        if verify:
+            document["verified"] = verify_run(self.workspace, self._adapters(), self.directory, merged)
+        return document
+
+    def report(self) -> Document:
+        """The page; cheap, so written anew each time."""
+        from mars_jax.report import write_report
+
+        with self.directory.phase("report", hash_inputs("")):
+            return {"report": write_report(self.directory.path)}
+
+    def _need(self, path: Path, phase: str) -> None:
+        if not path.exists():
+            raise ConfigError(f"{path} is missing: run `mars {phase}` first, or `mars run` for every phase.")
+
+
+def _shown(workspace: Workspace, number: int) -> list[Document]:
+    """The first training samples as the model sees them: text, supervised part, image tokens."""
+    records = workspace.search.train[:number]
+    source = ExampleSource(records, workspace.preprocessor, workspace.shapes, cache_bytes=0)
+    tokenizer = workspace.preprocessor.tokenizer
+    shown = []
+    for record, example in zip(records, (source[i] for i in range(len(records))), strict=True):
+        image_tokens = int((example["image_index"][:, 0] >= 0).sum())
+        supervised = example["targets"][example["target_weights"] > 0]
+        text = str(tokenizer.decode(example["tokens"]))
+        image = str(tokenizer.decode([workspace.preprocessor.image_token_id]))
+        shown.append(
+            {
+                "id": record.id,
+                "text": text.replace(image * image_tokens, f"[{image_tokens} image tokens]") if image_tokens else text,
+                "supervised": tokenizer.decode(supervised),
+            }
+        )
+    return shown
+
+
+def _without_draws(laws: Mapping[str, Any]) -> Document:
+    return {name: value for name, value in laws.items() if name != "draws"}
+
+
+def _brief(selection: Mapping[str, Any]) -> Document:
+    return {name: value for name, value in selection.items() if name != "candidates"}

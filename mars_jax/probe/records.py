@@ -1,0 +1,97 @@
+"""From a lane's rows to its record in probes/lanes.jsonl: convergence times by a rule, norms, status, reason.
+
+A module that should have moved and did not is an error here, not a data point.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mars_jax.convergence import ConvergenceRule, converge
+from mars_jax.errors import NoValidResultError
+from mars_jax.probe.loop import Row
+from mars_jax.probe.plan import Lane
+
+
+def lane_records(
+    lanes: Sequence[Lane], rows: Sequence[Sequence[Row]], rule: ConvergenceRule, learning_rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """One record a lane.
+
+    Args:
+        lanes: K lanes.
+        rows: by lane, one row a look, over the same steps.
+        rule: `loss_fraction` speaks of lanes that adapt one module, `drift` of every adapted module.
+        learning_rates: module -> learning rate.
+
+    Raises:
+        NoValidResultError: an adapted module of a finite lane has update norm 0.
+    """
+    times = _convergence_times(lanes, rows, rule)
+    return [
+        _record(lane, lane_rows, lane_times, learning_rates)
+        for lane, lane_rows, lane_times in zip(lanes, rows, times, strict=True)
+    ]
+
+
+def _convergence_times(
+    lanes: Sequence[Lane], rows: Sequence[Sequence[Row]], rule: ConvergenceRule
+) -> list[dict[str, tuple[float, bool]]]:
+    """By lane: module -> (steps, censored), NaN where undefined; modules that the rule says nothing of are absent."""
+    steps = np.asarray([row["step"] for row in rows[0]])
+    if rule.name == "loss_fraction":
+        curves = np.asarray([[row["validation_loss"] for row in lane_rows] for lane_rows in rows])
+        found = converge(rule, steps, curves)
+        return [
+            {lane.adapted[0]: (float(found.steps[k]), bool(found.censored[k]))} if len(lane.adapted) == 1 else {}
+            for k, lane in enumerate(lanes)
+        ]
+    modules = list(lanes[0].ranks)
+    curves = np.asarray([[[row["drift"][module] for row in lane_rows] for module in modules] for lane_rows in rows])
+    found = converge(rule, steps, curves.astype(np.float32))
+    return [
+        {m: (float(found.steps[k, i]), bool(found.censored[k, i])) for i, m in enumerate(modules) if m in lane.adapted}
+        for k, lane in enumerate(lanes)
+    ]
+
+
+def _record(
+    lane: Lane, rows: Sequence[Row], times: Mapping[str, tuple[float, bool]], learning_rates: Mapping[str, float]
+) -> dict[str, Any]:
+    last = rows[-1]
+    norms = {module: last["update_norm"][module] for module in lane.adapted}
+    finite = [row for row in rows if row["alive"]]
+    if last["alive"]:
+        still = [module for module, norm in norms.items() if not norm > 0]
+        if still:
+            raise NoValidResultError(
+                f"module {still[0]!r} did not move in lane {lane.name} (update norm {norms[still[0]]} after "
+                f"{last['step']} steps), so its convergence can't be told. Check that its targets lie on the path from "
+                f"the input to the loss, and its learning rate ({learning_rates[still[0]]})."
+            )
+        status, reason = ("converged", None) if times else ("horizon", "the rule speaks of lanes that adapt one module")
+        late = [module for module, (_, censored) in times.items() if censored]
+        if late:
+            status, reason = "horizon", f"{', '.join(late)} had not converged at step {last['step']}"
+    else:
+        status = "diverged"
+        reason = f"the loss was not finite between steps {finite[-1]['step'] if finite else 0} and {last['step']}"
+    best = min(finite, key=lambda row: row["validation_loss"], default=last)
+    return {
+        "lane": lane.name,
+        "ranks": dict(lane.ranks),
+        "num_samples": lane.num_samples,
+        "seed": lane.seed,
+        "learning_rate": dict(learning_rates),
+        "adapted": lane.adapted,
+        "steps": last["step"],
+        "convergence_steps": {m: None if math.isnan(steps) else steps for m, (steps, _) in times.items()},
+        "censored": {module: censored for module, (_, censored) in times.items()},
+        "best_loss": best["validation_loss"],
+        "best_step": best["step"],
+        "update_norm": norms,
+        "status": status,
+        "reason": reason,
+    }

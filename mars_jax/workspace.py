@@ -1,0 +1,235 @@
+"""What the phases of a run share, loaded once and only when needed: data, targets, base, batches.
+
+No phase's logic is here. Search code gets `search`, which has no test split to look at.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mars_jax import lora
+from mars_jax.config import Config
+from mars_jax.data.batches import Batch, eval_batches, stream, subset
+from mars_jax.data.examples import ExampleSource, Preprocessor, ShapePlan, Shapes, load_preprocessor, plan_shapes
+from mars_jax.data.records import Record, load_records
+from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
+from mars_jax.errors import ConfigError
+from mars_jax.hub import tables
+from mars_jax.hub.read import read_checkpoint, read_config
+from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.probe.engine import Engine, make_engine
+from mars_jax.probe.plan import Lane
+from mars_jax.progress import Reporter
+
+if TYPE_CHECKING:
+    import grain
+
+_UNLIMITED = 2**31
+
+
+class Workspace:
+    """Lazily loaded parts of one run."""
+
+    def __init__(self, config: Config, reporter: Reporter) -> None:
+        self.config = config
+        self.reporter = reporter
+
+    # Data.
+
+    @cached_property
+    def preprocessor(self) -> Preprocessor:
+        """Tokenizer, image processor and geometry of the checkpoint."""
+        return load_preprocessor(self.config.model.checkpoint)
+
+    @cached_property
+    def _splits(self) -> Splits:
+        data = self.config.data
+
+        def load(path: Path) -> tuple[Record, ...]:
+            return load_records(path, data.image_root or path.parent)
+
+        train = load(data.train)
+        validation_share = 0.0 if data.validation else data.validation_fraction
+        test_share = 0.0 if data.test else data.test_fraction
+        fractions = Fractions(1.0 - validation_share - test_share, validation_share, test_share)
+        if not (data.validation or data.test):
+            return split_records(train, fractions)
+        parts: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
+        for record in train:
+            parts[split_of(record, fractions)].append(record)
+        return splits_of_files(
+            parts["train"],
+            load(data.validation) if data.validation else parts["validation"],
+            load(data.test) if data.test else parts["test"],
+        )
+
+    def _plan(self, records: Sequence[Record]) -> ShapePlan:
+        return plan_shapes(records, self.preprocessor, self.config.data.max_tokens or _UNLIMITED)
+
+    @cached_property
+    def _train_plan(self) -> ShapePlan:
+        return self._plan(self._splits.train)
+
+    @cached_property
+    def _validation_plan(self) -> ShapePlan:
+        return self._plan(self._splits.validation)
+
+    @cached_property
+    def _test_plan(self) -> ShapePlan:
+        return self._plan(self._splits.test)
+
+    @cached_property
+    def search(self) -> SearchData:
+        """Training and validation records that fit; all that search code may see."""
+        return SearchData(train=self._train_plan.kept, validation=self._validation_plan.kept)
+
+    @property
+    def test_records(self) -> tuple[Record, ...]:
+        """Test records that fit: for evaluation and export only."""
+        return self._test_plan.kept
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Static shapes of training and validation batches."""
+        return self._train_plan.shapes.union(self._validation_plan.shapes)
+
+    @cached_property
+    def _train_source(self) -> ExampleSource:
+        return ExampleSource(self.search.train, self.preprocessor, self.shapes)
+
+    def data_summary(self) -> dict[str, Any]:
+        """The document of data.json; what was dropped is told by name."""
+        plans = {"train": self._train_plan, "validation": self._validation_plan, "test": self._test_plan}
+        dropped = [
+            {"id": record.id, "split": name, "reason": f"{length} tokens, more than {self.config.data.max_tokens}"}
+            for name, plan in plans.items()
+            for record, length in plan.dropped
+        ]
+        for entry in dropped:
+            self.reporter.warn(f"sample {entry['id']!r} of {entry['split']} is left out: {entry['reason']}")
+        shapes = self.shapes
+        return {
+            **{name: len(plan.kept) for name, plan in plans.items()},
+            "images": {name: len({r.group for r in plan.kept if r.images}) for name, plan in plans.items()},
+            "dropped": dropped,
+            "shapes": {
+                name: getattr(shapes, name) for name in ("max_tokens", "max_tiles", "max_supervised", "corners")
+            },
+        }
+
+    def target_num_samples(self) -> int:
+        """D that ranks are picked for: all training samples unless the config says otherwise."""
+        return self.config.selection.target_num_samples or len(self.search.train)
+
+    # Model.
+
+    @cached_property
+    def model_config(self) -> Any:
+        """Architecture of the checkpoint."""
+        return read_config(self.config.model.checkpoint)
+
+    @cached_property
+    def model(self) -> LlavaOnevision:
+        """The Linen module."""
+        return LlavaOnevision(self.model_config)
+
+    @cached_property
+    def base(self) -> Any:
+        """Frozen parameters on the device."""
+        return jax.device_put(read_checkpoint(self.config.model.checkpoint, self.config.model.dtype)[1])
+
+    @cached_property
+    def abstract_base(self) -> Any:
+        """Shapes of the parameters, from the config alone."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        parameters = tables.parameters(self.model_config)
+        return lora.unflatten({p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters})
+
+    @cached_property
+    def targets(self) -> lora.Targets:
+        """Linears that take adapters; refuses patterns and ranks that mean nothing."""
+        modules = self.config.lora.modules
+        targets = lora.find_targets(self.abstract_base, {name: module.targets for name, module in modules.items()})
+        for ends in (min, max):
+            lora.check_ranks(targets, {name: ends(module.ranks) for name, module in modules.items()})
+        return targets
+
+    @property
+    def grids(self) -> dict[str, tuple[int, ...]]:
+        """Module -> ranks to try."""
+        return {name: module.ranks for name, module in self.config.lora.modules.items()}
+
+    @property
+    def alpha(self) -> lora.AlphaRule:
+        """The alpha rule."""
+        return lora.AlphaRule(self.config.lora.alpha.rule, self.config.lora.alpha.value)
+
+    def learning_rates(self, override: float | None = None) -> dict[str, float]:
+        """Module -> learning rate."""
+        rate = override or self.config.optimizer.learning_rate
+        return dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(self.grids, rate)
+
+    # Training.
+
+    def engine(self, padded_ranks: Mapping[str, int]) -> Engine:
+        """Compiled functions of lanes padded to these ranks."""
+        settings = self.config.optimizer
+        steps = [optax.clip_by_global_norm(settings.clip_norm)]
+        steps.append(optax.scale_by_adam(settings.b1, settings.b2, settings.eps))
+        if settings.weight_decay:
+            steps.append(optax.add_decayed_weights(settings.weight_decay))
+        return make_engine(
+            self.model,
+            self.targets,
+            padded_ranks=padded_ranks,
+            alpha=self.alpha,
+            transform=optax.chain(*steps),
+            num_snapshots=self.config.probe.looks_per_doubling,
+        )
+
+    @cached_property
+    def probe_engine(self) -> Engine:
+        """One bucket for the whole grid: every lane padded to the largest ranks. Shared by probes and local sweep."""
+        return self.engine({module: max(ranks) for module, ranks in self.grids.items()})
+
+    def stream(self, lane: Lane, batch_size: int) -> "grain.MapDataset[Batch]":
+        """Batches of a lane: smaller D lie in larger ones, and lanes of one seed see the same order."""
+        indices = subset(len(self.search.train), lane.num_samples, self.config.seed)
+        return stream(self._train_source, indices, seed=self.config.seed + lane.seed, batch_size=batch_size)
+
+    def validation_batches(self, most: int | None, batch_size: int) -> Batch:
+        """Validation batches [V, B, ...]: up to `most` records, the same for every lane."""
+        records = self.search.validation
+        chosen = subset(len(records), min(most or len(records), len(records)), self.config.seed)
+        source = ExampleSource([records[i] for i in chosen], self.preprocessor, self.shapes, cache_bytes=0)
+        batches = [batch for batch, _ in eval_batches(source, min(batch_size, len(chosen)))]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def check_sizes(self) -> None:
+        """Refuses data sizes that the training split can't give.
+
+        Raises:
+            ConfigError: more samples asked for than there are.
+        """
+        total = len(self.search.train)
+        wanted = {"probe.num_samples": max(self.config.probe.num_samples)}
+        if self.config.selection.target_num_samples:
+            wanted["selection.target_num_samples"] = self.config.selection.target_num_samples
+        for key, value in wanted.items():
+            if value > total:
+                raise ConfigError(
+                    f"{key} asks for {value} training samples, but the training split has {total}. "
+                    f"Choose at most {total}, or give more data."
+                )
+
+
+def physical_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
