@@ -1,0 +1,153 @@
+"""When has a module (or a lane) converged? Rules that read curves and return steps, nothing else.
+
+No training, no measuring of the curves and no fitting of laws happens here. A rule is data (`ConvergenceRule`); the
+function of each rule is pure and jitted, and `_RULES` is the one place that a new rule is added to.
+
+Every rule returns a `Convergence`. Three outcomes are kept apart:
+- converged: `steps` is the convergence time, `censored` is False;
+- censored: it had not converged at its horizon, so `steps` is the horizon, a lower bound, and `censored` is True;
+- undefined: the curve is not finite, or there was nothing to converge to; `steps` is NaN and `censored` is False.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mars_jax.errors import ConfigError
+
+RuleName = Literal["loss_fraction", "drift"]
+
+
+@dataclass(frozen=True)
+class ConvergenceRule:
+    """Which rule, and its two numbers.
+
+    Attributes:
+      name: `loss_fraction` (lanes that adapt one module) or `drift` (per module, online).
+      epsilon: threshold, in (0, 1): share of the lane's own drop (loss_fraction) or relative change (drift).
+      sustain: looks, from the convergence time to the end of the curve, that must exist before it counts.
+    """
+
+    name: RuleName = "loss_fraction"
+    epsilon: float = 0.1
+    sustain: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse values that no rule can use."""
+        allowed = get_args(RuleName)
+        if self.name not in allowed:
+            raise ConfigError(f"convergence rule name is {self.name!r}; allowed: {', '.join(allowed)}.")
+        if not 0.0 < self.epsilon < 1.0:
+            raise ConfigError(f"convergence rule epsilon is {self.epsilon}; allowed: between 0 and 1, both excluded.")
+        if self.sustain < 1:
+            raise ConfigError(f"convergence rule sustain is {self.sustain}; allowed: 1 or more looks.")
+
+
+class Convergence(NamedTuple):
+    """What a rule found. Both arrays are [K] (loss_fraction) or [K, M] (drift).
+
+    Attributes:
+      steps: optimizer steps, float32; the horizon where censored, NaN where undefined.
+      censored: True where it had not converged at the horizon.
+    """
+
+    steps: jax.Array
+    censored: jax.Array
+
+
+def converge(rule: ConvergenceRule, steps: ArrayLike, curves: ArrayLike) -> Convergence:
+    """Applies a rule to curves over a common grid of steps.
+
+    Args:
+      rule: which rule and its threshold.
+      steps: [N] optimizer steps of the looks, strictly increasing, N >= 2.
+      curves: [K, N] validation losses in nats (`loss_fraction`) or [K, M, N] relative drifts (`drift`).
+
+    Returns:
+      The convergence times and whether each is censored.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    steps, curves = jnp.asarray(steps, jnp.float32), jnp.asarray(curves, jnp.float32)
+    function, axes = _RULES[rule.name]
+    if steps.ndim != 1 or steps.size < 2 or curves.ndim != len(axes) or curves.shape[-1] != steps.size:
+        raise ValueError(
+            f"rule {rule.name!r} takes steps [N] with N >= 2 and curves [{', '.join(axes)}]; "
+            f"got steps {steps.shape} and curves {curves.shape}."
+        )
+    return function(steps, curves, jnp.float32(rule.epsilon), jnp.int32(rule.sustain))
+
+
+@jax.jit
+def _loss_fraction(steps: jax.Array, losses: jax.Array, epsilon: jax.Array, sustain: jax.Array) -> Convergence:
+    """First step after which the loss stays within `epsilon` of the lane's own drop, up to its best step.
+
+    With L_0 the first loss, L_min the smallest and f(t) = (L(t) - L_min) / (L_0 - L_min), the time is where f crosses
+    epsilon for the last time *before the best step*, linear between looks. What comes after the best step is not read:
+    over-fitting does not undo convergence. Censored when the best step is the last look, when the best loss of the
+    last 10 % of the horizon is lower than all before by more than 1 % of the drop, or when fewer than `sustain` looks
+    lie after the crossing. Undefined when a loss is not finite or none is below the first.
+    """
+    looks = jnp.arange(steps.size)
+    horizon = steps[-1]
+
+    def one_lane(loss: jax.Array) -> Convergence:
+        best = jnp.argmin(loss)
+        drop = loss[0] - loss[best]
+        defined = jnp.all(jnp.isfinite(loss)) & (drop > 0)
+        remaining = (loss - loss[best]) / jnp.where(drop > 0, drop, 1.0)
+        last_above = jnp.max(jnp.where((looks <= best) & (remaining > epsilon), looks, 0))
+        first_below = jnp.minimum(last_above + 1, steps.size - 1)
+        high, low = remaining[last_above], remaining[first_below]
+        part = jnp.where(high > low, (high - epsilon) / jnp.where(high > low, high - low, 1.0), 0.0)
+        time = steps[last_above] + part * (steps[first_below] - steps[last_above])
+        best_early = jnp.min(jnp.where(steps <= 0.9 * horizon, loss, jnp.inf))
+        censored = (
+            (best == steps.size - 1) | (best_early - loss[best] > 0.01 * drop) | (steps.size - first_below < sustain)
+        )
+        return Convergence(jnp.where(defined, jnp.where(censored, horizon, time), jnp.nan), censored & defined)
+
+    return jax.vmap(one_lane)(losses)
+
+
+@jax.jit
+def _drift(steps: jax.Array, drifts: jax.Array, epsilon: jax.Array, sustain: jax.Array) -> Convergence:
+    """First step after which the relative drift of a module's update stays at or below `epsilon`.
+
+    The drift is ||Delta(t) - Delta(t/2)||_F / ||Delta(t)||_F of the product Delta = scale * A @ B (A and B alone have a
+    gauge freedom, so their norms mean nothing). The grid is log-spaced, so the crossing is interpolated in log step.
+    Leading NaN are looks without a t/2; a look that is not finite after the first finite one makes the module
+    undefined, as does a module without any finite look (it did not move). Censored when fewer than `sustain` looks,
+    at the end of the curve, are at or below `epsilon`. Below the threshold from the first look on, the time is that
+    look: an upper bound.
+    """
+    looks = jnp.arange(steps.size)
+
+    def one_module(drift: jax.Array) -> Convergence:
+        finite = jnp.isfinite(drift)
+        start = jnp.argmax(finite)
+        defined = jnp.any(finite) & jnp.all(finite | (looks < start))
+        above = (looks >= start) & (drift > epsilon)
+        last_above = jnp.max(jnp.where(above, looks, -1))
+        first_below = jnp.maximum(last_above + 1, start)
+        censored = steps.size - first_below < sustain
+        left, right = jnp.maximum(last_above, 0), jnp.minimum(first_below, steps.size - 1)
+        high, low = drift[left], drift[right]
+        part = jnp.where(high > low, (high - epsilon) / jnp.where(high > low, high - low, 1.0), 1.0)
+        between = steps[left] * (steps[right] / jnp.maximum(steps[left], 1e-30)) ** part
+        time = jnp.where((last_above >= 0) & (steps[left] > 0), between, steps[right])
+        return Convergence(jnp.where(defined, jnp.where(censored, steps[-1], time), jnp.nan), censored & defined)
+
+    return jax.vmap(jax.vmap(one_module))(drifts)
+
+
+_Rule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Convergence]
+_RULES: dict[str, tuple[_Rule, tuple[str, ...]]] = {
+    "loss_fraction": (_loss_fraction, ("K", "N")),
+    "drift": (_drift, ("K", "M", "N")),
+}

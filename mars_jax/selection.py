@@ -1,0 +1,378 @@
+"""From the laws to one rank per module: balance, prune, predict, pick; and the local sweep that settles close calls.
+
+Pure functions of a `Laws` and numbers. No lane is run here: for a sweep the caller runs the candidates that it is
+given and hands the losses back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from mars_jax.convergence_law import ConvergenceLaw
+from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.laws import Laws
+
+Ranks = Mapping[str, int]
+Method = Literal["laws", "paper", "local_sweep"]
+
+_SMALLEST_TAU = math.log(1.25)
+_ONE_SIDED_95 = 1.64
+_SURE_ENOUGH = 0.8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rank vector of the grid at the target D.
+
+    Attributes:
+      ranks: module -> rank, carried modules included.
+      convergence_steps: searched module -> predicted convergence time in steps.
+      imbalance: largest minus smallest log convergence time.
+      kept: whether it survived the pruning.
+      reason: why it was kept or not.
+      predicted_loss: mean of the bootstrap predictions of the validation loss, nats.
+      predicted_ci: their 95 % interval.
+      parameters: trainable LoRA parameters.
+      p_best: share of bootstrap draws in which it has the smallest loss of those kept; 0 when not kept.
+    """
+
+    ranks: Ranks
+    convergence_steps: Mapping[str, float]
+    imbalance: float
+    kept: bool
+    reason: str
+    predicted_loss: float
+    predicted_ci: tuple[float, float]
+    parameters: int
+    p_best: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pick, and everything it was picked from.
+
+    Attributes:
+      target_num_samples: D of the run that the ranks are for.
+      pick: module -> rank.
+      p_best: `p_best` of the picked candidate.
+      fallback: what went wrong when no candidate was balanced, else None.
+      method: `laws`, `paper`, or `local_sweep` once a sweep has decided.
+      tau: largest imbalance that counts as balanced, in log time.
+      candidates: every rank vector of the grid, fewest parameters first.
+      explanation: why this pick, in plain words.
+    """
+
+    target_num_samples: int
+    pick: Ranks
+    p_best: float
+    fallback: str | None
+    method: Method
+    tau: float
+    candidates: tuple[Candidate, ...]
+    explanation: str
+
+    @property
+    def needs_sweep(self) -> bool:
+        """Whether the laws leave the pick open: P(best) < 0.8 and there is another candidate to compare it with."""
+        return self.method != "local_sweep" and self.p_best < _SURE_ENOUGH and len(candidates_for_sweep(self)) > 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The document selection.json."""
+        document = dataclasses.asdict(self)
+        for candidate in document["candidates"]:
+            candidate["predicted_ci"] = list(candidate["predicted_ci"])
+        document["candidates"] = list(document["candidates"])
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Selection":
+        """The inverse of `to_json`."""
+        candidates = tuple(
+            Candidate(**{**entry, "predicted_ci": tuple(entry["predicted_ci"])}) for entry in document["candidates"]
+        )
+        return cls(**{**document, "candidates": candidates})
+
+
+def balanced_rank(
+    pivot: ConvergenceLaw, other: ConvergenceLaw, rank: int, num_samples: float, grid: Sequence[int]
+) -> int:
+    """The rank of `grid` at which `other` converges most nearly when `pivot` does at `rank`; real for any law.
+
+    Where `other` is too slow at every rank (its offset exceeds the pivot's time) this is its fastest rank.
+    """
+    grid = sorted(grid)
+    gaps = np.abs(other.log_steps(grid, num_samples) - pivot.log_steps(rank, num_samples))
+    return int(grid[int(np.argmin(gaps))])
+
+
+def balanced_rank_continuous(
+    pivot: ConvergenceLaw, other: ConvergenceLaw, rank: float, num_samples: float
+) -> float | None:
+    """The closed form of the balanced rank (Cho et al., arXiv 2603.00720, Eq. 3, as reconstructed), off the grid.
+
+    r_o = [(k_p r_p**gamma_p D**delta_p + E_p - E_o) / (k_o D**delta_o)]**(1/gamma_o)
+
+    Returns:
+      The rank, or None where the bracket is not positive, gamma_o is 0 or the result overflows: no rank balances then.
+    """
+    bracket = math.exp(min(float(pivot.log_steps(rank, num_samples)), 700.0)) - other.E
+    if bracket <= 0 or other.gamma == 0:
+        return None
+    log_rank = (math.log(bracket) - math.log(other.k) - other.delta * math.log(num_samples)) / other.gamma
+    return math.exp(log_rank) if abs(log_rank) < 700.0 else None
+
+
+def select(
+    laws: Laws,
+    grids: Mapping[str, Sequence[int]],
+    num_samples: int,
+    *,
+    method: Literal["laws", "paper"] = "laws",
+    parameters_per_rank: Mapping[str, int],
+    constant_parameters: int = 0,
+    pivot: str = "llm",
+) -> Selection:
+    """Picks ranks from the grid at the target number of samples.
+
+    `laws`: keep the vectors whose searched modules converge within tau of each other, tau being the larger of log 1.25
+    and 1.64 bootstrap standard deviations of the log-time difference (half the central 68.3 %, median over the grid),
+    and take the smallest expected loss. `paper`: for each rank of the pivot keep the one vector that balances it best,
+    and take the smallest loss of the multiplicative Law-P. Ties go to fewer parameters.
+
+    Args:
+      laws: fitted laws.
+      grids: module -> ranks to choose among; a module with one rank is carried through, not searched.
+      num_samples: D of the run that the ranks are for.
+      method: `laws` or `paper`.
+      parameters_per_rank: module -> trainable parameters of one rank.
+      constant_parameters: trainable parameters that do not depend on the ranks.
+      pivot: the module whose ranks the paper's method loops over; the last searched one where it is not searched.
+
+    Returns:
+      The selection; `fallback` is set, and the least unbalanced vector picked, when none is balanced.
+
+    Raises:
+      ConfigError: the grid, the laws and the parameter counts do not belong together.
+    """
+    searched = _check(laws, grids, num_samples, method, parameters_per_rank)
+    vectors = [dict(zip(grids, ranks, strict=True)) for ranks in product(*(sorted(set(g)) for g in grids.values()))]
+    sizes = [constant_parameters + sum(r * parameters_per_rank[m] for m, r in v.items()) for v in vectors]
+    order = np.argsort(sizes, kind="stable")
+    vectors, sizes = [vectors[i] for i in order], [sizes[i] for i in order]
+
+    columns = {module: [vector[module] for vector in vectors] for module in searched}
+    log_times = np.stack([laws.convergence[module].log_steps(columns[module], num_samples) for module in searched])
+    imbalance = log_times.max(axis=0) - log_times.min(axis=0)
+    tau = _tau(laws, searched, columns, log_times, num_samples)
+
+    law = laws.multiplicative if method == "paper" else laws.performance
+    draws = law.loss_draws(vectors, num_samples)
+    expected = draws.mean(axis=0)
+    if method == "paper":
+        pivot = pivot if pivot in searched else searched[-1]
+        kept = _on_balance_curve(laws, grids, searched, pivot, num_samples, vectors)
+        score = law.loss(vectors, num_samples)
+    else:
+        kept, score = imbalance <= tau, expected
+    fallback = None
+    if not kept.any():
+        least = int(np.argmin(imbalance))
+        kept = np.arange(len(vectors)) == least
+        fallback = (
+            f"No rank vector of the grid is balanced at D = {num_samples}: even at {_words(vectors[least])} the "
+            f"modules converge a factor {math.exp(imbalance[least]):.2f} apart (allowed {math.exp(tau):.2f}). "
+            "This one, the least unbalanced, is picked. Widen the rank grid, or probe more lanes to narrow the laws."
+        )
+    indices = np.flatnonzero(kept)
+    winners = indices[np.argmin(draws[:, indices], axis=1)]
+    p_best = np.bincount(winners, minlength=len(vectors)) / len(draws)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    candidates = tuple(
+        Candidate(
+            ranks=vectors[i],
+            convergence_steps={m: float(np.exp(t)) for m, t in zip(searched, log_times[:, i], strict=True)},
+            imbalance=float(imbalance[i]),
+            kept=bool(kept[i]),
+            reason=_reason(method, bool(kept[i]), float(imbalance[i]), tau, fallback),
+            predicted_loss=float(expected[i]),
+            predicted_ci=(float(low[i]), float(high[i])),
+            parameters=int(sizes[i]),
+            p_best=float(p_best[i]),
+        )
+        for i in range(len(vectors))
+    )
+    pick = candidates[int(indices[np.argmin(score[indices])])]
+    explanation = _explain(pick, candidates, tau, num_samples, method, fallback)
+    return Selection(num_samples, pick.ranks, pick.p_best, fallback, method, tau, candidates, explanation)
+
+
+def _check(
+    laws: Laws, grids: Mapping[str, Sequence[int]], num_samples: int, method: str, parameters: Mapping[str, int]
+) -> list[str]:
+    """Refuses what does not belong together; returns the searched modules."""
+    if method not in ("laws", "paper"):
+        raise ConfigError(f"selection method is {method!r}; allowed: laws, paper.")
+    if num_samples < 1:
+        raise ConfigError(f"the target number of samples is {num_samples}; allowed: 1 or more.")
+    for module, grid in grids.items():
+        if not grid or min(grid) < 1:
+            raise ConfigError(f"the rank grid of module {module!r} is {list(grid)}; allowed: one or more ranks >= 1.")
+        if module not in parameters:
+            raise ConfigError(
+                f"parameters_per_rank has no module {module!r}; it has {', '.join(parameters) or 'none'}."
+            )
+    searched = [module for module, grid in grids.items() if len(set(grid)) > 1]
+    if not searched:
+        raise ConfigError("every module has one rank in its grid, so there is nothing to select. Give two or more.")
+    known = [module for module in laws.convergence if module in laws.performance.modules]
+    unknown = [module for module in searched if module not in known]
+    if unknown or any(module not in grids for module in known):
+        raise ConfigError(
+            f"the grid searches {', '.join(searched)} and names {', '.join(grids)}, but the laws are of "
+            f"{', '.join(known)}. Give the grid the modules that were probed, or probe those of the grid."
+        )
+    return searched
+
+
+def _tau(
+    laws: Laws, searched: Sequence[str], columns: Mapping[str, Sequence[int]], log_times: np.ndarray, num_samples: float
+) -> float:
+    """The larger of log 1.25 and 1.64 bootstrap sd of the slowest minus the fastest log time, median over vectors."""
+    draws = np.stack([laws.convergence[module].log_steps_draws(columns[module], num_samples) for module in searched])
+    vector = np.arange(log_times.shape[1])
+    gaps = draws[log_times.argmax(axis=0), :, vector] - draws[log_times.argmin(axis=0), :, vector]
+    low, high = np.percentile(gaps, [15.87, 84.13], axis=1)
+    return max(_SMALLEST_TAU, _ONE_SIDED_95 * float(np.median((high - low) / 2)))
+
+
+def _on_balance_curve(
+    laws: Laws,
+    grids: Mapping[str, Sequence[int]],
+    searched: Sequence[str],
+    pivot: str,
+    num_samples: float,
+    vectors: Sequence[Ranks],
+) -> np.ndarray:
+    """[Q] bool: the vectors in which every other module has the rank that balances the pivot's."""
+    others = [module for module in searched if module != pivot]
+    curve = {
+        rank: {
+            m: balanced_rank(laws.convergence[pivot], laws.convergence[m], rank, num_samples, grids[m]) for m in others
+        }
+        for rank in grids[pivot]
+    }
+    return np.array([all(vector[m] == curve[vector[pivot]][m] for m in others) for vector in vectors])
+
+
+def _reason(method: str, kept: bool, imbalance: float, tau: float, fallback: str | None) -> str:
+    apart = f"modules converge a factor {math.exp(imbalance):.2f} apart"
+    if method == "paper":
+        return f"{apart}; {'nearest balance for this rank of the pivot' if kept else 'another rank balances better'}"
+    if kept and fallback:
+        return f"{apart}; more than {math.exp(tau):.2f}, but the least of the grid"
+    return f"{apart}; {'within' if kept else 'more than'} {math.exp(tau):.2f}"
+
+
+def _words(ranks: Ranks) -> str:
+    return ", ".join(f"{module} {rank}" for module, rank in ranks.items())
+
+
+def _explain(
+    pick: Candidate, candidates: Sequence[Candidate], tau: float, num_samples: int, method: str, fallback: str | None
+) -> str:
+    if fallback:
+        return fallback
+    steps = ", ".join(f"{module} in {steps:.0f}" for module, steps in pick.convergence_steps.items())
+    kept = sum(candidate.kept for candidate in candidates)
+    balance = f"(allowed {math.exp(tau):.2f})" if method == "laws" else "(nearest balance)"
+    return (
+        f"At D = {num_samples} samples, with ranks {_words(pick.ranks)}, the modules converge within a factor "
+        f"{math.exp(pick.imbalance):.2f} of each other {balance}: {steps} steps. Of the {kept} rank vectors kept from "
+        f"{len(candidates)}, it has the smallest expected validation loss, {pick.predicted_loss:.4f} nats "
+        f"(95 % interval {pick.predicted_ci[0]:.4f} to {pick.predicted_ci[1]:.4f}). It is the best of them in "
+        f"{100 * pick.p_best:.0f} % of the bootstrap draws."
+    )
+
+
+def candidates_for_sweep(selection: Selection, threshold: float = 0.05, most: int = 5) -> tuple[Ranks, ...]:
+    """Rank vectors worth running, at most `most`: the pick, then those with P(best) >= threshold, likeliest first."""
+    likely = [c for c in selection.candidates if c.kept and c.p_best >= threshold and c.ranks != selection.pick]
+    likely.sort(key=lambda candidate: -candidate.p_best)
+    return (selection.pick, *(candidate.ranks for candidate in likely))[:most]
+
+
+def decide_by_sweep(selection: Selection, results: Sequence[tuple[Ranks, float]]) -> Selection:
+    """The selection after a local sweep: the candidate with the smallest mean validation loss.
+
+    Args:
+      selection: what the laws said.
+      results: (ranks, validation loss in nats) of each lane that ran to the end; seeds of one candidate are averaged.
+
+    Returns:
+      The selection with method `local_sweep`; `p_best` stays what the laws gave the new pick.
+
+    Raises:
+      ConfigError: a result is not of a candidate.
+      NoValidResultError: no candidate has only finite losses.
+    """
+    losses: dict[int, list[float]] = {}
+    for ranks, loss in results:
+        found = [i for i, candidate in enumerate(selection.candidates) if candidate.ranks == ranks]
+        if not found:
+            raise ConfigError(f"the sweep has a result for {_words(ranks)}, which is not in the rank grid.")
+        losses.setdefault(found[0], []).append(loss)
+    means = {i: float(np.mean(values)) for i, values in losses.items() if np.all(np.isfinite(values))}
+    if not means:
+        raise NoValidResultError(
+            f"the local sweep gave {len(results)} results and no candidate with only finite losses. "
+            "Look at the lanes' curves, and lower the learning rate."
+        )
+    best = min(means, key=lambda i: means[i])
+    pick = selection.candidates[best]
+    others = [f"{_words(selection.candidates[i].ranks)}: {means[i]:.4f}" for i in sorted(means, key=lambda i: means[i])]
+    agrees = "which the laws had picked as well" if pick.ranks == selection.pick else "not the pick of the laws"
+    explanation = (
+        f"The laws could not separate the last candidates (P(best) {selection.p_best:.2f}), so {len(means)} were run. "
+        f"Smallest measured validation loss in nats: {'; '.join(others)}. The pick is {_words(pick.ranks)}, {agrees}."
+    )
+    return dataclasses.replace(
+        selection, pick=pick.ranks, p_best=pick.p_best, method="local_sweep", explanation=explanation
+    )
+
+
+class Rung(NamedTuple):
+    """One rung of successive halving: train `lanes` candidates up to `steps`, then keep `survivors`."""
+
+    lanes: int
+    steps: int
+    survivors: int
+
+
+def halving_schedule(lanes: int, steps: int) -> tuple[Rung, ...]:
+    """Rungs of successive halving (Jamieson and Talwalkar 2016): half the lanes go on, for twice the steps.
+
+    Args:
+      lanes: candidates at the start.
+      steps: optimizer steps of the last rung.
+
+    Returns:
+      The rungs, in order; `steps` counts from the start of training, and the last rung leaves one survivor.
+    """
+    if lanes < 1 or steps < 1:
+        raise ConfigError(f"successive halving got {lanes} lanes and {steps} steps; allowed: 1 or more of each.")
+    count = max(1, math.ceil(math.log2(lanes)))
+    sizes = [lanes]
+    while len(sizes) <= count:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return tuple(Rung(sizes[i], max(1, math.ceil(steps / 2 ** (count - 1 - i))), sizes[i + 1]) for i in range(count))
+
+
+def survivors(losses: Sequence[float], keep: int) -> tuple[int, ...]:
+    """Indices of the `keep` smallest losses, best first; losses that are not finite never survive."""
+    finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
+    return tuple(sorted(finite, key=lambda i: losses[i])[:keep])
