@@ -20,7 +20,7 @@ from flax import linen as nn
 from mars_jax import lora
 from mars_jax.data.batches import eval_batches, image_blind, shuffle_images
 from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
-from mars_jax.data.records import Record, Turn
+from mars_jax.data.records import Record
 from mars_jax.jsonfiles import append_jsonl, write_json
 from mars_jax.rundir import RunDirectory
 from mars_jax.workspace import Workspace
@@ -113,9 +113,14 @@ class Evaluator:
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and len({record.group for record in records if record.images}) > 1:
             self._views["shuffled"] = shuffle_images(records, seed)
+        tokenizer = preprocessor.tokenizer
+        self._answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in self.candidates]
         everything = [record for view in self._views.values() for record in view]
-        everything += [with_answer(record, answer) for record in everything for answer in candidates]
-        self._shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
+        shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
+        longest = max((len(answer) for answer in self._answers), default=0)
+        self._shapes = replace(
+            shapes, max_tokens=shapes.max_tokens + longest, max_supervised=shapes.max_supervised + longest
+        )
 
         def losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
             logits = model.apply({"params": base, "lora": adapters}, batch)
@@ -123,7 +128,7 @@ class Evaluator:
             return (per_token * batch["target_weights"]).sum(axis=1)
 
         # The pictures have no candidate axis, so they are encoded once for all candidates.
-        axes = dict.fromkeys(_TEXT, 0) | {"pixels": None}
+        axes = dict.fromkeys(_OF_ANSWER, 0) | dict.fromkeys(_OF_PICTURE)
         self._losses = jax.jit(losses)
         self._candidate_losses = jax.jit(jax.vmap(losses, in_axes=(None, None, axes)))
 
@@ -163,7 +168,8 @@ class Evaluator:
         losses = np.asarray(self._losses(self._base, adapters, batch))
         choices = np.zeros(0, np.int64)
         if answers is not None:
-            scores = self._candidate_losses(self._base, adapters, {**answers, "pixels": batch["pixels"]})
+            pictures = {name: batch[name] for name in _OF_PICTURE}
+            scores = self._candidate_losses(self._base, adapters, {**answers, **pictures})
             choices = np.asarray(jnp.argmin(scores, axis=0))
         return losses, batch["target_weights"].sum(axis=1), choices
 
@@ -175,19 +181,15 @@ class Evaluator:
         return Outcome(losses, tokens, choices, np.asarray(correct, bool))
 
     def _batches(self, records: Sequence[Record]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, int]]:
-        """Batches [B, ...], the same with each candidate for an answer [C, B, ...] (without pixels), and real rows."""
+        """Batches [B, ...], what of them each candidate answer changes [C, B, ...], and the number of real rows."""
         size = self._batch_size
         source = ExampleSource(records, self._preprocessor, self._shapes)
         for start, (batch, valid) in zip(range(0, len(records), size), eval_batches(source, size), strict=True):
-            if not self.candidates:
-                yield batch, None, valid
-                continue
-            rows = [records[start + min(row, valid - 1)] for row in range(size)]
-            answered = [with_answer(record, answer) for answer in self.candidates for record in rows]
-            examples = ExampleSource(answered, self._preprocessor, self._shapes)
-            (full,) = eval_batches(examples, len(answered))
-            shape = (len(self.candidates), size)
-            yield batch, {name: full.batch[name].reshape(*shape, *full.batch[name].shape[1:]) for name in _TEXT}, valid
+            answers = None
+            if self._answers:
+                rows = [source.with_answers(start + min(row, valid - 1), self._answers) for row in range(size)]
+                answers = {name: np.stack([row[name] for row in rows], axis=1) for name in _OF_ANSWER}
+            yield batch, answers, valid
 
 
 def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) -> dict[str, Any]:
@@ -232,12 +234,8 @@ def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) 
     return document
 
 
-_TEXT = ("tokens", "image_index", "image_weight", "targets", "target_positions", "target_weights")
-
-
-def with_answer(record: Record, answer: str) -> Record:
-    """The record with its last answer replaced."""
-    return replace(record, turns=(*record.turns[:-1], Turn("assistant", answer)))
+_OF_ANSWER = ("tokens", "targets", "target_positions", "target_weights")
+_OF_PICTURE = ("pixels", "image_index", "image_weight")
 
 
 def _answer(record: Record) -> str:

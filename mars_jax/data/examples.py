@@ -199,6 +199,25 @@ class ExampleSource:
             weight[places, : rows.shape[1]] = image.weight
         return {**example, "pixels": pixels, "image_index": index, "image_weight": weight}
 
+    def with_answers(self, number: int, answers: Sequence[Sequence[int]]) -> Example:
+        """The text arrays of record `number` with its last answer replaced by each of C others, tokenised.
+
+        Only what the answer changes has the axis C: tokens [C, T], targets, target_positions, target_weights [C, S].
+        `shapes` must leave room for the answers and their end token.
+        """
+        encoded, _ = self._cache.get(number, lambda: self._text(self.records[number]))
+        supervised = np.flatnonzero(encoded.supervised)
+        end = supervised[-1]
+        start = int(np.flatnonzero(~encoded.supervised[:end])[-1]) + 1
+        before = encoded.token_ids[:start]
+        pad = self._preprocessor.tokenizer.pad_token_id
+        rows = []
+        for answer in answers:
+            token_ids = np.concatenate([before, np.asarray(answer, np.int32), encoded.token_ids[end : end + 1]])
+            learn = np.concatenate([encoded.supervised[:start], np.ones(len(answer) + 1, bool)])
+            rows.append(_text_example(Encoded(token_ids, learn), self.shapes, pad))
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
     def _text(self, record: Record) -> tuple[tuple[Encoded, ImageTokens | None], int]:
         encoded, image = _encode_text(record, self._preprocessor)
         needed = _shapes_of(encoded, image)
