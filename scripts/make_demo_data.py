@@ -79,7 +79,7 @@ def choose(questions: list[Question], pictures: list[Path], count: int, rng: ran
 def main() -> None:
     """Parses the arguments and writes the three splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo_data"), help="folder to write")
+    parser.add_argument("--out", type=Path, default=Path("demo/data"), help="folder to write")
     parser.add_argument("--eye", type=float, default=1.0, help="how far pictures are shifted, 0 to 1")
     parser.add_argument("--style", choices=STYLES, default="negative", help="style that pictures shift to")
     parser.add_argument("--tongue", type=float, default=1.0, help="share of the answers that are in German, 0 to 1")
