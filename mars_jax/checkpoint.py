@@ -4,6 +4,7 @@ The base is never saved: a checkpoint holds what trains, and is restored onto th
 gives, so it may come from another mesh.
 """
 
+import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ class Checkpoints:
     def __init__(self, directory: Path) -> None:
         import orbax.checkpoint as ocp
 
+        self.directory = directory
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
@@ -26,7 +28,17 @@ class Checkpoints:
     def save(self, step: int, state: Tree, document: dict[str, Any]) -> None:
         """Writes a checkpoint in the background; a second save waits for the first."""
         args = self._ocp.args
+        # The caller goes on to change its document while it is being written.
+        document = copy.deepcopy(document)
         self._manager.save(step, args=args.Composite(state=args.StandardSave(state), document=args.JsonSave(document)))
+
+    def document(self) -> dict[str, Any] | None:
+        """The document of the newest checkpoint, or None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        args = self._ocp.args
+        return self._manager.restore(step, args=args.Composite(document=args.JsonRestore()))["document"]
 
     def restore(self, abstract_state: Tree) -> tuple[int, Tree, dict[str, Any]] | None:
         """Reads the newest checkpoint.

@@ -4,6 +4,7 @@ Imports of weight are inside functions, so that `mars --help` and a mistyped con
 """
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 def main() -> None:
     """Entry point of the command."""
+    # transformers advises to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app()
 
 

@@ -187,14 +187,18 @@ class ConvergenceConfig(_Section):
     """When a module counts as converged. With `loss_fraction`, lanes that adapt one module only are planned too."""
 
     rule: Literal["loss_fraction", "drift"] = Field(default="loss_fraction", description="the signal that is followed")
-    epsilon: Positive | None = Field(default=None, description="its threshold; null: the rule's own")
+    epsilon: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
+        default=None, description="its threshold; null: the rule's own"
+    )
     sustain: Count = Field(default=3, description="looks in a row that must stay below the threshold")
 
 
 class LawsConfig(_Section):
     """How the two laws are fitted."""
 
-    bootstraps: Count = Field(default=200, description="bootstrap fits behind the intervals")
+    bootstraps: Annotated[int, Field(strict=True, ge=20)] = Field(
+        default=200, description="bootstrap fits behind the intervals"
+    )
 
 
 class SweepConfig(_Section):

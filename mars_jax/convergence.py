@@ -89,9 +89,9 @@ def _loss_fraction(steps: jax.Array, losses: jax.Array, epsilon: jax.Array, sust
 
     With L_0 the first loss, L_min the smallest and f(t) = (L(t) - L_min) / (L_0 - L_min), the time is where f crosses
     epsilon for the last time *before the best step*, linear between looks. What comes after the best step is not read:
-    over-fitting does not undo convergence. Censored when the best step is the last look, when the best loss of the
-    last 10 % of the horizon is lower than all before by more than 1 % of the drop, or when fewer than `sustain` looks
-    lie after the crossing. Undefined when a loss is not finite or none is below the first.
+    over-fitting does not undo convergence. Censored when, over the looks of the last tenth of the horizon or more, the
+    loss still falls by over 1 % of the drop in a tenth, or when fewer than `sustain` looks lie after the crossing.
+    Undefined when a loss is not finite or none is below the first.
     """
     looks = jnp.arange(steps.size)
     horizon = steps[-1]
@@ -106,10 +106,10 @@ def _loss_fraction(steps: jax.Array, losses: jax.Array, epsilon: jax.Array, sust
         high, low = remaining[last_above], remaining[first_below]
         part = jnp.where(high > low, (high - epsilon) / jnp.where(high > low, high - low, 1.0), 0.0)
         time = steps[last_above] + part * (steps[first_below] - steps[last_above])
-        best_early = jnp.min(jnp.where(steps <= 0.9 * horizon, loss, jnp.inf))
-        censored = (
-            (best == steps.size - 1) | (best_early - loss[best] > 0.01 * drop) | (steps.size - first_below < sustain)
-        )
+        early = steps <= 0.9 * horizon
+        fallen = jnp.min(jnp.where(early, loss, jnp.inf)) - loss[best]
+        tenths = 10.0 * (1.0 - jnp.max(jnp.where(early, steps, 0.0)) / horizon)
+        censored = (fallen > 0.01 * drop * tenths) | (steps.size - first_below < sustain)
         return Convergence(jnp.where(defined, jnp.where(censored, horizon, time), jnp.nan), censored & defined)
 
     return jax.vmap(one_lane)(losses)

@@ -18,7 +18,7 @@ import optax
 from flax import linen as nn
 
 from mars_jax import lora
-from mars_jax.data.batches import eval_batches, image_blind, shuffle_images
+from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
 from mars_jax.data.records import Record
 from mars_jax.jsonfiles import append_jsonl, write_json
@@ -195,12 +195,21 @@ class Evaluator:
 def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) -> dict[str, Any]:
     """Base and fine-tuned model on the test split; also one line a sample."""
     settings = workspace.config.evaluate
-    records = workspace.test_records[: settings.max_samples]
+    every = workspace.test_records
+    # At random: files are often sorted by kind.
+    chosen = subset(len(every), min(settings.max_samples or len(every), len(every)), workspace.config.seed)
+    records = [every[i] for i in sorted(chosen)]
     candidates = candidate_answers(workspace.search.train, settings.max_candidates)
     if not candidates:
         workspace.reporter.warn(
             f"answers are not scored: the training split has more than {settings.max_candidates} distinct answers "
             f"(evaluate.max_candidates). Perplexity is measured all the same."
+        )
+    strange = [record.id for record in records if candidates and _answer(record) not in candidates]
+    if strange:
+        workspace.reporter.warn(
+            f"{len(strange)} of {len(records)} test answers are not among the {len(candidates)} of the training split "
+            f"and count as wrong: {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}"
         )
     evaluator = Evaluator(
         workspace.model,

@@ -39,9 +39,10 @@ On a Linen model, whose dense layers call `lora_dense` with the leaves of a `lor
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -116,7 +117,7 @@ def find_targets(
         Path -> `Target`, in the order of the tree.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or a path that two modules claim.
+        ConfigError: a pattern that is not a regular expression or matches nothing, or a path that two modules claim.
     """
     linears = {}
     for path, leaf in flatten(params).items():
@@ -126,7 +127,13 @@ def find_targets(
     targets: Targets = {}
     for module, expressions in patterns.items():
         for expression in expressions:
-            hits = [path for path in linears if re.fullmatch(expression, path)]
+            try:
+                hits = [path for path in linears if re.fullmatch(expression, path)]
+            except re.error as error:
+                raise ConfigError(
+                    f"lora: pattern {expression!r} of module {module!r} is not a regular expression: {error}. "
+                    f"Write one that matches whole paths, such as 'llm/layers/self_attn/(q|v)_proj'."
+                ) from None
             if not hits:
                 near = get_close_matches(expression, linears, n=3, cutoff=0.0)
                 raise ConfigError(
@@ -153,7 +160,10 @@ def check_ranks(targets: Targets, ranks: Mapping[str, int]) -> None:
     """
     modules = {target.module for target in targets.values()}
     if set(ranks) != modules:
-        raise ConfigError(f"lora: ranks name the modules {sorted(ranks)}; the targets have {sorted(modules)}.")
+        raise ConfigError(
+            f"lora: ranks name the modules {sorted(ranks)}; the targets have {sorted(modules)}. "
+            f"Give each of them one rank, 0 to freeze it."
+        )
     if not any(ranks.values()):
         raise ConfigError(f"lora: every rank is 0 ({dict(ranks)}), so nothing would train. Give one module a rank > 0.")
     for module, rank in ranks.items():
@@ -200,31 +210,41 @@ def init_adapters(
     Returns:
         The adapter tree, float32.
     """
-    flat: dict[str, Array] = {}
+    # Linears of one shape are drawn together, in a loop: it compiles ten times faster than a draw for each.
+    alike: dict[tuple[int | None, int, int], list[str]] = {}
     for path, target in targets.items():
-        rank = ranks[target.module]
         columns = (padded_ranks or ranks)[target.module]
         if not isinstance(columns, int):
             raise TypeError(f"init_adapters: traced rank of module {target.module!r} needs padded_ranks")
-        if columns == 0:
-            continue
-        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        bound = target.d_in**-0.5
-
-        def column(
-            layer: Array, j: Array, key: Array = path_key, d_in: int = target.d_in, bound: float = bound
-        ) -> Array:
-            column_key = jax.random.fold_in(jax.random.fold_in(key, layer), j)
-            return jax.random.uniform(column_key, (d_in,), jnp.float32, -bound, bound)
-
-        layers, indices = jnp.arange(target.num_layers or 1), jnp.arange(columns)
-        a = jax.vmap(lambda layer, c=column, i=indices: jax.vmap(c, (None, 0), 1)(layer, i))(layers)
-        a = a * rank_mask(columns, rank)[None, None, :]
-        b = jnp.zeros((len(layers), columns, target.d_out))
-        scale = jnp.broadcast_to(alpha.scale(rank), (len(layers),))
-        for name, leaf in (("a", a), ("b", b), ("scale", scale)):
-            flat[f"{path}/{name}"] = leaf if target.num_layers else leaf[0]
+        if columns:
+            alike.setdefault((target.num_layers, target.d_in, columns), []).append(path)
+    flat: dict[str, Array] = {}
+    for (num_layers, d_in, columns), paths in alike.items():
+        checksums = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
+        draws = _draw(key, checksums, layers=num_layers or 1, columns=columns, d_in=d_in)
+        for path, draw in zip(paths, draws, strict=True):
+            target, rank = targets[path], ranks[targets[path].module]
+            a = draw * rank_mask(columns, rank)[None, None, :]
+            b = jnp.zeros((len(a), columns, target.d_out))
+            scale = jnp.broadcast_to(alpha.scale(rank), (len(a),))
+            for name, leaf in (("a", a), ("b", b), ("scale", scale)):
+                flat[f"{path}/{name}"] = leaf if num_layers else leaf[0]
     return unflatten(flat)
+
+
+@partial(jax.jit, static_argnames=("layers", "columns", "d_in"))
+def _draw(key: Array, checksums: Array, *, layers: int, columns: int, d_in: int) -> Array:
+    """Draws U(-1/sqrt(in), 1/sqrt(in)) [N, L, in, R] for N paths; every column has its own key."""
+
+    def column(place: Array) -> Array:
+        path, layer, j = place
+        own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, path), layer), j)
+        # Rounds once, so that every program that holds this draw has the same bits.
+        return jax.random.uniform(own, (d_in,), jnp.float32, -1.0, 1.0) * d_in**-0.5
+
+    counts = [jnp.arange(count, dtype=jnp.uint32) for count in (layers, columns)]
+    places = jnp.stack(jnp.meshgrid(checksums, *counts, indexing="ij"), axis=-1).reshape(-1, 3)
+    return jax.lax.map(column, places).reshape(len(checksums), layers, columns, d_in).swapaxes(2, 3)
 
 
 def rank_mask(columns: int, rank: Rank) -> Array:
@@ -302,7 +322,7 @@ def update_norms(adapters: Mapping[str, Any], targets: Targets) -> dict[str, Arr
 
     Computed from R x R Gram matrices, so the product is never formed.
     """
-    totals = _by_module(targets, lambda path: _inner(_leaves(adapters, path), _leaves(adapters, path)))
+    totals = _by_module(targets, adapters, (), lambda path: _inner(_leaves(adapters, path), _leaves(adapters, path)))
     return {module: jnp.sqrt(jnp.maximum(total, 0.0)) for module, total in totals.items()}
 
 
@@ -318,7 +338,7 @@ def relative_change(new: Mapping[str, Any], old: Mapping[str, Any], targets: Tar
         }
         return jnp.stack([_inner(difference, difference), _inner(after, after)])
 
-    totals = _by_module(targets, squares)
+    totals = _by_module(targets, new, (2,), squares)
     return {module: jnp.sqrt(jnp.maximum(total[0], 0.0) / total[1]) for module, total in totals.items()}
 
 
@@ -331,17 +351,19 @@ def _leaves(adapters: Mapping[str, Any], path: str) -> dict[str, Array]:
 
 def _inner(left: Mapping[str, Array], right: Mapping[str, Array]) -> Array:
     """Frobenius inner product of two updates, summed over layers, through their Gram matrices."""
-    grams = jnp.einsum("...ir,...is->...rs", left["a"], right["a"]) * jnp.einsum(
-        "...ro,...so->...rs", left["b"], right["b"]
-    )
-    return jnp.sum(left["scale"] * right["scale"] * grams.sum((-2, -1)))
+    # Full precision: the small norm of a difference is what remains when large products cancel.
+    a = jnp.einsum("...ir,...is->...rs", left["a"], right["a"], precision="highest")
+    b = jnp.einsum("...ro,...so->...rs", left["b"], right["b"], precision="highest")
+    return jnp.sum(left["scale"] * right["scale"] * (a * b).sum((-2, -1)))
 
 
-def _by_module(targets: Targets, value: Any) -> dict[str, Array]:
-    totals: dict[str, Array] = {}
-    for path, target in targets.items():
-        part = value(path)
-        totals[target.module] = totals[target.module] + part if target.module in totals else part
+def _by_module(
+    targets: Targets, adapters: Mapping[str, Any], shape: tuple[int, ...], value: Callable[[str], Array]
+) -> dict[str, Array]:
+    """Sums `value` [*shape] over the paths of each module; 0 for a module that has no columns."""
+    totals = {target.module: jnp.zeros(shape) for target in targets.values()}
+    for path in {path.rpartition("/")[0]: None for path in flatten(adapters)}:
+        totals[targets[path].module] += value(path)
     return totals
 
 

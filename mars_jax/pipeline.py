@@ -6,10 +6,12 @@ call again: finished work with unchanged inputs is skipped, interrupted work goe
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mars_jax import lora
 from mars_jax.config import Config
@@ -18,7 +20,7 @@ from mars_jax.errors import ConfigError
 from mars_jax.evaluate import evaluate_run
 from mars_jax.finetune import best_adapters
 from mars_jax.finetune import finetune as run_finetune
-from mars_jax.hub.adapter import write_adapter
+from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, write_adapter
 from mars_jax.hub.write import write_merged
 from mars_jax.jsonfiles import read_json, read_jsonl, write_json
 from mars_jax.laws import Laws, fit_laws
@@ -61,12 +63,12 @@ def run(config: Config, reporter: Reporter) -> Document:
 def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
     """Config, data and targets, before any step; writes nothing."""
     workspace = Workspace(config, reporter)
-    targets = workspace.targets
+    workspace.check_model()
     summary = workspace.data_summary()
     workspace.check_sizes()
     rows = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
-        for path, t in targets.items()
+        for path, t in workspace.targets.items()
     ]
     return {"data": summary, "targets": rows, "samples": _shown(workspace, show)}
 
@@ -135,12 +137,17 @@ class _Session:
         self.workspace = Workspace(config, reporter)
 
     def _skip_or_run(
-        self, phase: str, inputs: str, result: Callable[[], Document], work: Callable[[], Document]
+        self,
+        phase: str,
+        inputs: str,
+        output: Path,
+        work: Callable[[], Document],
+        result: Callable[[], Document] | None = None,
     ) -> Document:
-        """Runs `work` as a phase unless it is done from the same inputs; then `result` reads what it left."""
-        if self.directory.is_done(phase, inputs):
+        """Runs `work` as a phase unless it left `output` from the same inputs; then gives `result`, or that file."""
+        if self.directory.is_done(phase, inputs) and output.exists():
             self.reporter.notice(f"{phase}: done before, skipped")
-            return result()
+            return result() if result else read_json(output)
         with self.directory.phase(phase, inputs):
             return work()
 
@@ -149,20 +156,35 @@ class _Session:
         return repr([getattr(self.config, name) for name in names])
 
     def data(self) -> Document:
-        """Reads and checks every record; writes data.json."""
-        files = [path for path in (self.config.data.train, self.config.data.validation, self.config.data.test) if path]
-        inputs = hash_inputs(*[path for path in files if path.exists()], self._sections("data", "model"))
+        """Checks checkpoint and targets, then reads and checks every record; writes data.json."""
+        paths = (self.config.data.train, self.config.data.validation, self.config.data.test)
+        files = {str(path): hash_inputs(path) for path in paths if path and path.exists()}
+        self._check_same_data(files)
+        inputs = hash_inputs(repr(files), self._sections("data", "model"))
 
         def work() -> Document:
+            self.workspace.check_model()
             self.reporter.notice("data: reading and checking every sample")
-            summary = self.workspace.data_summary()
+            summary = {**self.workspace.data_summary(), "files": files}
             self.workspace.check_sizes()
             write_json(self.directory.data_file, summary)
             sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))
             self.reporter.notice(f"data: {sizes} samples, {len(summary['dropped'])} left out")
             return summary
 
-        return self._skip_or_run("data", inputs, lambda: read_json(self.directory.data_file), work)
+        return self._skip_or_run("data", inputs, self.directory.data_file, work)
+
+    def _check_same_data(self, files: Mapping[str, str]) -> None:
+        """Refuses to mix lanes of other data with those of this run."""
+        if not (self.directory.data_file.exists() and self.directory.lanes_file.exists()):
+            return
+        before = read_json(self.directory.data_file)["files"]
+        changed = [name for name in {**before, **files} if before.get(name) != files.get(name)]
+        if changed:
+            raise ConfigError(
+                f"run directory {self.directory.path} has lanes of other data: {', '.join(changed)} changed since. Set "
+                f"another run_dir, take the files back, or delete {self.directory.path} to start again."
+            )
 
     def plan(self) -> Document:
         """Counts lanes, steps, samples and memory; refuses what can't fit."""
@@ -177,7 +199,7 @@ class _Session:
             )
             return document
 
-        return self._skip_or_run("plan", inputs, lambda: read_json(self.directory.plan_file), work)
+        return self._skip_or_run("plan", inputs, self.directory.plan_file, work)
 
     def probe(self) -> Document:
         """Runs the groups of lanes that have no record yet."""
@@ -188,7 +210,7 @@ class _Session:
             run_probes(self.workspace, planned_lanes(self.config), self.directory)
             return self._lane_counts()
 
-        return self._skip_or_run("probe", inputs, self._lane_counts, work)
+        return self._skip_or_run("probe", inputs, self.directory.lanes_file, work, self._lane_counts)
 
     def _lane_counts(self) -> Document:
         records = read_jsonl(self.directory.lanes_file, self.reporter.warn)
@@ -211,7 +233,8 @@ class _Session:
             write_json(self.directory.laws_file, laws.to_json())
             return _without_draws(laws.to_json())
 
-        return self._skip_or_run("fit", inputs, lambda: _without_draws(read_json(self.directory.laws_file)), work)
+        file = self.directory.laws_file
+        return self._skip_or_run("fit", inputs, file, work, lambda: _without_draws(read_json(file)))
 
     def select(self) -> Document:
         """Picks by the laws, and by a local sweep where they leave it open."""
@@ -244,7 +267,7 @@ class _Session:
             self.reporter.notice(f"select: {document['explanation']}")
             return document
 
-        return self._skip_or_run("select", inputs, lambda: read_json(self.directory.selection_file), work)
+        return self._skip_or_run("select", inputs, self.directory.selection_file, work)
 
     def _ranks(self) -> dict[str, int]:
         """The pick, with 0 for frozen modules."""
@@ -266,8 +289,9 @@ class _Session:
                 self.directory.finetune_summary_file,
             )
 
-        return self._skip_or_run("finetune", inputs, lambda: read_json(self.directory.finetune_summary_file), work)
+        return self._skip_or_run("finetune", inputs, self.directory.finetune_summary_file, work)
 
+    @cached_property
     def _adapters(self) -> Any:
         return best_adapters(self.workspace, self._ranks(), self.directory.finetune_checkpoints)
 
@@ -277,19 +301,19 @@ class _Session:
         inputs = hash_inputs(self.directory.finetune_summary_file, self._sections("evaluate"))
 
         def work() -> Document:
-            return evaluate_run(self.workspace, self._adapters(), self.directory)
+            return evaluate_run(self.workspace, self._adapters, self.directory)
 
-        return self._skip_or_run("evaluate", inputs, lambda: read_json(self.directory.evaluation_file), work)
+        return self._skip_or_run("evaluate", inputs, self.directory.evaluation_file, work)
 
     def export(self, *, verify: bool, merged: bool) -> Document:
         """Adapter, merged checkpoint, and the proof that PyTorch sees the same."""
         self._need(self.directory.finetune_summary_file, "finetune")
-        inputs = hash_inputs(self.directory.finetune_summary_file, repr(merged))
+        inputs = hash_inputs(self.directory.finetune_summary_file)
 
-        def work() -> Document:
+        def write_peft() -> Document:
             write_adapter(
                 self.directory.adapter,
-                self._adapters(),
+                self._adapters,
                 self._ranks(),
                 self.workspace.model_config,
                 base_name=str(self.config.model.checkpoint),
@@ -300,16 +324,19 @@ class _Session:
                     "versions": self.directory.state()["versions"],
                 },
             )
-            if merged:
-                write_merged(self.directory.merged, self.config.model.checkpoint, self._adapters())
-            return written()
+            return {"adapter": self.directory.adapter}
 
-        def written() -> Document:
-            return {"adapter": self.directory.adapter, "merged": self.directory.merged if merged else None}
+        def merge() -> Document:
+            write_merged(self.directory.merged, self.config.model.checkpoint, self._adapters)
+            return {"merged": self.directory.merged}
 
-        document = self._skip_or_run("export", inputs, written, work)
+        file = self.directory.adapter / ADAPTER_WEIGHTS_FILE
+        document = self._skip_or_run("export", inputs, file, write_peft, lambda: {"adapter": self.directory.adapter})
+        if merged:
+            folder = self.directory.merged
+            document |= self._skip_or_run("merge", inputs, folder, merge, lambda: {"merged": folder})
         if verify:
-            document["verified"] = verify_run(self.workspace, self._adapters(), self.directory, merged)
+            document["verified"] = verify_run(self.workspace, self._adapters, self.directory, merged)
         return document
 
     def report(self) -> Document:
@@ -333,7 +360,8 @@ def _shown(workspace: Workspace, number: int) -> list[Document]:
     for record, example in zip(records, (source[i] for i in range(len(records))), strict=True):
         image_tokens = int((example["image_index"][:, 0] >= 0).sum())
         supervised = example["targets"][example["target_weights"] > 0]
-        text = str(tokenizer.decode(example["tokens"]))
+        used = np.flatnonzero(example["tokens"] != tokenizer.pad_token_id)[-1] + 1
+        text = str(tokenizer.decode(example["tokens"][:used]))
         image = str(tokenizer.decode([workspace.preprocessor.image_token_id]))
         shown.append(
             {

@@ -4,7 +4,8 @@ The compiled part is `probe.engine`, the loop over one group `probe.loop`; the l
 """
 
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,12 +82,11 @@ def convergence_rule(config: Config) -> ConvergenceRule:
 
 
 def run_probes(workspace: Workspace, lanes: tuple[Lane, ...], directory: RunDirectory) -> None:
-    """Runs lanes in equal groups, one compiled program for all; a finished group is never run again."""
+    """Runs lanes in groups of one size, one compiled program for all; a finished group is never run again."""
     config, reporter = workspace.config, workspace.reporter
     settings = config.probe
     workspace.check_sizes()
-    number = -(-len(lanes) // settings.lanes_per_program)
-    size = -(-len(lanes) // number)
+    groups, size = lane_groups(lanes, settings.lanes_per_program)
     looks = look_steps(settings.steps, settings.looks_per_doubling)
     schedule = Schedule(
         warmup_multipliers(settings.steps, config.optimizer.warmup_steps, "constant"),
@@ -99,14 +99,13 @@ def run_probes(workspace: Workspace, lanes: tuple[Lane, ...], directory: RunDire
     recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
     validation = workspace.validation_batches(settings.validation_samples, settings.batch_size)
     with reporter.progress("probe", len(lanes) * settings.steps, "lane-steps") as advance:
-        for start in range(0, len(lanes), size):
-            group = lanes[start : start + size]
+        for group in groups:
             if all(lane.name in recorded for lane in group):
                 advance(len(group) * settings.steps, "done before")
                 continue
-            # A short last group is filled up, so that it runs in the program of the others.
+            # A short group is filled up, so that it runs in the program of the others.
             filled = group + group[-1:] * (size - len(group))
-            checkpoint_directory = directory.probe_checkpoints / f"group-{start}"
+            checkpoint_directory = directory.probe_checkpoints / group[0].name
             with Checkpoints(checkpoint_directory) as checkpoints:
                 result = run_group(
                     filled,
@@ -130,15 +129,28 @@ def run_probes(workspace: Workspace, lanes: tuple[Lane, ...], directory: RunDire
             shutil.rmtree(checkpoint_directory)
 
 
+def lane_groups(lanes: Sequence[Lane], most: int) -> tuple[list[tuple[Lane, ...]], int]:
+    """Cuts lanes into groups that share their data, and gives the size of the largest group.
+
+    A group reads one stream, so that every group runs in the same program; within each (num_samples, seed) the groups
+    are as equal as can be.
+    """
+    shared: dict[tuple[int, int], list[Lane]] = {}
+    for lane in lanes:
+        shared.setdefault((lane.num_samples, lane.seed), []).append(lane)
+    size = max(-(-len(alike) // -(-len(alike) // most)) for alike in shared.values())
+    groups = [tuple(alike[i : i + size]) for alike in shared.values() for i in range(0, len(alike), size)]
+    return groups, size
+
+
 def _advance_real(advance: Callable[[int, str], None], real: float, steps: int, text: str) -> None:
     """Counts lane-steps of real lanes only, not of those that fill up a group."""
     advance(round(steps * real), text)
 
 
 def _append_curves(directory: RunDirectory, lanes: tuple[Lane, ...], rows: list[list[dict[str, Any]]]) -> None:
-    """Adds the looks of a group, unless a killed run had got so far."""
-    known = {record["lane"] for record in read_jsonl(directory.curves_file, lambda text: None)}
+    """Adds the looks of a group, but for those that a killed run had got to."""
+    known = Counter(record["lane"] for record in read_jsonl(directory.curves_file, lambda text: None))
     for lane, lane_rows in zip(lanes, rows, strict=True):
-        if lane.name not in known:
-            for row in lane_rows:
-                append_jsonl(directory.curves_file, {"lane": lane.name, **row})
+        for row in lane_rows[known[lane.name] :]:
+            append_jsonl(directory.curves_file, {"lane": lane.name, **row})

@@ -22,7 +22,7 @@ from mars_jax.data.records import Record, load_records
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.errors import ConfigError
 from mars_jax.hub import tables
-from mars_jax.hub.read import read_checkpoint, read_config
+from mars_jax.hub.read import open_safetensors, read_checkpoint, read_config, weight_files
 from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
@@ -178,8 +178,9 @@ class Workspace:
 
     # Training.
 
-    def engine(self, padded_ranks: Mapping[str, int]) -> Engine:
-        """Compiled functions of lanes padded to these ranks."""
+    @cached_property
+    def probe_engine(self) -> Engine:
+        """One bucket for the whole grid: every lane padded to the largest ranks. Also of sweep and final run."""
         settings = self.config.optimizer
         steps = [optax.clip_by_global_norm(settings.clip_norm)]
         steps.append(optax.scale_by_adam(settings.b1, settings.b2, settings.eps))
@@ -188,16 +189,11 @@ class Workspace:
         return make_engine(
             self.model,
             self.targets,
-            padded_ranks=padded_ranks,
+            padded_ranks={module: max(ranks) for module, ranks in self.grids.items()},
             alpha=self.alpha,
             transform=optax.chain(*steps),
             num_snapshots=self.config.probe.looks_per_doubling,
         )
-
-    @cached_property
-    def probe_engine(self) -> Engine:
-        """One bucket for the whole grid: every lane padded to the largest ranks. Shared by probes and local sweep."""
-        return self.engine({module: max(ranks) for module, ranks in self.grids.items()})
 
     def stream(self, lane: Lane, batch_size: int) -> "grain.MapDataset[Batch]":
         """Batches of a lane: smaller D lie in larger ones, and lanes of one seed see the same order."""
@@ -211,6 +207,28 @@ class Workspace:
         source = ExampleSource([records[i] for i in chosen], self.preprocessor, self.shapes, cache_bytes=0)
         batches = [batch for batch, _ in eval_batches(source, min(batch_size, len(chosen)))]
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def check_model(self) -> None:
+        """Refuses a checkpoint, targets or ranks that can't be used, reading headers only, before the data are read.
+
+        Raises:
+            ConfigError: no usable checkpoint, a target without a hit, a rank beyond a width, or nothing to search.
+        """
+        _ = self.targets
+        for file in weight_files(self.config.model.checkpoint):
+            with open_safetensors(file):
+                pass
+        sizes = self.config.probe.num_samples
+        if all(len(ranks) == 1 for ranks in self.grids.values()):
+            ranks = ", ".join(f"{module} {grid[0]}" for module, grid in self.grids.items())
+            raise ConfigError(
+                f"lora.modules gives every module one rank ({ranks}), so there is nothing to search. Give at least one "
+                f"module two ranks or more."
+            )
+        if len(sizes) < 2:
+            raise ConfigError(
+                f"probe.num_samples is {list(sizes)}; the laws need at least two numbers of samples. Add another."
+            )
 
     def check_sizes(self) -> None:
         """Refuses data sizes that the training split can't give.

@@ -213,8 +213,8 @@ class ExampleSource:
         pad = self._preprocessor.tokenizer.pad_token_id
         rows = []
         for answer in answers:
-            token_ids = np.concatenate([before, np.asarray(answer, np.int32), encoded.token_ids[end : end + 1]])
-            learn = np.concatenate([encoded.supervised[:start], np.ones(len(answer) + 1, bool)])
+            token_ids = np.concatenate([before, np.asarray(answer, np.int32), encoded.token_ids[end:]])
+            learn = np.concatenate([encoded.supervised[:start], np.ones(len(answer), bool), encoded.supervised[end:]])
             rows.append(_text_example(Encoded(token_ids, learn), self.shapes, pad))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.data.batches import Batch
+from mars_jax.errors import ConfigError
 from mars_jax.probe.engine import Engine, LaneState
 from mars_jax.probe.plan import Lane
 
@@ -96,11 +97,15 @@ def run_group(
         learning_rates: module -> learning rate.
         schedule: steps, looks and factors.
         checkpoints: where to save and resume; None for neither.
-        start: go on from here, in place of a fresh state.
-        advance: told of lane-steps done, and of the latest look.
+        start: go on from here, in place of a fresh state or a checkpoint; used up.
+        advance: told of the lane-steps done since the last call (the first time, of those in the checkpoint), and of
+            the latest look.
 
     Returns:
         The rows of every look and the final state.
+
+    Raises:
+        ConfigError: the checkpoints are of other lanes.
     """
     keys = [(lane.num_samples, lane.seed) for lane in lanes]
     first_of = {key: lane for key, lane in reversed(list(zip(keys, lanes, strict=True)))}
@@ -110,11 +115,11 @@ def run_group(
 
     if start is None:
         state, rows, done = _start(lanes, engine, learning_rates, checkpoints)
+        advance(max(done, 0) * len(lanes), "")
     else:
         state, rows, done = start.state, start.rows, start.rows[0][-1]["step"]
     looks = [step for step in schedule.looks if step > done]
     done = max(done, 0)
-    advance(done * len(lanes), "")
     losses: list[jax.Array] = []
     last_save = time.monotonic()
     for look in looks:
@@ -145,10 +150,11 @@ def run_group(
                     "alive": bool(seen.alive[k]),
                 }
             )
-        advance(train_losses.shape[1] * len(lanes), f"validation loss {np.nanmin(seen.validation_loss):.3f}")
+        best = min((rows_k[-1]["validation_loss"] for rows_k in rows if rows_k[-1]["alive"]), default=math.nan)
+        advance(train_losses.shape[1] * len(lanes), f"validation loss {best:.3f}")
         losses = []
         if checkpoints and look != schedule.looks[-1] and time.monotonic() - last_save > schedule.checkpoint_seconds:
-            checkpoints.save(look, state, {"lanes": [lane.name for lane in lanes], "rows": rows})
+            checkpoints.save(look, state, {"lanes": _names(lanes), "rows": rows})
             last_save = time.monotonic()
     return GroupResult(rows, state)
 
@@ -157,6 +163,8 @@ def _start(
     lanes: Sequence[Lane], engine: Engine, learning_rates: Mapping[str, float], checkpoints: Checkpoints | None
 ) -> tuple[LaneState, list[list[Row]], int]:
     """A fresh state, or the newest checkpoint of these lanes: (state, rows, last look); -1 before any look."""
+    if checkpoints:
+        _check_lanes(checkpoints, lanes)
     modules = lanes[0].ranks.keys()
     state = engine.init(
         jnp.asarray([lane.seed for lane in lanes], jnp.int32),
@@ -170,10 +178,24 @@ def _start(
     return restored, document["rows"], step
 
 
+def _check_lanes(checkpoints: Checkpoints, lanes: Sequence[Lane]) -> None:
+    """Refuses to go on from another group's state."""
+    document = checkpoints.document()
+    if document and document["lanes"] != _names(lanes):
+        raise ConfigError(
+            f"the checkpoints in {checkpoints.directory} are of the lanes {', '.join(document['lanes'])}, and those to "
+            f"run are {', '.join(_names(lanes))}. Delete the folder to start over, or run the same lanes."
+        )
+
+
+def _names(lanes: Sequence[Lane]) -> list[str]:
+    return [lane.name for lane in lanes]
+
+
 def _has_half(schedule: Schedule, look: int) -> bool:
     """Whether the look `looks_per_doubling` places before is at half the step, to rounding."""
     place = list(schedule.looks).index(look) - schedule.looks_per_doubling
-    return bool(schedule.looks_per_doubling) and place >= 0 and abs(2 * schedule.looks[place] / look - 1) < 0.1
+    return bool(schedule.looks_per_doubling) and place >= 0 and abs(2 * schedule.looks[place] - look) <= 1.5
 
 
 def _stack(streams: Sequence[Stream], steps: range, length: int) -> Batch:

@@ -76,7 +76,9 @@ def plan_lanes(
     if single_module:
         searched = [module for module, ranks in grids.items() if len(ranks) > 1]
         frozen = dict.fromkeys(grids, 0)
-        vectors += [frozen | {module: rank} for module in searched for rank in sorted(grids[module])]
+        single = [frozen | {module: rank} for module in searched for rank in sorted(grids[module])]
+        # Where every other module is frozen anyway, these lanes are there already.
+        vectors += [vector for vector in single if vector not in vectors]
     return tuple(
         Lane(vector, size, seed)
         for size in sorted(num_samples, reverse=True)
@@ -88,16 +90,16 @@ def plan_lanes(
 def look_steps(horizon: int, looks_per_doubling: int, first: int = 4) -> list[int]:
     """Steps at which lanes are looked at: log-spaced, so that a convergence time has the same relative error anywhere.
 
-    The grid is round(2^(i / looks_per_doubling)): the step t/2 stands `looks_per_doubling` places before t.
+    The grid is round(horizon / 2^(i / looks_per_doubling)): it ends at the horizon, whatever that is, and the step t/2
+    stands `looks_per_doubling` places before t.
 
     Args:
         horizon: last step, always in the list; so is 0, the base itself.
         looks_per_doubling: n.
         first: no other look before this step.
     """
-    steps, i = {0, horizon}, 0
-    while (step := round(2 ** (i / looks_per_doubling))) < horizon:
-        if step >= first:
-            steps.add(step)
+    steps, i = {0, horizon}, 1
+    while (step := round(horizon / 2 ** (i / looks_per_doubling))) >= first:
+        steps.add(step)
         i += 1
     return sorted(steps)

@@ -73,11 +73,17 @@ def _record(
             )
         status, reason = ("converged", None) if times else ("horizon", "the rule speaks of lanes that adapt one module")
         late = [module for module, (_, censored) in times.items() if censored]
+        untold = [module for module, (steps, _) in times.items() if math.isnan(steps)]
         if late:
             status, reason = "horizon", f"{', '.join(late)} had not converged at step {last['step']}"
+        elif untold:
+            status, reason = "horizon", f"{', '.join(untold)} showed nothing to converge to by step {last['step']}"
     else:
         status = "diverged"
-        reason = f"the loss was not finite between steps {finite[-1]['step'] if finite else 0} and {last['step']}"
+        dead = rows[len(finite)]
+        reason = f"the loss was not finite between steps {finite[-1]['step'] if finite else 0} and {dead['step']}"
+        # The lane stood still from then on, which a rule takes for convergence.
+        times = {module: (math.nan, False) for module in times}
     best = min(finite, key=lambda row: row["validation_loss"], default=last)
     return {
         "lane": lane.name,
