@@ -5,8 +5,11 @@ BIN := .venv/bin
 .PHONY: demo test clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.installed
+demo: .venv/.installed demo/data/test.json
 	$(BIN)/mars run configs/demo.yaml
+
+demo/data/test.json: scripts/make_demo_data.py scripts/easy_vqa_data.py | .venv/.installed
+	$(BIN)/python scripts/make_demo_data.py --out demo/data
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -21,7 +24,7 @@ test: .venv/.installed-test
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: .venv/bin/pip pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
 .venv/.installed-test: .venv/.installed
@@ -29,4 +32,4 @@ test: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs demo/data
