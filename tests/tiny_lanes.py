@@ -1,0 +1,126 @@
+"""A tiny LLaVA-OneVision with random weights, its targets, and batches that it can learn: what the probe tests run."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mars_jax import lora
+from mars_jax.models.configs import LlavaOnevisionConfig, TextConfig, VisionConfig
+from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.probe.engine import Engine, make_engine
+from mars_jax.probe.loop import Schedule, warmup_multipliers
+from mars_jax.probe.plan import Lane
+
+CONFIG = LlavaOnevisionConfig(
+    vision=VisionConfig(16, 24, num_layers=1, num_heads=2, image_size=28, patch_size=14),
+    text=TextConfig(24, 16, 24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8),
+    image_token_id=1,
+    image_grid_pinpoints=((28, 28),),
+)
+MODEL = LlavaOnevision(CONFIG)
+PATTERNS = {
+    "vision": [r"vision/layers/self_attn/q_proj", r"vision/layers/mlp/fc1"],
+    "projector": [r"projector/linear_1"],
+    "llm": [r"llm/layers/self_attn/v_proj", r"llm/layers/mlp/up_proj"],
+}
+PADDED = {"vision": 4, "projector": 2, "llm": 4}
+RATES = {"vision": 3e-3, "projector": 3e-3, "llm": 3e-3}
+LANES = [
+    Lane({"vision": 4, "projector": 2, "llm": 4}, 4, 0),
+    Lane({"vision": 2, "projector": 1, "llm": 4}, 4, 0),
+    Lane({"vision": 2, "projector": 0, "llm": 1}, 8, 1),
+    Lane({"vision": 0, "projector": 0, "llm": 3}, 8, 1),
+]
+LOOKS_PER_DOUBLING = 2
+
+
+def examples(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Pictures [count, ...] of one of four grey levels, a prompt, and the level as two supervised tokens."""
+    rng = np.random.default_rng(seed)
+    level = rng.integers(0, 4, count).astype(np.int32)
+    patches, length = CONFIG.vision.num_patches, CONFIG.vision.num_patches + 4
+    image_index = np.full((count, length, 1), -1, np.int32)
+    image_index[:, 1 : 1 + patches, 0] = np.arange(patches)
+    tokens = np.ones((count, length), np.int32)
+    tokens[:, [0, -3, -1]] = 2
+    tokens[:, -2] = 4 + level
+    noise = rng.normal(0.0, 0.3, (count, 1, 3, 28, 28))
+    return {
+        "tokens": tokens,
+        "pixels": (level.reshape(-1, 1, 1, 1, 1) - 1.5 + noise).astype(np.float32),
+        "image_index": image_index,
+        "image_weight": (image_index >= 0).astype(np.float32),
+        "targets": np.stack([4 + level, 8 + level], axis=1),
+        "target_positions": np.tile(np.int32([length - 3, length - 1]), (count, 1)),
+        "target_weights": np.ones((count, 2), np.float32),
+    }
+
+
+class Stream:
+    """Batches [2, ...] of a lane's samples, a pure function of the step."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._pool = examples(lane.num_samples, seed=1)
+        self._seed = lane.seed
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        chosen = np.random.default_rng((self._seed, step)).integers(0, len(self._pool["tokens"]), 2)
+        return {name: leaf[chosen] for name, leaf in self._pool.items()}
+
+
+VALIDATION = {name: leaf.reshape(2, 4, *leaf.shape[1:]) for name, leaf in examples(8, seed=2).items()}
+
+
+@cache
+def base() -> Any:
+    """Random frozen parameters."""
+    batch = {name: leaf[0] for name, leaf in VALIDATION.items()}
+    shapes = lora.flatten(jax.eval_shape(MODEL.init, jax.random.key(0), batch)["params"])
+    rng = np.random.default_rng(0)
+    return lora.unflatten(
+        {
+            path: jnp.asarray(rng.normal(1.0 if path.endswith("/scale") else 0.0, 0.2, leaf.shape), jnp.float32)
+            for path, leaf in shapes.items()
+        }
+    )
+
+
+TARGETS = lora.find_targets(base(), PATTERNS)
+
+
+@cache
+def padded_engine() -> Engine:
+    """The engine of LANES, compiled once for all tests."""
+    return engine(PADDED)
+
+
+def engine(padded_ranks: Mapping[str, int]) -> Engine:
+    """AdamW with clipping and weight decay, as a run has it."""
+    adamw = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95, 1e-8), optax.add_decayed_weights(0.05)
+    )
+
+    def update(*arguments: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types; ours does not
+            return adamw.update(*arguments)
+
+    return make_engine(
+        MODEL,
+        TARGETS,
+        padded_ranks=padded_ranks,
+        alpha=lora.AlphaRule(),
+        transform=optax.GradientTransformation(adamw.init, update),
+        num_snapshots=LOOKS_PER_DOUBLING,
+    )
+
+
+def schedule(looks: Sequence[int], **changes: Any) -> Schedule:
+    """Two steps of warm-up, chunks of four steps, a checkpoint at every look."""
+    multipliers = warmup_multipliers(max(looks[-1], 1), 2, "constant")
+    settings = {"multipliers": multipliers, "looks_per_doubling": 0, "chunk_steps": 4, "checkpoint_seconds": 0.0}
+    return Schedule(looks=looks, **settings | changes)
