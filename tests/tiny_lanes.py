@@ -18,7 +18,7 @@ from mars_jax.probe.plan import Lane
 
 CONFIG = LlavaOnevisionConfig(
     vision=VisionConfig(16, 24, num_layers=1, num_heads=2, image_size=28, patch_size=14),
-    text=TextConfig(24, 16, 24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8),
+    text=TextConfig(24, 16, 24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8),
     image_token_id=1,
     image_grid_pinpoints=((28, 28),),
 )

@@ -171,6 +171,8 @@ def _start(
         {module: jnp.asarray([lane.ranks[module] for lane in lanes], jnp.int32) for module in modules},
         {module: jnp.full(len(lanes), learning_rates[module], jnp.float32) for module in modules},
     )
+    # Bound to its devices, as a restored state is: both run in the same compiled program.
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     found = checkpoints.restore(state) if checkpoints else None
     if found is None:
         return state, [[] for _ in lanes], -1
