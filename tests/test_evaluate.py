@@ -1,0 +1,201 @@
+"""Evaluation: candidate answers, accuracy of a model whose answers are known, the controls, intervals."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_data
+import tiny_job
+from flax import linen as nn
+
+from mars_jax.data.batches import shuffle_images
+from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
+from mars_jax.data.records import Record, Turn, load_records
+from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
+
+LETTERS = {"red": "A", "green": "B", "blue": "C"}
+
+
+@pytest.fixture(scope="module")
+def preprocessor(tmp_path_factory):
+    return load_preprocessor(tiny_data.checkpoint(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Seven pictures of noisy red, green and blue in turn; every third record has two questions."""
+    path = tiny_job.records(tmp_path_factory.mktemp("data"), 7)
+    return load_records(path, path.parent)
+
+
+def answered(record: Record, answer: str) -> Record:
+    return replace(record, turns=(*record.turns[:-1], Turn("assistant", answer)))
+
+
+# Candidate answers.
+
+
+@pytest.mark.parametrize("template", [tiny_data.TYPED_CHATML, tiny_data.STRING_CHATML, tiny_data.PICTURES_FIRST])
+def test_with_answers_is_the_record_encoded_with_each_answer(preprocessor, records, template):
+    tokenizer = tiny_data.tokenizer(template)
+    preprocessor = replace(preprocessor, tokenizer=tokenizer)
+    text_only = Record(
+        "t", (), (Turn("system", "be brief"), Turn("user", "why?"), Turn("assistant", "so")), "", "text:t"
+    )
+    rows = [records[0], records[1], text_only]
+    assert [len(record.turns) for record in rows] == [2, 4, 3]
+    answers = ["red", "a rather longer answer", "7"]
+    every = [answered(record, answer) for record in rows for answer in answers]
+    shapes = plan_shapes([*rows, *every], preprocessor, 2**31).shapes
+    source = ExampleSource(rows, preprocessor, shapes)
+    expected = ExampleSource(every, preprocessor, shapes)
+    token_ids = [tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
+    for i in range(len(rows)):
+        found = source.with_answers(i, token_ids)
+        assert sorted(found) == ["target_positions", "target_weights", "targets", "tokens"]
+        for name, arrays in found.items():
+            wanted = np.stack([expected[i * len(answers) + k][name] for k in range(len(answers))])
+            np.testing.assert_array_equal(arrays, wanted, err_msg=name)
+            assert arrays.dtype == wanted.dtype
+
+
+def test_candidates_are_the_last_answers_most_frequent_first(records):
+    assert candidate_answers(records, 3) == ("red", "blue", "green")  # 3, 2 and 2 of 7; "yes" is no last answer
+    assert candidate_answers(records, 2) == ()
+
+
+@pytest.mark.parametrize(
+    ("candidates", "name"),
+    [
+        (("A", "B"), "letter_loglik"),
+        (("A", "b"), "string_loglik"),
+        (("A", "AB"), "string_loglik"),
+        (("red",), "string_loglik"),
+    ],
+)
+def test_the_scoring_is_named_after_the_candidates(candidates, name):
+    assert scoring_name(candidates) == name
+
+
+# A model whose answers are known.
+
+
+class ColourReader(nn.Module):
+    """Gives the letter of the picture's strongest channel, moved on by the adapter's `shift`, a logit of 10.
+
+    Zero pixels have no strongest channel; argmax then takes the first.
+    """
+
+    letters: tuple[int, ...]
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, batch):
+        shift = self.get_variable("lora", "shift")
+        channel = jnp.argmax(batch["pixels"].mean((1, 3, 4)), axis=1)
+        letter = jnp.asarray(self.letters)[(channel + shift) % len(self.letters)]
+        logits = 10.0 * jax.nn.one_hot(letter, self.vocabulary)
+        return jnp.broadcast_to(logits[:, None, :], (*batch["targets"].shape, self.vocabulary))
+
+
+@pytest.fixture(scope="module")
+def lettered(records):
+    return tuple(answered(record, LETTERS[record.turns[-1].text]) for record in records)
+
+
+@pytest.fixture(scope="module")
+def outcomes(preprocessor, lettered):
+    letters = tuple(preprocessor.tokenizer.convert_tokens_to_ids(letter) for letter in "ABC")
+    evaluator = Evaluator(
+        ColourReader(letters, len(preprocessor.tokenizer)),
+        {},
+        lettered,
+        preprocessor,
+        candidates=("C", "A", "B"),
+        batch_size=4,
+        controls=True,
+        seed=3,
+    )
+    told = []
+    models = {"right": {"shift": np.int32(0)}, "wrong": {"shift": np.int32(1)}}
+    found = evaluator.evaluate(models, lambda number, text: told.append(number))
+    assert sum(told) == evaluator.num_reads == 14
+    return found
+
+
+def responses(outcome) -> str:
+    return "".join("CAB"[k] for k in outcome.choices)
+
+
+def truth(records) -> str:
+    return "".join(record.turns[-1].text for record in records)
+
+
+def test_every_model_is_seen_under_every_condition(outcomes):
+    assert list(outcomes) == ["right", "wrong", "right_blind", "wrong_blind", "right_shuffled", "wrong_shuffled"]
+
+
+def test_accuracy_is_of_the_likeliest_candidate(outcomes, lettered):
+    assert truth(lettered) == "ABCABCA"
+    assert responses(outcomes["right"]) == "ABCABCA"
+    assert responses(outcomes["wrong"]) == "BCABCAB"
+    assert outcomes["right"].to_json()["accuracy"] == 1
+    assert outcomes["wrong"].to_json()["accuracy"] == 0
+    assert outcomes["right"].to_json()["accuracy_ci"] == pytest.approx([0.6457, 1.0], abs=1e-4)
+
+
+def test_the_blind_control_sees_zero_pixels(outcomes):
+    assert responses(outcomes["right_blind"]) == "A" * 7
+    assert responses(outcomes["wrong_blind"]) == "B" * 7
+    assert outcomes["right_blind"].correct.tolist() == [letter == "A" for letter in "ABCABCA"]
+
+
+def test_the_shuffled_control_keeps_the_answers_and_swaps_the_pictures(outcomes, lettered):
+    shuffled = shuffle_images(lettered, 3)
+    letter_of = {record.group: record.turns[-1].text for record in lettered}
+    shown = "".join(letter_of[record.group] for record in shuffled)
+    assert shown != truth(lettered) == truth(shuffled)
+    outcome = outcomes["right_shuffled"]
+    assert responses(outcome) == shown
+    assert outcome.correct.tolist() == [a == b for a, b in zip(shown, truth(lettered), strict=True)]
+
+
+def test_losses_are_sums_over_the_supervised_tokens_of_each_record(outcomes, preprocessor):
+    rest = math.log(math.exp(10) + len(preprocessor.tokenizer) - 1)
+    # Letter and end token; records 1 and 4 are also asked "a square?", whose answer "yes" is three letters and an end.
+    unlikely = preprocessor.tokenizer.encode("yes", add_special_tokens=False)
+    extra = [(len(unlikely) + 1) * rest if i % 3 == 1 else 0.0 for i in range(7)]
+    np.testing.assert_allclose(outcomes["right"].losses, [rest - 10 + rest + more for more in extra], rtol=1e-5)
+    np.testing.assert_allclose(outcomes["wrong"].losses, [rest + rest + more for more in extra], rtol=1e-5)
+    document = outcomes["right"].to_json()
+    tokens = 7 * 2 + 2 * (len(unlikely) + 1)
+    assert document["supervised_tokens"] == tokens
+    assert document["loss"] == pytest.approx((7 * (2 * rest - 10) + sum(extra)) / tokens, rel=1e-5)
+    assert document["perplexity"] == pytest.approx(math.exp(document["loss"]))
+
+
+def test_without_candidates_only_the_loss_is_measured(preprocessor, lettered, outcomes):
+    letters = tuple(preprocessor.tokenizer.convert_tokens_to_ids(letter) for letter in "ABC")
+    model = ColourReader(letters, len(preprocessor.tokenizer))
+    # One picture: nothing to shuffle.
+    evaluator = Evaluator(model, {}, lettered[:1], preprocessor, candidates=(), batch_size=4, controls=True, seed=0)
+    found = evaluator.evaluate({"right": {"shift": np.int32(0)}})
+    assert list(found) == ["right", "right_blind"]
+    document = found["right"].to_json()
+    assert document["accuracy"] is document["accuracy_ci"] is None
+    np.testing.assert_allclose(found["right"].losses, outcomes["right"].losses[:1], rtol=1e-6)
+
+
+# Intervals.
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_are_the_published_ones(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=6e-5)

@@ -1,0 +1,383 @@
+"""A tiny job from config to report, by the command: every file of the run, skipping, stopping and going on, exports."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_job
+import yaml
+from typer.testing import CliRunner
+
+from mars_jax.cli import app
+
+LANE_KEYS = [
+    "lane", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",
+    "best_loss", "best_step", "update_norm", "status", "reason",
+]  # fmt: skip
+PHASES = ["data", "plan", "probe", "fit", "select", "finetune", "evaluate", "export"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Files of the tiny job; `document` and `stderr` are of its first `mars run --json`."""
+
+    config: Path
+    base: Path
+    train: Path
+    cache: Path
+    run: Path
+    document: dict[str, Any]
+    stderr: str
+
+    def mars(self, *arguments: object, torch: bool = False) -> dict[str, Any]:
+        done = tiny_job.mars(*arguments, "--json", cache=self.cache, torch=torch)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    folder = tmp_path_factory.mktemp("job")
+    base = tiny_job.checkpoint(folder / "base")
+    train = tiny_job.records(folder / "data", 60)
+    config = tiny_job.config(folder / "a.yaml", base, train, folder / "run")
+    done = tiny_job.mars("run", config, "--json", cache=folder / "cache")
+    assert done.returncode == 0, done.stderr
+    return Job(config, base, train, folder / "cache", folder / "run", json.loads(done.stdout), done.stderr)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def in_process(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def copy_of(job: Job, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The run elsewhere, as if it had been made with other settings."""
+    shutil.copytree(job.run, path)
+    config = yaml.safe_load((path / "config.resolved.yaml").read_text())
+    change(config)
+    (path / "config.resolved.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+# One whole run.
+
+
+def test_a_run_leaves_every_file_and_says_what_it_found(job):
+    files = {str(path.relative_to(job.run)) for path in job.run.rglob("*") if path.is_file()}
+    assert files >= {
+        "config.resolved.yaml", "state.json", "events.jsonl", "data.json", "plan.json", "probes/lanes.jsonl",
+        "probes/curves.jsonl", "laws.json", "selection.json", "finetune/metrics.jsonl", "finetune/summary.json",
+        "evaluation.json", "samples.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "report/index.html", "report/report.json",
+    }  # fmt: skip
+    assert any((job.run / "finetune" / "checkpoints").iterdir())
+    assert not any((job.run / "probes" / "checkpoints").iterdir())  # only the state of probes in progress
+    state = read(job.run / "state.json")
+    assert list(state["phases"]) == [*PHASES, "report"]
+    assert {record["status"] for record in state["phases"].values()} == {"done"}
+    assert state["peak_memory_bytes"] > 2**26
+    assert job.document["pick"] == read(job.run / "selection.json")["pick"]
+    assert job.document["test"].keys() == read(job.run / "evaluation.json")["conditions"].keys()
+    assert Path(job.document["adapter"]) == job.run / "adapter"
+    assert Path(job.document["report"]).is_file()
+
+
+def test_the_main_path_neither_needs_torch_nor_asks_for_it(job):
+    # The run was made with torch hidden.
+    assert "PyTorch" not in job.stderr
+
+
+def test_the_data_are_split_and_counted(job):
+    data = read(job.run / "data.json")
+    assert data["train"] + data["validation"] + data["test"] == 60
+    assert min(data["train"], data["validation"], data["test"]) > 0
+    assert data["dropped"] == []
+    assert list(data["files"]) == [str(job.train)]
+
+
+def test_lane_records_keep_to_the_contract(job):
+    lanes = lines(job.run / "probes" / "lanes.jsonl")
+    plan = read(job.run / "plan.json")
+    assert len(lanes) == plan["lanes"] == len({lane["lane"] for lane in lanes}) == 18
+    assert plan["lane_steps"] == 18 * 16
+    for lane in lanes:
+        assert list(lane) == LANE_KEYS
+        assert lane["adapted"] == ["vision", "projector", "llm"]
+        assert lane["convergence_steps"].keys() == lane["censored"].keys() == lane["update_norm"].keys()
+        assert all(0 < steps <= 16 for steps in lane["convergence_steps"].values())
+        assert min(lane["update_norm"].values()) > 0
+        late = any(lane["censored"].values())
+        assert (lane["status"], lane["reason"] is None) == ("horizon" if late else "converged", not late)
+    assert {lane["num_samples"] for lane in lanes} == {8, 16, 32}
+    curves = lines(job.run / "probes" / "curves.jsonl")
+    steps = {lane["lane"]: [row["step"] for row in curves if row["lane"] == lane["lane"]] for lane in lanes}
+    assert {tuple(of_lane) for of_lane in steps.values()} == {(0, 4, 6, 8, 11, 16)}
+    best = {
+        lane["lane"]: min(row["validation_loss"] for row in curves if row["lane"] == lane["lane"]) for lane in lanes
+    }
+    assert best == {lane["lane"]: lane["best_loss"] for lane in lanes}
+    first, last = (
+        [row["validation_loss"] for row in curves if row["step"] == step and row["lane"].endswith("D32-s0")]
+        for step in (0, 16)
+    )
+    assert len(set(first)) == 1  # b = 0: every lane starts as the base
+    assert max(last) < first[0] - 0.5
+
+
+def test_laws_and_selection_keep_to_the_contract(job):
+    laws, selection = read(job.run / "laws.json"), read(job.run / "selection.json")
+    assert laws["convergence"].keys() == {"vision", "llm"}  # the projector has one rank
+    for law in laws["convergence"].values():
+        assert {"k", "gamma", "delta", "E", "ci", "points", "rmse_log", "censored"} <= law.keys()
+        assert law["points"] == 18
+    expected = {"form", "A", "alpha", "beta", "E", "overfit", "ci", "held_out_error", "order_tau"}
+    assert expected <= laws["performance"].keys()
+    ranks = [candidate["ranks"] for candidate in selection["candidates"]]
+    assert sorted(map(str, ranks)) == sorted(
+        str({"vision": v, "projector": 2, "llm": n}) for v in (1, 2, 4) for n in (1, 4)
+    )
+    assert selection["pick"] in ranks
+    assert selection["target_num_samples"] == read(job.run / "data.json")["train"]
+    assert selection["method"] in ("laws", "local_sweep")
+
+
+def test_the_final_run_lowers_the_loss_and_its_adapter_is_what_was_evaluated(job):
+    summary, evaluation = read(job.run / "finetune" / "summary.json"), read(job.run / "evaluation.json")
+    metrics = lines(job.run / "finetune" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 8, 16]
+    assert summary["best_validation_loss"] == min(row["validation_loss"] for row in metrics)
+    assert summary["ranks"] == job.document["pick"]
+    conditions = evaluation["conditions"]
+    assert list(conditions) == [
+        "base",
+        "finetuned",
+        "base_blind",
+        "finetuned_blind",
+        "base_shuffled",
+        "finetuned_shuffled",
+    ]
+    assert conditions["finetuned"]["loss"] < conditions["base"]["loss"] - 0.3
+    assert conditions["finetuned"]["loss"] != conditions["finetuned_blind"]["loss"]
+    assert evaluation["scoring"] == "string_loglik"
+    assert evaluation["num_candidates"] == 3
+    samples = lines(job.run / "samples.jsonl")
+    assert len(samples) == evaluation["num_samples"] == read(job.run / "data.json")["test"]
+    for name, condition in conditions.items():
+        right = [sample[name]["response"] == sample["target"] for sample in samples]
+        assert condition["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+# Again, and elsewhere.
+
+
+def test_a_second_run_skips_every_phase_and_reads_neither_weights_nor_pictures(job, tmp_path):
+    watched = [p for p in job.run.rglob("*") if p.is_file() and p.parent.name != "report"]
+    watched = [p for p in watched if p.name not in ("state.json", "events.jsonl", "lock")]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in watched}
+    hidden = {job.base / "model.safetensors": tmp_path / "weights", job.train.parent / "images": tmp_path / "images"}
+    for path, elsewhere in hidden.items():
+        shutil.move(path, elsewhere)
+    try:
+        start = time.monotonic()
+        code, out, err = in_process("run", job.config, "--json")
+        seconds = time.monotonic() - start
+    finally:
+        for path, elsewhere in hidden.items():
+            shutil.move(elsewhere, path)
+    assert code == 0, err
+    assert json.loads(out) == job.document
+    assert [line for line in err.splitlines() if "skipped" in line] == [
+        f"{phase}: done before, skipped" for phase in PHASES
+    ]
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in watched} == before
+    assert seconds < 30
+
+
+def test_laws_are_fitted_again_from_the_lane_records_alone(job, tmp_path):
+    run = tmp_path / "moved"
+    (run / "probes").mkdir(parents=True)
+    # The state says that the laws are fitted; they are not there.
+    for name in ("config.resolved.yaml", "state.json", "probes/lanes.jsonl"):
+        shutil.copy(job.run / name, run / name)
+    shown = job.mars("fit", run)
+    assert (run / "laws.json").read_bytes() == (job.run / "laws.json").read_bytes()
+    laws = read(job.run / "laws.json")
+    del laws["draws"]
+    assert shown == laws
+
+
+def test_another_pick_is_fine_tuned_from_the_start(job, tmp_path):
+    run = copy_of(job, tmp_path / "copy", lambda config: config["finetune"].update(steps=2, look_every=1))
+    selection = read(run / "selection.json")
+    other = next(c["ranks"] for c in selection["candidates"] if c["ranks"] != selection["pick"])
+    (run / "selection.json").write_text(json.dumps({**selection, "pick": other}))
+    summary = job.mars("finetune", run)
+    assert summary["ranks"] == other
+    assert [row["step"] for row in lines(run / "finetune" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_more_answers_than_the_limit_leave_the_accuracy_null(job, tmp_path):
+    run = copy_of(job, tmp_path / "copy", lambda config: config["evaluate"].update(max_candidates=2, max_samples=3))
+    done = tiny_job.mars("evaluate", run, "--json", cache=job.cache)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert "warning: answers are not scored: the training split has more than 2 distinct answers" in done.stderr
+    assert (document["num_samples"], document["num_candidates"], document["scoring"]) == (3, 0, None)
+    for condition in document["conditions"].values():
+        assert condition["accuracy"] is condition["accuracy_ci"] is None
+        assert condition["perplexity"] > 1
+    samples = lines(run / "samples.jsonl")
+    assert [sample["finetuned"]["response"] for sample in samples] == [None] * 3
+    kept = {sample["id"]: sample["finetuned"]["loss"] for sample in lines(job.run / "samples.jsonl")}
+    for sample in samples:
+        assert sample["finetuned"]["loss"] == pytest.approx(kept[sample["id"]], rel=1e-4)
+
+
+def test_check_shows_samples_as_the_model_sees_them_and_writes_nothing(job, tmp_path):
+    code, out, err = in_process("check", job.config, "--show", "2", "--json", f"run_dir={tmp_path / 'never'}")
+    assert code == 0, err
+    document = json.loads(out)
+    assert not (tmp_path / "never").exists()
+    assert document["data"]["train"] == read(job.run / "data.json")["train"]
+    assert [row["path"] for row in document["targets"]] == [
+        "vision/layers/mlp/fc1", "vision/layers/mlp/fc2", "projector/linear_2", "llm/layers/self_attn/v_proj",
+    ]  # fmt: skip
+    first = {"module": "vision", "path": "vision/layers/mlp/fc1", "layers": 1, "in": 24, "out": 40}
+    assert document["targets"][0] == first
+    assert len(document["samples"]) == 2
+    for sample in document["samples"]:
+        assert "image tokens]" in sample["text"]
+        assert "<pad>" not in sample["text"]
+        assert sample["supervised"].endswith("<|im_end|>")
+        assert sample["supervised"].removesuffix("<|im_end|>").rpartition("<|im_end|>")[2] in tiny_job.COLOURS
+
+
+def test_status_and_plan_of_a_finished_run(job):
+    code, out, err = in_process("status", job.config, "--json")
+    status = json.loads(out)
+    assert (code, status["process"], status["lanes_done"], status["lanes_planned"]) == (0, None, 18, 18), err
+    code, out, err = in_process("plan", job.run, "--json")
+    assert (code, json.loads(out)["rank_vectors"]) == (0, 6), err
+
+
+# Stopped and gone on with.
+
+
+def start(job: Job, config: Path, command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        tiny_job.command(command, config, "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tiny_job.environment(job.cache),
+    )
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 100
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(job, tmp_path):
+    run = tmp_path / "run"
+    config = tiny_job.config(tmp_path / "a.yaml", job.base, job.train, run)
+    process = start(job, config, "run")
+    records = run / "probes" / "lanes.jsonl"
+    wait_for(process, lambda: records.exists() and records.stat().st_size > 0)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done_before = records.read_bytes().count(b"\n")
+    assert 0 < done_before < 18
+    assert json.loads(in_process("status", run, "--json")[1])["phases"]["probe"]["status"] == "interrupted"
+    assert job.mars("run", config)["test"] == job.document["test"]
+    for name in ("probes/lanes.jsonl", "probes/curves.jsonl", "laws.json", "selection.json", "evaluation.json"):
+        assert (run / name).read_bytes() == (job.run / name).read_bytes(), name
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (job.run / weights).read_bytes()
+    assert not any((run / "probes" / "checkpoints").iterdir())
+
+
+def test_a_search_that_is_told_to_stop_says_how_to_go_on(job, tmp_path):
+    run = tmp_path / "run"
+    config = tiny_job.config(tmp_path / "a.yaml", job.base, job.train, run)
+    process = start(job, config, "probe")
+    events = run / "events.jsonl"
+    wait_for(process, lambda: events.exists() and '"probe"' in events.read_text())
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    message = "state saved; run the same command again to go on"
+    assert json.loads(out) == {"error": {"type": "Interrupted", "message": message, "exit_code": 130}}
+    assert err.endswith(f"mars: {message}\n")
+    assert read(run / "state.json")["phases"]["probe"]["status"] == "interrupted"
+
+
+# Exports.
+
+
+def test_the_export_is_verified_in_pytorch(job, tmp_path):
+    run = copy_of(job, tmp_path / "copy", lambda config: None)
+    document = job.mars("export", run, "--verify", "--merged", torch=True)
+    verified = document["verified"]
+    assert document["merged"] == str(run / "merged")
+    assert verified["adapter"]["tensors"] == 2 * 4  # a and b of four linears of one layer
+    for result in verified.values():
+        assert result["logits_difference"] < 1e-4
+        assert result["base_difference"] < 1e-4
+        assert result["moved"] > 0.1
+    state = read(run / "state.json")["phases"]
+    assert {"export", "merge"} <= state.keys()
+    # What is written is not written again, with or without the merged checkpoint.
+    for arguments in (["--merged"], []):
+        code, _, err = in_process("export", run, *arguments)
+        assert (code, err.count("done before, skipped")) == (0, 1 + len(arguments)), err
+
+
+# The other rule.
+
+
+def test_the_loss_fraction_rule_plans_and_reads_lanes_of_one_module(job, tmp_path):
+    run = tmp_path / "run"
+    settings = {"corners": False, "num_samples": [8, 32]}
+    rule = {"rule": "loss_fraction", "epsilon": None}
+    slow = {"learning_rate": 0.003}
+    config = tiny_job.config(
+        tmp_path / "a.yaml", job.base, job.train, run, probe=settings, convergence=rule, optimizer=slow
+    )
+    assert job.mars("probe", config) == {"lanes": 18, "horizon": 18}
+    lanes = lines(run / "probes" / "lanes.jsonl")
+    alone = [lane for lane in lanes if len(lane["adapted"]) == 1]
+    together = [lane for lane in lanes if len(lane["adapted"]) == 3]
+    assert (len(alone), len(together)) == (2 * 5, 2 * 4)
+    for lane in alone:
+        (module,) = lane["adapted"]
+        assert lane["ranks"] == {"vision": 0, "projector": 0, "llm": 0, module: lane["ranks"][module]}
+        # Its loss still falls at the horizon.
+        assert (lane["convergence_steps"], lane["censored"]) == ({module: 16}, {module: True})
+        assert lane["update_norm"].keys() == {module}
+    for lane in together:
+        assert lane["convergence_steps"] == lane["censored"] == {}
+        assert lane["reason"] == "the rule speaks of lanes that adapt one module"
+    # No time was measured, and none is made up.
+    code, _, err = in_process("fit", config)
+    assert code == 5
+    assert "Law-C of module 'vision': 0 converged points for 3 parameters (6 points, 6 of them censored)" in err

@@ -1,0 +1,32 @@
+"""What importing costs: seconds, no torch, no device."""
+
+import subprocess
+import sys
+import time
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_the_package_is_imported_in_under_two_seconds():
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        python("import mars_jax")
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 2
+
+
+def test_no_module_of_ours_imports_torch_or_starts_a_device():
+    # transformers imports torch wherever that is installed, so it has to wait for the first tokenizer.
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "import mars_jax\n"
+        "names = [module.name for module in pkgutil.walk_packages(mars_jax.__path__, 'mars_jax.')]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "import jax\n"
+        "jax.config.update('jax_num_cpu_devices', 3)  # refused once there are devices\n"
+        "print('mars_jax.pipeline' in names, 'torch' in sys.modules, 'transformers' in sys.modules, len(jax.devices()))"
+    )
+    assert python(code).stdout == "True False False 3\n"
