@@ -1,4 +1,4 @@
-"""Strict mode for every test: no silent dtype or rank promotion, 8 virtual CPU devices, warnings as errors (pyproject)."""
+"""Strict mode for every test: no silent dtype or rank promotion, 8 virtual CPU devices; warnings fail (pyproject)."""
 
 import os
 
