@@ -252,9 +252,8 @@ class _Session:
                 method=settings.method,
                 parameters_per_rank=lora.parameters_per_rank(workspace.targets),
             )
-            candidates = candidates_for_sweep(selection, most=settings.sweep.max_candidates)
-            unsure = selection.p_best < settings.sweep.threshold and len(candidates) > 1
-            if settings.method == "laws" and settings.sweep.enabled and unsure:
+            if settings.sweep.enabled and selection.needs_sweep(settings.sweep.threshold):
+                candidates = candidates_for_sweep(selection, most=settings.sweep.max_candidates)
                 self.reporter.notice(
                     f"select: P(best) is {selection.p_best:.2f}, so the last {len(candidates)} candidates are run"
                 )

@@ -22,7 +22,6 @@ Method = Literal["laws", "paper", "local_sweep"]
 
 _SMALLEST_TAU = math.log(1.25)
 _ONE_SIDED_95 = 1.64
-_SURE_ENOUGH = 0.8
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,9 @@ class Selection:
     candidates: tuple[Candidate, ...]
     explanation: str
 
-    @property
-    def needs_sweep(self) -> bool:
-        """Whether the laws leave the pick open: P(best) < 0.8 and there is another candidate to compare it with."""
-        return self.method != "local_sweep" and self.p_best < _SURE_ENOUGH and len(candidates_for_sweep(self)) > 1
+    def needs_sweep(self, threshold: float = 0.8) -> bool:
+        """Whether the laws leave the pick open: P(best) < threshold, and another candidate to compare it with."""
+        return self.method == "laws" and self.p_best < threshold and len(candidates_for_sweep(self)) > 1
 
     def to_json(self) -> dict[str, Any]:
         """The document selection.json."""

@@ -38,9 +38,7 @@ def test_split_does_not_depend_on_file_id_or_path_of_a_picture() -> None:
 
 
 def test_search_data_has_no_test_set() -> None:
-    splits = split_records([record(number, number) for number in range(100)], Fractions())
     assert {field.name for field in fields(SearchData)} == {"train", "validation"}
-    assert splits.search_data == SearchData(splits.train, splits.validation)
 
 
 def test_empty_split_is_an_error() -> None:

@@ -115,7 +115,7 @@ def test_equal_laws_keep_the_diagonal_and_pick_its_largest_ranks():
     assert found.tau == pytest.approx(math.log(1.25))
     assert found.p_best == 1.0
     assert found.fallback is None
-    assert not found.needs_sweep
+    assert not found.needs_sweep()
     assert len(found.candidates) == 25
     assert "vision 64, llm 64, projector 8" in found.explanation
     assert "5 rank vectors kept from 25" in found.explanation
@@ -198,7 +198,7 @@ def test_json_has_the_documented_keys_and_comes_back():
 @pytest.fixture
 def close_call():
     found = pick(laws(performance=law_p({"vision": 0.0, "llm": 0.0}, spread=0.1)))
-    assert found.needs_sweep
+    assert found.needs_sweep()
     return found
 
 
@@ -217,7 +217,7 @@ def test_sweep_decides_by_the_mean_of_the_measured_losses(close_call):
     decided = decide_by_sweep(close_call, [(first, 1.0), (first, 1.2), (second, 1.05), (second, 1.05)])
     assert decided.pick == second
     assert decided.method == "local_sweep"
-    assert not decided.needs_sweep
+    assert not decided.needs_sweep()
     assert "not the pick of the laws" in decided.explanation
     agreed = decide_by_sweep(close_call, [(first, 1.0), (second, float("nan"))])
     assert agreed.pick == first

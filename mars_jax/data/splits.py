@@ -51,11 +51,6 @@ class Splits:
     validation: tuple[Record, ...]
     test: tuple[Record, ...]
 
-    @property
-    def search_data(self) -> SearchData:
-        """The part that search code may see."""
-        return SearchData(self.train, self.validation)
-
 
 def split_of(record: Record, fractions: Fractions) -> SplitName:
     """The split of a record: a fixed function of its picture's bytes (or of its id, when text only).
