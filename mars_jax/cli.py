@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mars_jax
-from mars_jax.errors import MarsError
+from mars_jax.errors import ConfigError, MarsError
 
 if TYPE_CHECKING:
     from mars_jax.progress import Reporter
@@ -52,6 +52,9 @@ def main() -> None:
     """Entry point of the command."""
     # transformers advises to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # XLA logs an error, a false one, for each program for a CPU with AVX-512 that comes from the compile cache
+    # (openxla/xla#44565). Its true errors are exceptions too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     app()
 
 
@@ -173,8 +176,9 @@ def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: boo
             result = work(ConsoleReporter())
     except MarsError as error:
         _fail(type(error).__name__, str(error), error.exit_code, json_output)
-    except KeyboardInterrupt:
-        _fail("Interrupted", "state saved; run the same command again to go on", INTERRUPTED, json_output)
+    except KeyboardInterrupt as interrupt:  # an `Interrupted` says more
+        message = str(interrupt) or "state saved; run the same command again to go on"
+        _fail("Interrupted", message, INTERRUPTED, json_output)
     else:
         _print_result(result, json_output)
 
@@ -184,7 +188,13 @@ def _call(name: str, source: Path, overrides: list[str] | None, json_output: boo
         from mars_jax.config import load_config
 
         config = load_config(source, overrides or ())
-        # Imported once the config is known to be right: it brings JAX along.
+        # Imported once the config is known to be right: they bring JAX along.
+        from mars_jax import compile_cache
+
+        try:
+            compile_cache.enable()
+        except ConfigError as error:
+            reporter.warn(f"{error} This run goes on and compiles what it needs.")
         pipeline = importlib.import_module("mars_jax.pipeline")
         return getattr(pipeline, name)(config, reporter, **options)
 

@@ -32,3 +32,11 @@ class NoValidResultError(MarsError):
     """The runs finished but give nothing valid to go on with."""
 
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or a scheduler stopped the work (exit code 130).
+
+    Its text says what was saved and how to go on. A `KeyboardInterrupt`, so that nothing that handles errors takes it
+    for one.
+    """
