@@ -1,0 +1,155 @@
+"""The fewest FLOPs that a lane-step or an evaluation batch can cost, in closed form from shapes and ranks.
+
+It counts matrix products, 2 m n k each, and nothing elementwise; no compiler is asked and no time is predicted.
+Counted is the model as it is defined: every position passes every layer, attention is full T x T (that half of it is
+masked saves nothing here), `x A B` is not merged into the weight, and nothing is computed twice (no remat).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mars_jax.hub.tables import parameters
+from mars_jax.lora import Targets
+from mars_jax.models.configs import LlavaOnevisionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs by what they are spent on; the parts add up to `total`.
+
+    Attributes:
+        encoder: frozen linears of the vision encoder, with the patch embedding.
+        projector: frozen linears of the projector.
+        llm: frozen linears of the decoder layers.
+        attention: the batched products of attention, encoder and decoder.
+        lora: the low-rank products of every module.
+        head: logits, at the supervised positions only, and in training their gradient.
+    """
+
+    encoder: float = 0.0
+    projector: float = 0.0
+    llm: float = 0.0
+    attention: float = 0.0
+    lora: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(asdict(self).values())
+
+
+def lane_step_flops(
+    config: LlavaOnevisionConfig,
+    targets: Targets,
+    ranks: Mapping[str, int],
+    *,
+    batch_size: int,
+    tokens: int,
+    tiles: int,
+    supervised: int,
+    cached_encoder: bool = False,
+) -> Flops:
+    """Loss and LoRA gradients of one lane on one batch, without the optimizer.
+
+    Frozen weights get no gradient, and activations get one only where something adapted lies below them.
+
+    Args:
+        config: the architecture.
+        targets: the linears that take adapters.
+        ranks: module -> rank; give the padded ranks for what a bucket really computes. 0 freezes a module.
+        batch_size: B, samples.
+        tokens: T, a sample.
+        tiles: N, a sample.
+        supervised: S, positions of a sample that need logits.
+        cached_encoder: whether features of the vision encoder are read instead of computed.
+
+    Raises:
+        ValueError: a cached encoder that is adapted, or a target that the model doesn't have.
+    """
+    walk = _Walk(config, targets, ranks, batch_size, trains=True)
+    return walk.model(tokens, tiles, supervised, cached_encoder)
+
+
+def evaluation_flops(
+    config: LlavaOnevisionConfig,
+    targets: Targets,
+    ranks: Mapping[str, int],
+    *,
+    batch_size: int,
+    tokens: int,
+    tiles: int,
+    supervised: int,
+    cached_encoder: bool = False,
+) -> Flops:
+    """The loss of one lane on one batch, forward only; arguments and errors as in `lane_step_flops`."""
+    walk = _Walk(config, targets, ranks, batch_size, trains=False)
+    return walk.model(tokens, tiles, supervised, cached_encoder)
+
+
+# What differs between the layers of the two transformers: the linears on both sides of attention and of the MLP.
+_LAYERS: dict[str, dict[str, Any]] = {
+    "vision": {"output": "out_proj", "up": ("fc1",), "down": "fc2"},
+    "llm": {"output": "o_proj", "up": ("gate_proj", "up_proj"), "down": "down_proj"},
+}
+
+
+class _Walk:
+    """Follows one batch through the model and adds up what each product costs.
+
+    `moves` says of an activation that something adapted lies below it, so training needs its gradient.
+    """
+
+    def __init__(
+        self, config: LlavaOnevisionConfig, targets: Targets, ranks: Mapping[str, int], batch_size: int, trains: bool
+    ) -> None:
+        self.config, self.batch_size, self.trains = config, batch_size, trains
+        weights = [p for p in parameters(config) if p.path.endswith(("/kernel", "/embedding"))]
+        self.shapes = {p.path.removesuffix("/kernel"): p.shape[-2:] for p in weights}
+        self.ranks = {path: ranks[target.module] for path, target in targets.items()}
+        self.parts = dict.fromkeys((field.name for field in fields(Flops)), 0.0)
+        unknown = sorted(set(targets) - set(self.shapes))
+        if unknown:
+            raise ValueError(f"flops: the model has no linear {', '.join(map(repr, unknown))}.")
+
+    def model(self, tokens: int, tiles: int, supervised: int, cached_encoder: bool) -> Flops:
+        """The whole model; sizes are those of one sample."""
+        config, patches = self.config, self.config.vision.num_patches
+        if cached_encoder:
+            adapted = [path for path, rank in self.ranks.items() if path.startswith("vision/") and rank]
+            if adapted:
+                raise ValueError(f"flops: features can't come from a cache while {adapted[0]!r} is adapted.")
+            moves = False
+        else:
+            moves = self.linear("encoder", "vision/patch_embed", tiles * patches, False)
+            for _ in range(config.num_vision_layers_used):
+                moves = self.layer("encoder", "vision", tiles, patches, moves)
+        for path in ("projector/linear_1", "projector/linear_2"):
+            moves = self.linear("projector", path, tiles * patches, moves)
+        for _ in range(config.text.num_layers):
+            moves = self.layer("llm", "llm", 1, tokens, moves)
+        tied = config.text.tie_word_embeddings
+        self.linear("head", "llm/embed_tokens/embedding" if tied else "llm/lm_head", supervised, moves)
+        return Flops(**self.parts)
+
+    def layer(self, part: str, module: str, sequences: int, length: int, moves: bool) -> bool:
+        """One transformer layer on `sequences` sequences a sample; returns whether its output moves."""
+        rows, prefix, names = sequences * length, f"{module}/layers", _LAYERS[module]
+        query, key, value = (self.linear(part, f"{prefix}/self_attn/{x}_proj", rows, moves) for x in "qkv")
+        output = f"{prefix}/self_attn/{names['output']}"
+        # Two products forward; backward one each for queries, keys, values and attention weights, where they move.
+        products = 2 + self.trains * (query + key + value + (query or key))
+        self.parts["attention"] += 2.0 * self.batch_size * rows * length * self.shapes[output][0] * products
+        moves |= self.linear(part, output, rows, query or key or value)
+        wide = [self.linear(part, f"{prefix}/mlp/{x}", rows, moves) for x in names["up"]]
+        return moves | self.linear(part, f"{prefix}/mlp/{names['down']}", rows, any(wide))
+
+    def linear(self, part: str, path: str, rows: int, moves: bool) -> bool:
+        """One linear on `rows` rows a sample; returns whether its output moves."""
+        (d_in, d_out), rank = self.shapes[path], self.ranks.get(path, 0)
+        product, back = 2.0 * self.batch_size * rows, self.trains and moves
+        self.parts[part] += product * d_in * d_out * (1 + back)
+        # Forward `x A` and `(x A) B`; backward to B, to `x A` and to A, and to x where it moves.
+        self.parts["lora"] += product * rank * ((d_in + d_out) + self.trains * (2 * d_out + d_in) + back * d_in)
+        return moves or rank > 0
