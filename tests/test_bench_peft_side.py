@@ -60,8 +60,8 @@ class Job:
         self.batches, last = batches[:5], batches[5]
         half = {**last, "target_weights": last["target_weights"] * np.array([[1], [1], [0], [0]], np.float32)}
         self.validation = self._stack([batches[0], half])
-        self.model_config, self.base = read_checkpoint(self.checkpoint, "float32")
-        self.model = LlavaOnevision(self.model_config)
+        config, base = read_checkpoint(self.checkpoint, "float32")
+        self.model, self.base = LlavaOnevision(config), jax.device_put(base)
         self.targets = lora.find_targets(self.base, PATTERNS)
 
     @staticmethod
