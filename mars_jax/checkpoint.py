@@ -5,11 +5,15 @@ gives, so it may come from another mesh.
 """
 
 import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+
+from mars_jax.errors import DoesNotFitError
 
 Tree = Any
 
@@ -17,47 +21,77 @@ Tree = Any
 class Checkpoints:
     """The checkpoints of one run of lanes, newest kept with the one before it; a context manager that waits at exit."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, warn: Callable[[str], None] = lambda text: None) -> None:
+        """Opens or makes a folder; `warn` is told of checkpoints that can't be read."""
         import orbax.checkpoint as ocp
 
         self.directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._warn = warn
         self._ocp = ocp
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        with self._writing():
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
-    def save(self, step: int, state: Tree, document: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background; a second save waits for the first."""
+    def save(self, step: int, state: Tree, document: Mapping[str, Any]) -> None:
+        """Writes a checkpoint in the background; a second save waits for the first.
+
+        Raises:
+            DoesNotFitError: this checkpoint, or the one before it, can't be written.
+        """
         args = self._ocp.args
         # The caller goes on to change its document while it is being written.
-        document = copy.deepcopy(document)
-        self._manager.save(step, args=args.Composite(state=args.StandardSave(state), document=args.JsonSave(document)))
+        document = copy.deepcopy(dict(document))
+        with self._writing():
+            self._manager.save(
+                step, args=args.Composite(state=args.StandardSave(state), document=args.JsonSave(document))
+            )
 
-    def document(self) -> dict[str, Any] | None:
-        """The document of the newest checkpoint, or None where there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        args = self._ocp.args
-        return self._manager.restore(step, args=args.Composite(document=args.JsonRestore()))["document"]
-
-    def restore(self, abstract_state: Tree) -> tuple[int, Tree, dict[str, Any]] | None:
-        """Reads the newest checkpoint.
+    def restore(
+        self, abstract_state: Tree, accept: Callable[[dict[str, Any]], None] = lambda document: None
+    ) -> tuple[int, Tree, dict[str, Any]] | None:
+        """Reads the newest checkpoint that can be read; those that can't are deleted, with a warning.
 
         Args:
             abstract_state: the state's tree, of arrays or `ShapeDtypeStruct`s with shardings.
+            accept: raises if the document is not the caller's.
 
         Returns:
             (step, state, document), or None where there is no checkpoint.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
         args = self._ocp.args
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, abstract_state)
-        restored = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(abstract), document=args.JsonRestore())
-        )
-        return step, restored["state"], restored["document"]
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            document = self._read(step, "document", args.JsonRestore())
+            if document is None:
+                continue
+            accept(document)
+            state = self._read(step, "state", args.StandardRestore(abstract))
+            if state is not None:
+                return step, state, document
+        return None
+
+    def _read(self, step: int, item: str, how: Any) -> Any:
+        """Reads an item of a checkpoint; deletes the checkpoint and returns None if that fails."""
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:  # orbax, tensorstore and the file system each have their own kinds
+            reason = (str(error).splitlines() or [""])[0][:200]
+            self._warn(
+                f"the checkpoint of step {step} in {self.directory} can't be read ({type(error).__name__}: {reason}); "
+                "it is deleted, and the run goes on from the one before it, if there is one"
+            )
+            self._manager.delete(step)
+            return None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # as above; what a save in the background met is raised by the next call
+            raise DoesNotFitError(
+                f"can't write checkpoints to {self.directory}: {error}. Finished work is kept. Make room there, or "
+                "make it writable, and run the same command again to go on."
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -65,5 +99,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.wait_until_finished()
+        if error is None or isinstance(error, KeyboardInterrupt):
+            with self._writing():
+                self._manager.wait_until_finished()
         self._manager.close()

@@ -172,15 +172,37 @@ class ProbeConfig(_Section):
         default=4, description="looks at the validation loss each time the step doubles (log-spaced)"
     )
     validation_samples: Count = Field(default=128, description="validation samples in a look")
+    sampling: Literal["separate", "nested"] = Field(
+        default="separate", description="a run for each D, or one single pass over the largest D that is read at each D"
+    )
+    patience: Annotated[float, Field(strict=True, gt=1)] | None = Field(
+        default=2.0, description="a lane leaves this many times its best step without a better look; null: never"
+    )
     chunk_steps: Count = Field(default=8, description="most steps whose batches are in memory at once")
-    lanes_per_program: Count = Field(default=8, description="lanes that one compiled program trains at once")
+    lanes_per_program: Count = Field(default=16, description="lanes in memory at once, on all devices")
+    lane_block: Count | Literal["auto"] = Field(
+        default="auto", description="lanes in one vectorised step of a device; auto: measured on runs that are long"
+    )
     corners: Flag = Field(default=True, description="also run the corners of the rank grid, all modules adapted")
 
     @model_validator(mode="after")
     def _check_steps(self) -> "ProbeConfig":
         if list(self.num_samples) != sorted(set(self.num_samples)):
             raise ValueError(f"num_samples must rise without repeats; seen {list(self.num_samples)}")
+        if self.sampling == "nested":
+            largest = self.num_samples[-1]
+            for size in self.num_samples:
+                if size % self.batch_size or largest % size or (largest // size).bit_count() != 1:
+                    raise ValueError(
+                        f"sampling: nested reads one pass over {largest} samples at each of num_samples, which must be "
+                        f"it halved again and again, and multiples of batch_size {self.batch_size}; seen {size}"
+                    )
         return self
+
+    @property
+    def horizon(self) -> int:
+        """Steps of the longest lane."""
+        return self.num_samples[-1] // self.batch_size if self.sampling == "nested" else self.steps
 
 
 class ConvergenceConfig(_Section):
@@ -229,6 +251,9 @@ class FinetuneConfig(_Section):
     warmup_steps: CountOrZero = Field(default=30, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="shape after the warm-up")
     look_every: Count = Field(default=50, description="steps between two looks at the validation loss")
+    warm_start: Flag = Field(
+        default=False, description="start from the probe with the picked ranks and the largest D, if there was one"
+    )
 
     @model_validator(mode="after")
     def _check_steps(self) -> "FinetuneConfig":
@@ -245,6 +270,15 @@ class EvaluateConfig(_Section):
     max_samples: Count | None = Field(default=None, description="test samples to use; null: all")
     max_candidates: Count = Field(default=64, description="most answers that one question may be scored against")
     controls: Flag = Field(default=True, description="also measure without images and with shuffled images")
+
+
+class MeshConfig(_Section):
+    """Devices along each axis; -1 for all that remain."""
+
+    lane: Annotated[int, Field(strict=True, ge=-1)] = Field(default=-1, description="probes are split over these")
+    data: Annotated[int, Field(strict=True, ge=-1)] = Field(default=1, description="samples are split over these")
+    fsdp: Annotated[int, Field(strict=True, ge=-1)] = Field(default=1, description="samples and base are split")
+    tensor: Annotated[int, Field(strict=True, ge=-1)] = Field(default=1, description="each product is split")
 
 
 class ExportConfig(_Section):
@@ -269,6 +303,7 @@ class Config(_Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+    mesh: MeshConfig = MeshConfig()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Config":
@@ -278,10 +313,10 @@ class Config(_Section):
                 "optimizer.learning_rate must be one number, or name each module of lora.modules "
                 f"({', '.join(self.lora.modules)}); seen {', '.join(rates) or 'no module'}"
             )
-        if self.optimizer.warmup_steps > self.probe.steps:
+        if self.optimizer.warmup_steps > self.probe.horizon:
             raise ValueError(
-                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be at most "
-                f"probe.steps ({self.probe.steps})"
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be at most the {self.probe.horizon} "
+                "steps of a probe"
             )
         return self
 

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from mars_jax.errors import ConfigError
@@ -59,13 +60,16 @@ class Convergence(NamedTuple):
     censored: jax.Array
 
 
-def converge(rule: ConvergenceRule, steps: ArrayLike, curves: ArrayLike) -> Convergence:
+def converge(
+    rule: ConvergenceRule, steps: ArrayLike, curves: ArrayLike, num_looks: ArrayLike | None = None
+) -> Convergence:
     """Applies a rule to curves over a common grid of steps.
 
     Args:
       rule: which rule and its threshold.
       steps: [N] optimizer steps of the looks, strictly increasing, N >= 2.
       curves: [K, N] validation losses in nats (`loss_fraction`) or [K, M, N] relative drifts (`drift`).
+      num_looks: int [K], looks at which each curve ends, at least 2; what comes after isn't read. None: N.
 
     Returns:
       The convergence times and whether each is censored.
@@ -73,18 +77,23 @@ def converge(rule: ConvergenceRule, steps: ArrayLike, curves: ArrayLike) -> Conv
     Raises:
       ValueError: the shapes do not fit together.
     """
-    steps, curves = jnp.asarray(steps, jnp.float32), jnp.asarray(curves, jnp.float32)
+    steps, curves = np.asarray(steps, np.float32), np.asarray(curves, np.float32)
     function, axes = _RULES[rule.name]
     if steps.ndim != 1 or steps.size < 2 or curves.ndim != len(axes) or curves.shape[-1] != steps.size:
         raise ValueError(
             f"rule {rule.name!r} takes steps [N] with N >= 2 and curves [{', '.join(axes)}]; "
             f"got steps {steps.shape} and curves {curves.shape}."
         )
-    return function(steps, curves, jnp.float32(rule.epsilon), jnp.int32(rule.sustain))
+    ends = np.full(curves.shape[0], steps.size) if num_looks is None else np.asarray(num_looks)
+    if ends.shape != curves.shape[:1] or not ((ends >= 2) & (ends <= steps.size)).all():
+        raise ValueError(f"num_looks must be [{curves.shape[0]}] numbers from 2 to {steps.size}; got {ends.tolist()}.")
+    return function(steps, curves, ends.astype(np.int32), np.float32(rule.epsilon), np.int32(rule.sustain))
 
 
 @jax.jit
-def _loss_fraction(steps: jax.Array, losses: jax.Array, epsilon: jax.Array, sustain: jax.Array) -> Convergence:
+def _loss_fraction(
+    steps: jax.Array, losses: jax.Array, num_looks: jax.Array, epsilon: jax.Array, sustain: jax.Array
+) -> Convergence:
     """First step after which the loss stays within `epsilon` of the lane's own drop, up to its best step.
 
     With L_0 the first loss, L_min the smallest and f(t) = (L(t) - L_min) / (L_0 - L_min), the time is where f crosses
@@ -94,29 +103,32 @@ def _loss_fraction(steps: jax.Array, losses: jax.Array, epsilon: jax.Array, sust
     Undefined when a loss is not finite or none is below the first.
     """
     looks = jnp.arange(steps.size)
-    horizon = steps[-1]
 
-    def one_lane(loss: jax.Array) -> Convergence:
-        best = jnp.argmin(loss)
+    def one_lane(loss: jax.Array, end: jax.Array) -> Convergence:
+        horizon = steps[end - 1]
+        read = looks < end
+        best = jnp.argmin(jnp.where(read, loss, jnp.inf))
         drop = loss[0] - loss[best]
-        defined = jnp.all(jnp.isfinite(loss)) & (drop > 0)
+        defined = jnp.all(jnp.isfinite(loss) | ~read) & (drop > 0)
         remaining = (loss - loss[best]) / jnp.where(drop > 0, drop, 1.0)
         last_above = jnp.max(jnp.where((looks <= best) & (remaining > epsilon), looks, 0))
-        first_below = jnp.minimum(last_above + 1, steps.size - 1)
+        first_below = jnp.minimum(last_above + 1, end - 1)
         high, low = remaining[last_above], remaining[first_below]
         part = jnp.where(high > low, (high - epsilon) / jnp.where(high > low, high - low, 1.0), 0.0)
         time = steps[last_above] + part * (steps[first_below] - steps[last_above])
-        early = steps <= 0.9 * horizon
+        early = (steps <= 0.9 * horizon) & read
         fallen = jnp.min(jnp.where(early, loss, jnp.inf)) - loss[best]
         tenths = 10.0 * (1.0 - jnp.max(jnp.where(early, steps, 0.0)) / horizon)
-        censored = (fallen > 0.01 * drop * tenths) | (steps.size - first_below < sustain)
+        censored = (fallen > 0.01 * drop * tenths) | (end - first_below < sustain)
         return Convergence(jnp.where(defined, jnp.where(censored, horizon, time), jnp.nan), censored & defined)
 
-    return jax.vmap(one_lane)(losses)
+    return jax.vmap(one_lane)(losses, num_looks)
 
 
 @jax.jit
-def _drift(steps: jax.Array, drifts: jax.Array, epsilon: jax.Array, sustain: jax.Array) -> Convergence:
+def _drift(
+    steps: jax.Array, drifts: jax.Array, num_looks: jax.Array, epsilon: jax.Array, sustain: jax.Array
+) -> Convergence:
     """First step after which the relative drift of a module's update stays at or below `epsilon`.
 
     The drift is ||Delta(t) - Delta(t/2)||_F / ||Delta(t)||_F of the product Delta = scale * A @ B (A and B alone have a
@@ -128,25 +140,26 @@ def _drift(steps: jax.Array, drifts: jax.Array, epsilon: jax.Array, sustain: jax
     """
     looks = jnp.arange(steps.size)
 
-    def one_module(drift: jax.Array) -> Convergence:
-        finite = jnp.isfinite(drift)
+    def one_module(drift: jax.Array, end: jax.Array) -> Convergence:
+        read = looks < end
+        finite = jnp.isfinite(drift) & read
         start = jnp.argmax(finite)
-        defined = jnp.any(finite) & jnp.all(finite | (looks < start))
-        above = (looks >= start) & (drift > epsilon)
+        defined = jnp.any(finite) & jnp.all(finite | (looks < start) | ~read)
+        above = (looks >= start) & (drift > epsilon) & read
         last_above = jnp.max(jnp.where(above, looks, -1))
         first_below = jnp.maximum(last_above + 1, start)
-        censored = steps.size - first_below < sustain
-        left, right = jnp.maximum(last_above, 0), jnp.minimum(first_below, steps.size - 1)
+        censored = end - first_below < sustain
+        left, right = jnp.maximum(last_above, 0), jnp.minimum(first_below, end - 1)
         high, low = drift[left], drift[right]
         part = jnp.where(high > low, (high - epsilon) / jnp.where(high > low, high - low, 1.0), 1.0)
         between = steps[left] * (steps[right] / jnp.maximum(steps[left], 1e-30)) ** part
         time = jnp.where((last_above >= 0) & (steps[left] > 0), between, steps[right])
-        return Convergence(jnp.where(defined, jnp.where(censored, steps[-1], time), jnp.nan), censored & defined)
+        return Convergence(jnp.where(defined, jnp.where(censored, steps[end - 1], time), jnp.nan), censored & defined)
 
-    return jax.vmap(jax.vmap(one_module))(drifts)
+    return jax.vmap(jax.vmap(one_module, in_axes=(0, None)))(drifts, num_looks)
 
 
-_Rule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Convergence]
+_Rule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike], Convergence]
 _RULES: dict[str, tuple[_Rule, tuple[str, ...]]] = {
     "loss_fraction": (_loss_fraction, ("K", "N")),
     "drift": (_drift, ("K", "M", "N")),

@@ -1,107 +1,132 @@
 """The final run: one lane with the picked ranks on the target number of samples, best checkpoint by validation loss.
 
-It runs in the program of the local sweep, padded to the largest ranks of the grid: exact all the same, and nothing new
-to compile.
+It runs in the program of the probes if that costs less than compiling its own: padding is exact, only not free.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+import numpy as np
 
 from mars_jax import lora
+from mars_jax.adapterfiles import read_adapters, write_adapters
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.errors import NoValidResultError
+from mars_jax.interrupts import Interrupts
 from mars_jax.jsonfiles import append_jsonl, write_json
-from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
+from mars_jax.probe.engine import Engine
+from mars_jax.probe.leaving import Leaving, ceiling_of
+from mars_jax.probe.loop import Row, Schedule, best_adapters, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane
+from mars_jax.programs import Program, covering_engine
+from mars_jax.rundir import RunDirectory
 from mars_jax.workspace import Workspace
-
-Tree = Any
 
 
 def finetune(
-    workspace: Workspace, ranks: Mapping[str, int], checkpoint_directory: Path, metrics_file: Path, summary_file: Path
+    workspace: Workspace, programs: Sequence[Program], ranks: Mapping[str, int], directory: RunDirectory
 ) -> dict[str, Any]:
-    """Runs, or goes on with, the final fine-tune.
+    """Runs, or goes on with, the final fine-tune; its best adapters lie in `directory.finetune_adapters_file` then.
 
     Args:
         workspace: of the run.
+        programs: of the probe phase, one of which may serve.
         ranks: module -> rank.
-        checkpoint_directory: holds the state, in a folder for each lane, so that another pick starts anew; the best
-            adapters are read back from it by `best_adapters`.
-        metrics_file: one record a look.
-        summary_file: the outcome, also returned.
+        directory: the state is checkpointed in a folder for each lane, so that another pick starts anew.
+
+    Returns:
+        The outcome, also written as summary.json beside metrics.jsonl, one record a look.
 
     Raises:
-        NoValidResultError: the loss was not finite.
+        NoValidResultError: the loss was not finite, or exploded.
     """
     settings = workspace.config.finetune
-    lane = _lane(workspace, ranks)
-    looks = sorted({*range(0, settings.steps, settings.look_every), settings.steps})
+    lane = Lane(ranks, workspace.target_num_samples(), seed=0)
+    engine = covering_engine(workspace, programs, [ranks], settings.steps)
     multipliers = warmup_multipliers(settings.steps, settings.warmup_steps, settings.schedule)
     rates = workspace.learning_rates(settings.learning_rate)
+    schedule = Schedule(
+        multipliers,
+        sorted({*range(0, settings.steps, settings.look_every), settings.steps}),
+        looks_per_doubling=0,
+        chunk_steps=workspace.config.probe.chunk_steps,
+        leaving=Leaving(ceiling=ceiling_of(workspace.model_config.text.vocab_size)),
+    )
+    start = _probe_to_start_from(workspace, ranks, directory)
     with (
-        Checkpoints(checkpoint_directory / lane.name) as checkpoints,
+        Checkpoints(directory.finetune_checkpoints / lane.name, workspace.reporter.warn) as checkpoints,
         workspace.reporter.progress("fine-tune", settings.steps, "steps") as advance,
+        Interrupts() as interrupts,
     ):
         result = run_group(
             [lane],
-            workspace.probe_engine,
-            workspace.base,
-            lambda lane: workspace.stream(lane, settings.batch_size),
+            engine,
+            workspace.base_on(engine.mesh),
+            workspace.stream(lane, settings.batch_size),
             workspace.validation_batches(None, settings.batch_size),
             rates,
-            Schedule(multipliers, looks, looks_per_doubling=0, chunk_steps=workspace.config.probe.chunk_steps),
+            schedule,
             checkpoints=checkpoints,
-            advance=advance,
+            initial=_initial(engine, directory, start) if start else None,
+            interrupts=interrupts,
+            advance=lambda progress: advance(progress.lane_steps, f"validation loss {progress.loss:.3f}"),
         )
-        (rows,) = result.rows
-        if not rows[-1]["alive"]:
-            raise NoValidResultError(
-                f"the final run with ranks {dict(ranks)} diverged: its loss was not finite by step "
-                f"{next(row['step'] for row in rows if not row['alive'])}. Lower finetune.learning_rate (now {rates})."
-            )
-        checkpoints.save(settings.steps, result.state, {"lanes": [lane.name], "rows": result.rows})
-    best_step = int(result.state.best_step[0])
-    if best_step == 0:
+    (rows,) = result.rows
+    if not rows[-1]["alive"]:
+        raise NoValidResultError(
+            f"the final run with ranks {dict(ranks)} diverged by step {rows[-1]['step']}: {rows[-1]['reason']}. Lower "
+            f"finetune.learning_rate (now {rates})."
+        )
+    best = min(rows, key=lambda row: row["validation_loss"])
+    if best["step"] == 0:
         workspace.reporter.warn(
-            f"the final run never came below the base's validation loss ({rows[0]['validation_loss']:.4f} nats), so "
-            f"the adapters change nothing. Lower finetune.learning_rate (now {rates}) or raise finetune.steps."
+            f"the final run never came below the validation loss that it started from ({best['validation_loss']:.4f} "
+            f"nats), so it changed nothing. Lower finetune.learning_rate (now {rates}) or raise finetune.steps."
         )
-    metrics_file.unlink(missing_ok=True)
-    for row in rows:
-        learning_rate = {m: rate * float(multipliers[max(row["step"], 1) - 1]) for m, rate in rates.items()}
-        metric = {name: row[name] for name in ("step", "train_loss", "validation_loss", "update_norm")}
-        append_jsonl(metrics_file, metric | {"learning_rate": learning_rate})
+    write_adapters(directory.finetune_adapters_file, best_adapters(engine, result, 0, lane))
+    _write_metrics(directory, rows, multipliers, rates)
     summary = {
         "steps": settings.steps,
-        "best_step": best_step,
-        "best_validation_loss": float(result.state.best_loss[0]),
+        "best_step": best["step"],
+        "best_validation_loss": best["validation_loss"],
         "ranks": dict(ranks),
         "num_samples": lane.num_samples,
         "learning_rate": rates,
         "parameters": sum(ranks[m] * n for m, n in lora.parameters_per_rank(workspace.targets).items()),
+        "warm_start": start,
     }
-    write_json(summary_file, summary)
+    write_json(directory.finetune_summary_file, summary)
     return summary
 
 
-def best_adapters(workspace: Workspace, ranks: Mapping[str, int], checkpoint_directory: Path) -> Tree:
-    """The adapters at the best validation loss of a finished run, unpadded."""
-    folder = checkpoint_directory / _lane(workspace, ranks).name
-    engine = workspace.probe_engine
-    ones = jax.numpy.ones(1, jax.numpy.int32)
-    rates = {module: ones.astype(jax.numpy.float32) for module in ranks}
-    abstract = jax.eval_shape(engine.init, ones, {module: ones for module in ranks}, rates)
-    with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(abstract)
-    if found is None:
-        raise NoValidResultError(f"{folder} holds no checkpoint. Run `mars finetune` again.")
-    state = jax.tree.map(lambda leaf: leaf[0], found[1])
-    return lora.trim(lora.join_trainable(state.best, state.scales), workspace.targets, ranks)
+def _probe_to_start_from(workspace: Workspace, ranks: Mapping[str, int], directory: RunDirectory) -> str | None:
+    """The probe with these ranks, the largest D and seed 0, if the config asks to start from it."""
+    config = workspace.config
+    if not config.finetune.warm_start:
+        return None
+    probe = Lane(ranks, max(config.probe.num_samples), seed=0).name
+    if directory.probe_adapters(probe).exists():
+        workspace.reporter.notice(f"finetune: starts from probe {probe}")
+        return probe
+    workspace.reporter.warn(f"no probe has the picked ranks ({probe}), so the final run starts from a fresh draw")
+    return None
 
 
-def _lane(workspace: Workspace, ranks: Mapping[str, int]) -> Lane:
-    return Lane(ranks, workspace.target_num_samples(), seed=0)
+def _initial(engine: Engine, directory: RunDirectory, probe: str) -> np.ndarray:
+    """Adapters of a probe as the engine's vector [P], padded with zeros."""
+    flat = lora.flatten(read_adapters(directory.probe_adapters(probe)))
+    leaves = []
+    for path, shape in engine.layout.shapes.items():
+        leaf = np.asarray(flat.get(path, np.zeros([0] * len(shape), np.float32)))
+        leaves.append(np.pad(leaf, [(0, size - have) for size, have in zip(shape, leaf.shape, strict=True)]).ravel())
+    return np.concatenate(leaves)
+
+
+def _write_metrics(
+    directory: RunDirectory, rows: Sequence[Row], multipliers: np.ndarray, rates: Mapping[str, float]
+) -> None:
+    directory.finetune_metrics_file.unlink(missing_ok=True)
+    for row in rows:
+        learning_rate = {m: rate * float(multipliers[max(row["step"], 1) - 1]) for m, rate in rates.items()}
+        metric = {name: row[name] for name in ("step", "train_loss", "validation_loss", "update_norm")}
+        append_jsonl(directory.finetune_metrics_file, metric | {"learning_rate": learning_rate})

@@ -14,16 +14,17 @@ import jax
 import numpy as np
 
 from mars_jax import lora
+from mars_jax.adapterfiles import read_adapters
 from mars_jax.config import Config
 from mars_jax.data.examples import ExampleSource
 from mars_jax.errors import ConfigError
 from mars_jax.evaluate import evaluate_run
-from mars_jax.finetune import best_adapters
 from mars_jax.finetune import finetune as run_finetune
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, write_adapter
 from mars_jax.hub.write import write_merged
 from mars_jax.jsonfiles import read_json, read_jsonl, write_json
 from mars_jax.laws import Laws, fit_laws
+from mars_jax.programs import Program, probe_programs
 from mars_jax.progress import Reporter
 from mars_jax.rundir import RunDirectory, hash_inputs
 from mars_jax.search import lane_costs, planned_lanes, run_probes
@@ -188,7 +189,7 @@ class _Session:
 
     def plan(self) -> Document:
         """Counts lanes, steps, samples and memory; refuses what can't fit."""
-        inputs = hash_inputs(self._sections("model", "lora", "probe", "convergence", "finetune"))
+        inputs = hash_inputs(self._sections("model", "lora", "probe", "convergence", "finetune", "mesh"))
 
         def work() -> Document:
             document = lane_costs(self.workspace, planned_lanes(self.config))
@@ -258,7 +259,8 @@ class _Session:
                     f"select: P(best) is {selection.p_best:.2f}, so the last {len(candidates)} candidates are run"
                 )
                 frozen = {module: 0 for module, ranks in workspace.grids.items() if max(ranks) == 0}
-                results = run_sweep(workspace, [{**ranks, **frozen} for ranks in candidates])
+                vectors = [{**ranks, **frozen} for ranks in candidates]
+                results = run_sweep(workspace, self._programs, vectors, self.directory.sweep_checkpoints)
                 results = [({m: r for m, r in ranks.items() if m not in frozen}, loss) for ranks, loss in results]
                 selection = decide_by_sweep(selection, results)
             document = selection.to_json()
@@ -280,19 +282,17 @@ class _Session:
         inputs = hash_inputs(self.directory.selection_file, sections)
 
         def work() -> Document:
-            return run_finetune(
-                self.workspace,
-                self._ranks(),
-                self.directory.finetune_checkpoints,
-                self.directory.finetune_metrics_file,
-                self.directory.finetune_summary_file,
-            )
+            return run_finetune(self.workspace, self._programs, self._ranks(), self.directory)
 
         return self._skip_or_run("finetune", inputs, self.directory.finetune_summary_file, work)
 
     @cached_property
     def _adapters(self) -> Any:
-        return best_adapters(self.workspace, self._ranks(), self.directory.finetune_checkpoints)
+        return read_adapters(self.directory.finetune_adapters_file)
+
+    @cached_property
+    def _programs(self) -> tuple[Program, ...]:
+        return probe_programs(self.workspace, planned_lanes(self.config))
 
     def evaluate(self) -> Document:
         """Base and result on the test split, with controls."""

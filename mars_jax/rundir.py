@@ -113,6 +113,15 @@ class RunDirectory:
         return self.path / "probes" / "curves.jsonl"
 
     @property
+    def progress_file(self) -> Path:
+        """How the running phase stands: lanes done, running and queued, steps, loss, memory."""
+        return self.path / "progress.json"
+
+    def probe_adapters(self, lane: str) -> Path:
+        """The best adapters of a probe, kept where the final run may start from them."""
+        return self.path / "probes" / "adapters" / f"{lane}.safetensors"
+
+    @property
     def probe_checkpoints(self) -> Path:
         """State of the probes in progress."""
         return self.path / "probes" / "checkpoints"
@@ -128,9 +137,19 @@ class RunDirectory:
         return self.path / "selection.json"
 
     @property
+    def sweep_checkpoints(self) -> Path:
+        """State of the local sweep."""
+        return self.path / "selection" / "checkpoints"
+
+    @property
     def finetune_metrics_file(self) -> Path:
         """One record a look of the final run."""
         return self.path / "finetune" / "metrics.jsonl"
+
+    @property
+    def finetune_adapters_file(self) -> Path:
+        """The adapters at the best validation loss of the final run."""
+        return self.path / "finetune" / "adapters.safetensors"
 
     @property
     def finetune_summary_file(self) -> Path:
@@ -245,6 +264,7 @@ class RunDirectory:
             "process": holder,
             "phases": phases,
             "lanes_done": len(read_jsonl(self.lanes_file, warn)),
+            "progress": read_json(self.progress_file) if holder and self.progress_file.exists() else None,
             "lanes_planned": read_json(self.plan_file)["lanes"] if self.plan_file.exists() else None,
             "last_events": read_jsonl(self.events_file, warn)[-_EVENTS_SHOWN:],
         }
@@ -280,7 +300,7 @@ class RunDirectory:
 
     def _write_phase(self, name: str, record: Mapping[str, Any]) -> None:
         state = self.state()
-        peak = max(state.get("peak_memory_bytes", 0), _peak_memory_bytes())
+        peak = max(state.get("peak_memory_bytes", 0), peak_memory_bytes())
         write_json(self.state_file, {**state, "phases": {**state["phases"], name: record}, "peak_memory_bytes": peak})
         self.append_event("phase", phase=name, status=record["status"])
 
@@ -308,10 +328,19 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
     """Most memory this process has had resident; the kernel counts in KiB on Linux and in bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int:
+    """Memory that this process has resident now, where the system tells; else the most that it ever had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_memory_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _now() -> str:

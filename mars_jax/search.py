@@ -4,36 +4,51 @@ The compiled part is `probe.engine`, the loop over one group `probe.loop`; the l
 """
 
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from mars_jax import lora
+from mars_jax.adapterfiles import write_adapters
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.config import Config
 from mars_jax.convergence import ConvergenceRule
 from mars_jax.errors import DoesNotFitError
-from mars_jax.jsonfiles import append_jsonl, read_jsonl
-from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
+from mars_jax.interrupts import Interrupts
+from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
+from mars_jax.probe.leaving import Leaving, ceiling_of
+from mars_jax.probe.loop import GroupResult, Progress, Row, Schedule, best_adapters, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane, look_steps, plan_lanes
 from mars_jax.probe.records import lane_records
-from mars_jax.rundir import RunDirectory
+from mars_jax.programs import Program, probe_programs, step_flops
+from mars_jax.rundir import RunDirectory, memory_bytes
 from mars_jax.workspace import Workspace, physical_memory_bytes
 
 
 def planned_lanes(config: Config) -> tuple[Lane, ...]:
-    """The lanes of a config."""
+    """The lanes of a config; with nested sampling those of the largest D, which are read at every D."""
+    settings = config.probe
     return plan_lanes(
         {name: module.ranks for name, module in config.lora.modules.items()},
-        config.probe.num_samples,
-        config.probe.seeds,
-        corners=config.probe.corners,
+        settings.num_samples[-1:] if settings.sampling == "nested" else settings.num_samples,
+        settings.seeds,
+        corners=settings.corners,
         single_module=config.convergence.rule == "loss_fraction",
     )
+
+
+def readings(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
+    """What is read off a lane: a lane for each D, and its number of steps."""
+    settings = config.probe
+    if settings.sampling == "separate":
+        return [(lane, settings.steps)]
+    return [(replace(lane, num_samples=size), size // settings.batch_size) for size in reversed(settings.num_samples)]
 
 
 def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
@@ -59,10 +74,13 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
             f"probe.lanes_per_program or the largest ranks, or use model.dtype: bfloat16."
         )
     grid_size = int(np.prod([len(ranks) for ranks in workspace.grids.values()]))
+    lane_steps = len(lanes) * settings.horizon
     return {
-        "lanes": len(lanes),
-        "lane_steps": len(lanes) * settings.steps,
-        "samples": len(lanes) * settings.steps * settings.batch_size,
+        "lanes": sum(len(readings(config, lane)) for lane in lanes),
+        "runs": len(lanes),
+        "lane_steps": lane_steps,
+        "samples": lane_steps * settings.batch_size,
+        "flops": sum(settings.horizon * step_flops(workspace, lane.ranks) for lane in lanes),
         "rank_vectors": grid_size,
         "full_grid_steps": grid_size * config.finetune.steps,
         "full_grid_samples": grid_size * config.finetune.steps * config.finetune.batch_size,
@@ -82,75 +100,141 @@ def convergence_rule(config: Config) -> ConvergenceRule:
 
 
 def run_probes(workspace: Workspace, lanes: tuple[Lane, ...], directory: RunDirectory) -> None:
-    """Runs lanes in groups of one size, one compiled program for all; a finished group is never run again."""
+    """Runs lanes in groups, one compiled program for each bucket; a finished group is never run again."""
     config, reporter = workspace.config, workspace.reporter
-    settings = config.probe
     workspace.check_sizes()
-    groups, size = lane_groups(lanes, settings.lanes_per_program)
-    looks = look_steps(settings.steps, settings.looks_per_doubling)
-    schedule = Schedule(
-        warmup_multipliers(settings.steps, config.optimizer.warmup_steps, "constant"),
-        looks,
+    schedule = probe_schedule(workspace)
+    recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
+    with Interrupts() as interrupts, _following(workspace, lanes, directory) as follow:
+        for program in probe_programs(workspace, lanes):
+            for group in program.groups:
+                if all(read.name in recorded for lane in group for read, _ in readings(config, lane)):
+                    follow(group, Progress(len(group) * schedule.horizon, schedule.horizon, 0, np.nan))
+                    continue
+                checkpoint_directory = directory.probe_checkpoints / group[0].name
+                with Checkpoints(checkpoint_directory, reporter.warn) as checkpoints:
+                    result = run_probe_group(
+                        workspace,
+                        program,
+                        group,
+                        schedule,
+                        checkpoints=checkpoints,
+                        interrupts=interrupts,
+                        advance=lambda progress, group=group: follow(group, progress),
+                    )
+                _record_group(workspace, program, group, result, recorded, directory)
+                shutil.rmtree(checkpoint_directory)
+
+
+def probe_schedule(workspace: Workspace) -> Schedule:
+    """Steps and looks of every probe."""
+    settings = workspace.config.probe
+    return Schedule(
+        warmup_multipliers(settings.horizon, workspace.config.optimizer.warmup_steps, "constant"),
+        look_steps(settings.horizon, settings.looks_per_doubling),
         settings.looks_per_doubling,
         settings.chunk_steps,
+        Leaving(settings.patience, ceiling_of(workspace.model_config.text.vocab_size)),
     )
-    rule = convergence_rule(config)
-    rates = workspace.learning_rates()
-    recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
-    validation = workspace.validation_batches(settings.validation_samples, settings.batch_size)
-    with reporter.progress("probe", len(lanes) * settings.steps, "lane-steps") as advance:
-        for group in groups:
-            if all(lane.name in recorded for lane in group):
-                advance(len(group) * settings.steps, "done before")
-                continue
-            # A short group is filled up, so that it runs in the program of the others.
-            filled = group + group[-1:] * (size - len(group))
-            checkpoint_directory = directory.probe_checkpoints / group[0].name
-            with Checkpoints(checkpoint_directory) as checkpoints:
-                result = run_group(
-                    filled,
-                    workspace.probe_engine,
-                    workspace.base,
-                    lambda lane: workspace.stream(lane, settings.batch_size),
-                    validation,
-                    rates,
-                    schedule,
-                    checkpoints=checkpoints,
-                    advance=partial(_advance_real, advance, len(group) / size),
-                )
-            rows = result.rows[: len(group)]
-            records = lane_records(group, rows, rule, rates)
-            _append_curves(directory, group, rows)
-            for record in records:
-                if record["lane"] not in recorded:
-                    append_jsonl(directory.lanes_file, record)
-                if record["status"] == "diverged":
-                    reporter.warn(f"lane {record['lane']} diverged: {record['reason']}")
-            shutil.rmtree(checkpoint_directory)
 
 
-def lane_groups(lanes: Sequence[Lane], most: int) -> tuple[list[tuple[Lane, ...]], int]:
-    """Cuts lanes into groups that share their data, and gives the size of the largest group.
+def run_probe_group(
+    workspace: Workspace, program: Program, group: Sequence[Lane], schedule: Schedule, **options: Any
+) -> GroupResult:
+    """Runs one group of a program; `options` are those of `run_group`."""
+    settings = workspace.config.probe
+    cached = program.bucket.cached_encoder
+    return run_group(
+        group,
+        program.engine,
+        workspace.base_on(program.engine.mesh),
+        workspace.probe_stream(group[0], cached_encoder=cached),
+        workspace.validation_batches(settings.validation_samples, settings.batch_size, cached_encoder=cached),
+        workspace.learning_rates(),
+        schedule,
+        **options,
+    )
 
-    A group reads one stream, so that every group runs in the same program; within each (num_samples, seed) the groups
-    are as equal as can be.
-    """
-    shared: dict[tuple[int, int], list[Lane]] = {}
-    for lane in lanes:
-        shared.setdefault((lane.num_samples, lane.seed), []).append(lane)
-    size = max(-(-len(alike) // -(-len(alike) // most)) for alike in shared.values())
-    groups = [tuple(alike[i : i + size]) for alike in shared.values() for i in range(0, len(alike), size)]
-    return groups, size
+
+@contextmanager
+def _following(
+    workspace: Workspace, lanes: Sequence[Lane], directory: RunDirectory
+) -> Iterator[Callable[[Sequence[Lane], Progress], None]]:
+    """Tells the user and `progress.json` how the phase stands: lanes done, running, queued, steps, loss, memory."""
+    done, last_write = 0, 0.0
+    total = len(lanes) * workspace.config.probe.horizon
+    with workspace.reporter.progress("probe", total, "lane-steps") as advance:
+        steps = 0
+
+        def follow(group: Sequence[Lane], progress: Progress) -> None:
+            nonlocal done, last_write, steps
+            steps += progress.lane_steps
+            running = progress.running if progress.step < workspace.config.probe.horizon else 0
+            counts = {
+                "done": done + len(group) - running,
+                "running": running,
+                "queued": len(lanes) - done - len(group),
+            }
+            if not running:
+                done += len(group)
+            memory = memory_bytes()
+            told = ", ".join(f"{number} {name}" for name, number in counts.items())
+            loss = "" if np.isnan(progress.loss) else f", loss {progress.loss:.3f}"
+            advance(progress.lane_steps, f"lanes {told}; step {progress.step}{loss}, {memory / 2**30:.1f} GiB")
+            if time.monotonic() - last_write > 1.0 or not running:
+                status = {
+                    "phase": "probe",
+                    "lanes": counts,
+                    "step": progress.step,
+                    "lane_steps": {"done": steps, "total": total},
+                    "validation_loss": progress.loss,
+                    "memory_bytes": memory,
+                }
+                write_json(directory.progress_file, status)
+                last_write = time.monotonic()
+
+        yield follow
 
 
-def _advance_real(advance: Callable[[int, str], None], real: float, steps: int, text: str) -> None:
-    """Counts lane-steps of real lanes only, not of those that fill up a group."""
-    advance(round(steps * real), text)
+def _record_group(
+    workspace: Workspace,
+    program: Program,
+    group: Sequence[Lane],
+    result: GroupResult,
+    recorded: set[str],
+    directory: RunDirectory,
+) -> None:
+    """Writes what a finished group leaves; what a killed run had written already stays as it is."""
+    config, reporter = workspace.config, workspace.reporter
+    rule, rates = convergence_rule(config), workspace.learning_rates()
+    reads, curves = [], []
+    for lane, rows in zip(group, result.rows, strict=True):
+        for read, steps in readings(config, lane):
+            reads.append(read)
+            curves.append([row for row in rows if row["step"] <= steps])
+    _append_curves(directory, reads, curves)
+    if config.finetune.warm_start:
+        for k, lane in enumerate(group):
+            if set(lane.adapted) == {module for module, ranks in workspace.grids.items() if max(ranks)}:
+                write_adapters(directory.probe_adapters(lane.name), best_adapters(program.engine, result, k, lane))
+    for record in lane_records(reads, curves, rule, rates):
+        if record["lane"] not in recorded:
+            append_jsonl(directory.lanes_file, record)
+            recorded.add(record["lane"])
+        if record["status"] == "diverged":
+            reporter.warn(f"lane {record['lane']} diverged: {record['reason']}")
+    directory.append_event(
+        "group",
+        lanes=[lane.name for lane in group],
+        steps=[rows[-1]["step"] for rows in result.rows],
+        useful_lane_steps=result.useful_steps,
+        executed_lane_steps=result.executed_steps,
+    )
 
 
-def _append_curves(directory: RunDirectory, lanes: tuple[Lane, ...], rows: list[list[dict[str, Any]]]) -> None:
-    """Adds the looks of a group, but for those that a killed run had got to."""
+def _append_curves(directory: RunDirectory, lanes: Sequence[Lane], curves: Sequence[Sequence[Row]]) -> None:
+    """Adds the looks of lanes, but for those that a killed run had got to."""
     known = Counter(record["lane"] for record in read_jsonl(directory.curves_file, lambda text: None))
-    for lane, lane_rows in zip(lanes, rows, strict=True):
-        for row in lane_rows[known[lane.name] :]:
+    for lane, rows in zip(lanes, curves, strict=True):
+        for row in rows[known[lane.name] :]:
             append_jsonl(directory.curves_file, {"lane": lane.name, **row})

@@ -4,7 +4,7 @@ No phase's logic is here. Search code gets `search`, which has no test split to 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from mars_jax import lora
 from mars_jax.config import Config
-from mars_jax.data.batches import Batch, eval_batches, stream, subset
+from mars_jax.data.batches import Batch, eval_batches, nested_stream, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, ShapePlan, Shapes, load_preprocessor, plan_shapes
+from mars_jax.data.features import FeatureSource
 from mars_jax.data.records import Record, load_records
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.errors import ConfigError
@@ -27,6 +29,7 @@ from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
 from mars_jax.progress import Reporter
+from mars_jax.sharding import base_shardings, check_batch, make_mesh, place
 
 if TYPE_CHECKING:
     import grain
@@ -40,6 +43,7 @@ class Workspace:
     def __init__(self, config: Config, reporter: Reporter) -> None:
         self.config = config
         self.reporter = reporter
+        self._engines: dict[Any, Engine] = {}
 
     # Data.
 
@@ -141,9 +145,35 @@ class Workspace:
         return LlavaOnevision(self.model_config)
 
     @cached_property
+    def mesh(self) -> Mesh:
+        """The devices of the config.
+
+        Raises:
+            ConfigError: sizes that don't fit the devices, or a base or batch that they don't divide.
+        """
+        mesh = make_mesh(self.config.mesh.model_dump())
+        for batch_size in (self.config.probe.batch_size, self.config.finetune.batch_size):
+            check_batch(batch_size, mesh)
+        base_shardings(self.abstract_base, mesh)
+        return mesh
+
+    @cached_property
+    def single_lane_mesh(self) -> Mesh:
+        """The same devices for one lane: its samples are split over those that lanes were, where they divide."""
+        sizes = dict(self.mesh.shape)
+        if sizes["lane"] == 1 or self.config.finetune.batch_size % (sizes["lane"] * sizes["data"] * sizes["fsdp"]):
+            return self.mesh
+        return make_mesh({**sizes, "lane": 1, "data": sizes["lane"] * sizes["data"]}, list(self.mesh.devices.flat))
+
+    @cached_property
     def base(self) -> Any:
-        """Frozen parameters on the device."""
-        return jax.device_put(read_checkpoint(self.config.model.checkpoint, self.config.model.dtype)[1])
+        """Frozen parameters on the devices."""
+        parameters = read_checkpoint(self.config.model.checkpoint, self.config.model.dtype)[1]
+        return place(parameters, base_shardings(self.abstract_base, self.mesh))
+
+    def base_on(self, mesh: Mesh) -> Any:
+        """Frozen parameters as an engine on this mesh takes them."""
+        return self.base if mesh == self.mesh else place(self.base, base_shardings(self.abstract_base, mesh))
 
     @cached_property
     def abstract_base(self) -> Any:
@@ -179,33 +209,77 @@ class Workspace:
     # Training.
 
     @cached_property
-    def probe_engine(self) -> Engine:
-        """One bucket for the whole grid: every lane padded to the largest ranks. Also of sweep and final run."""
+    def transform(self) -> optax.GradientTransformation:
+        """AdamW of the config without its learning rate: gradients to unscaled updates."""
         settings = self.config.optimizer
         steps = [optax.clip_by_global_norm(settings.clip_norm)]
         steps.append(optax.scale_by_adam(settings.b1, settings.b2, settings.eps))
         if settings.weight_decay:
             steps.append(optax.add_decayed_weights(settings.weight_decay))
-        return make_engine(
-            self.model,
-            self.targets,
-            padded_ranks={module: max(ranks) for module, ranks in self.grids.items()},
-            alpha=self.alpha,
-            transform=optax.chain(*steps),
-            num_snapshots=self.config.probe.looks_per_doubling,
-        )
+        return optax.chain(*steps)
+
+    def engine(
+        self,
+        padded_ranks: Mapping[str, int],
+        num_slots: int,
+        lane_block: int,
+        *,
+        cached_encoder: bool = False,
+        mesh: Mesh | None = None,
+    ) -> Engine:
+        """The engine of these shapes, made once: see `mars_jax.programs` for which to ask for."""
+        mesh = mesh or self.mesh
+        key = (tuple(padded_ranks.items()), num_slots, lane_block, cached_encoder, mesh)
+        if key not in self._engines:
+            self._engines[key] = make_engine(
+                self.model,
+                self.targets,
+                padded_ranks=padded_ranks,
+                alpha=self.alpha,
+                transform=self.transform,
+                num_snapshots=self.config.probe.looks_per_doubling,
+                num_slots=num_slots,
+                lane_block=lane_block,
+                mesh=mesh,
+                cached_encoder=cached_encoder,
+            )
+        return self._engines[key]
 
     def stream(self, lane: Lane, batch_size: int) -> "grain.MapDataset[Batch]":
         """Batches of a lane: smaller D lie in larger ones, and lanes of one seed see the same order."""
         indices = subset(len(self.search.train), lane.num_samples, self.config.seed)
         return stream(self._train_source, indices, seed=self.config.seed + lane.seed, batch_size=batch_size)
 
-    def validation_batches(self, most: int | None, batch_size: int) -> Batch:
+    def probe_stream(self, lane: Lane, *, cached_encoder: bool) -> "grain.MapDataset[Batch]":
+        """Batches of a probe, with the encoder's output in place of pixels if asked for."""
+        settings = self.config.probe
+        indices = subset(len(self.search.train), lane.num_samples, self.config.seed)
+        source = self._feature_source if cached_encoder else self._train_source
+        seed = self.config.seed + lane.seed
+        if settings.sampling == "nested":
+            return nested_stream(source, indices, settings.num_samples, seed=seed, batch_size=settings.batch_size)
+        return stream(source, indices, seed=seed, batch_size=settings.batch_size)
+
+    @cached_property
+    def _encode(self) -> Callable[[Any], Any]:
+        apply = jax.jit(lambda base, pixels: self.model.apply({"params": base}, pixels, method="encode"))
+        dtype = jnp.dtype(self.config.model.dtype)
+        return lambda pixels: jax.device_get(apply(self.base, pixels.astype(dtype)))
+
+    @cached_property
+    def _feature_source(self) -> FeatureSource:
+        settings = self.config.probe
+        indices = subset(len(self.search.train), max(settings.num_samples), self.config.seed)
+        return FeatureSource(self._train_source, indices, self._encode, settings.batch_size)
+
+    def validation_batches(self, most: int | None, batch_size: int, *, cached_encoder: bool = False) -> Batch:
         """Validation batches [V, B, ...]: up to `most` records, the same for every lane."""
         records = self.search.validation
         chosen = subset(len(records), min(most or len(records), len(records)), self.config.seed)
         source = ExampleSource([records[i] for i in chosen], self.preprocessor, self.shapes, cache_bytes=0)
-        batches = [batch for batch, _ in eval_batches(source, min(batch_size, len(chosen)))]
+        batches = [batch for batch, _ in eval_batches(source, batch_size)]
+        if cached_encoder:
+            batches = [{**batch, "features": self._encode(batch.pop("pixels"))} for batch in batches]
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     def check_model(self) -> None:

@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from mars_jax.evaluate import Evaluator, candidate_answers
 from mars_jax.hub.read import read_config
 from mars_jax.hub.write import write_checkpoint
 from mars_jax.models.llava_onevision import LlavaOnevision
-from mars_jax.probe.engine import mean_loss
 from mars_jax.probe.loop import warmup_multipliers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
@@ -150,6 +150,12 @@ def batches(source: ExampleSource, args: argparse.Namespace) -> Iterator[dict[st
         step += 1
 
 
+def full_loss(model: LlavaOnevision, params: Any, batch: Any) -> jax.Array:
+    """Mean cross-entropy over the supervised tokens, with a gradient for every parameter, the head too."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, batch), batch["targets"])
+    return (losses * batch["target_weights"]).sum() / batch["target_weights"].sum()
+
+
 def pretrain(model: LlavaOnevision, source: ExampleSource, args: argparse.Namespace) -> Any:
     """Trains every parameter; returns them."""
     stream = batches(source, args)
@@ -164,7 +170,7 @@ def pretrain(model: LlavaOnevision, source: ExampleSource, args: argparse.Namesp
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any, rate: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, gradients = jax.value_and_grad(lambda p: mean_loss(model, p, {}, batch))(params)
+        loss, gradients = jax.value_and_grad(partial(full_loss, model))(params, batch)
         updates, state = transform.update(gradients, state, params)
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, loss
 

@@ -1,5 +1,6 @@
 """A tiny LLaVA-OneVision with random weights, its targets, and batches that it can learn: what the probe tests run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.loop import Schedule, warmup_multipliers
 from mars_jax.probe.plan import Lane
+from mars_jax.sharding import make_mesh
 
 CONFIG = LlavaOnevisionConfig(
     vision=VisionConfig(16, 24, num_layers=1, num_heads=2, image_size=28, patch_size=14),
@@ -31,12 +33,13 @@ PATTERNS = {
 PADDED = {"vision": 4, "projector": 2, "llm": 4}
 RATES = {"vision": 3e-3, "projector": 3e-3, "llm": 3e-3}
 LANES = [
-    Lane({"vision": 4, "projector": 2, "llm": 4}, 4, 0),
-    Lane({"vision": 2, "projector": 1, "llm": 4}, 4, 0),
+    Lane({"vision": 4, "projector": 2, "llm": 4}, 8, 1),
+    Lane({"vision": 2, "projector": 1, "llm": 4}, 8, 1),
     Lane({"vision": 2, "projector": 0, "llm": 1}, 8, 1),
     Lane({"vision": 0, "projector": 0, "llm": 3}, 8, 1),
 ]
 LOOKS_PER_DOUBLING = 2
+ONE_DEVICE = {"lane": 1}
 
 
 def examples(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -95,11 +98,13 @@ TARGETS = lora.find_targets(base(), PATTERNS)
 
 @cache
 def padded_engine() -> Engine:
-    """The engine of LANES, compiled once for all tests."""
-    return engine(PADDED)
+    """The engine of LANES, compiled once for all tests: blocks of two lanes on one device."""
+    return engine(PADDED, num_slots=4, lane_block=2)
 
 
-def engine(padded_ranks: Mapping[str, int]) -> Engine:
+def engine(
+    padded_ranks: Mapping[str, int], num_slots: int = 1, lane_block: int = 1, mesh_sizes: Mapping[str, int] = ONE_DEVICE
+) -> Engine:
     """AdamW with clipping and weight decay, as a run has it."""
     adamw = optax.chain(
         optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95, 1e-8), optax.add_decayed_weights(0.05)
@@ -116,7 +121,15 @@ def engine(padded_ranks: Mapping[str, int]) -> Engine:
         alpha=lora.AlphaRule(),
         transform=optax.GradientTransformation(adamw.init, update),
         num_snapshots=LOOKS_PER_DOUBLING,
+        num_slots=num_slots,
+        lane_block=lane_block,
+        mesh=mesh(mesh_sizes),
     )
+
+
+def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
+    """A mesh of the first devices."""
+    return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 def schedule(looks: Sequence[int], **changes: Any) -> Schedule:

@@ -3,9 +3,10 @@
 Order is a pure function of (seed, step), so a stopped run goes on exactly. Encoding is in `examples`.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -40,7 +41,15 @@ def subset(total: int, num_samples: int, subset_seed: int) -> tuple[int, ...]:
     return tuple(permutation[:num_samples].tolist())
 
 
-def stream(source: ExampleSource, indices: Sequence[int], *, seed: int, batch_size: int) -> grain.MapDataset[Batch]:
+class Examples(Protocol):
+    """Random access to examples."""
+
+    def __getitem__(self, number: int) -> Example:
+        """The example with this number."""
+        ...
+
+
+def stream(source: Examples, indices: Sequence[int], *, seed: int, batch_size: int) -> grain.MapDataset[Batch]:
     """The endless batch stream of one lane: `stream(...)[step]` is the batch of that step.
 
     Every epoch is a new permutation of `indices`; batches run across the ends of epochs, so no sample is lost or
@@ -54,6 +63,26 @@ def stream(source: ExampleSource, indices: Sequence[int], *, seed: int, batch_si
     """
     order = grain.MapDataset.source(np.asarray(indices)).shuffle(seed=seed).repeat()
     return order.map(source.__getitem__).batch(batch_size, drop_remainder=True)
+
+
+def nested_stream(
+    source: Examples, indices: Sequence[int], sizes: Sequence[int], *, seed: int, batch_size: int
+) -> grain.MapDataset[Batch]:
+    """The batch stream of a single pass whose first D samples, for every D of `sizes`, are the first D of `indices`.
+
+    Between one size and the next the order is random.
+
+    Args:
+        source: the examples.
+        indices: which of them, the largest of `sizes` many.
+        sizes: numbers of samples D, rising.
+        seed: of the order.
+        batch_size: B.
+    """
+    parts = itertools.pairwise((0, *sizes))
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(np.asarray(indices)[start:stop]) for start, stop in parts])
+    return grain.MapDataset.source(order).map(source.__getitem__).batch(batch_size, drop_remainder=True)
 
 
 def eval_batches(source: ExampleSource, batch_size: int) -> Iterator[EvalBatch]:

@@ -78,25 +78,27 @@ class RMSNorm(nn.Module):
         return normal.astype(x.dtype) * _over(scale, x).astype(x.dtype)
 
 
-def attention(query: Array, key: Array, value: Array, *, causal: bool) -> Array:
+def attention(query: Array, key: Array, value: Array, *, causal: bool, positions: Array | None = None) -> Array:
     """Softmax attention with grouped queries; the softmax is in float32.
 
     Args:
-        query: [B, T, H, head].
+        query: [B, S, H, head].
         key: [B, T, G, head], with H a multiple of G.
         value: [B, T, G, head].
-        causal: whether position t sees positions up to t only.
+        causal: whether a query sees keys up to its own position only.
+        positions: int32 [B, S], positions of the queries; None: 0..S-1.
 
     Returns:
-        [B, T, H * head].
+        [B, S, H * head].
     """
     batch, length, heads, head_dim = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, head_dim)
     scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * head_dim**-0.5
     if causal:
-        visible = jnp.tril(jnp.ones((length, length), bool))
-        scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
+        places = jnp.arange(length)[None] if positions is None else positions
+        visible = jnp.arange(key.shape[1])[None, None, :] <= places[:, :, None]
+        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads * head_dim)
 

@@ -4,7 +4,7 @@ Everything that depends on the data (tiles, unpadding, newline positions, where 
 arrays made in the input pipeline: the model only gathers. What a batch holds is described in `Batch`.
 """
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,7 +25,8 @@ class Batch(TypedDict):
     """
 
     tokens: Array  # int32 [B, T]
-    pixels: Array  # float32 [B, N, 3, height, width]
+    pixels: NotRequired[Array]  # float32 [B, N, 3, height, width]
+    features: NotRequired[Array]  # [B, N, P, D vision], the encoder's output, in place of pixels
     image_index: Array  # int32 [B, T, C]
     image_weight: Array  # float32 [B, T, C]
     targets: Array  # int32 [B, S]
@@ -63,27 +64,48 @@ class LlavaOnevision(nn.Module):
 
     def __call__(self, batch: Batch) -> Array:
         """Returns float32 logits at the supervised positions [B, S, V]."""
-        hidden = self.hidden(batch)
-        return self.llm.head(jnp.take_along_axis(hidden, batch["target_positions"][:, :, None], axis=1))
+        return self.llm.head(self._supervised(batch))
+
+    def loss(self, batch: Batch) -> tuple[Array, Array]:
+        """Returns the summed cross-entropy [] in nats (float32), and the number of supervised tokens [].
+
+        The base gets no gradient through an unadapted head: train adapters with this, not the base.
+        """
+        hidden = self._supervised(batch)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        weights = batch["target_weights"].reshape(-1)
+        return self.llm.loss(rows, batch["targets"].reshape(-1), weights), weights.sum()
 
     def logits(self, batch: Batch) -> Array:
         """Returns float32 logits at every position [B, T, V]."""
         return self.llm.head(self.hidden(batch))
 
-    def hidden(self, batch: Batch) -> Array:
-        """Returns final hidden states [B, T, D]."""
-        text = self.llm.embed(batch["tokens"])
-        features = self.image_features(batch["pixels"].astype(text.dtype))
-        return self.llm.hidden(place_image_features(text, features, batch["image_index"], batch["image_weight"]))
-
-    def image_features(self, pixels: Array) -> Array:
-        """Encodes tiles [B, N, 3, height, width] to rows [B, N * P + 1, D], the last being the newline vector."""
+    def encode(self, pixels: Array) -> Array:
+        """Returns the vision encoder's output [B, N, P, D vision] for tiles [B, N, 3, height, width]."""
         batch, tiles = pixels.shape[:2]
         encoded = self.vision(pixels.reshape(batch * tiles, *pixels.shape[2:]))
-        projected = self.projector(encoded).reshape(batch, -1, self.config.text.hidden_size)
-        newline = jnp.broadcast_to(
-            self.image_newline[None, None].astype(projected.dtype), (batch, 1, projected.shape[2])
-        )
+        return encoded.reshape(batch, tiles, *encoded.shape[1:])
+
+    def embed(self, batch: Batch) -> Array:
+        """Returns the decoder's input [B, T, D]: embeddings of text and image tokens."""
+        text = self.llm.embed(batch["tokens"])
+        encoded = batch["features"] if "features" in batch else self.encode(batch["pixels"].astype(text.dtype))
+        features = self._image_features(encoded.astype(text.dtype))
+        return place_image_features(text, features, batch["image_index"], batch["image_weight"])
+
+    def hidden(self, batch: Batch) -> Array:
+        """Returns final hidden states [B, T, D]."""
+        return self.llm.hidden(self.embed(batch))
+
+    def _supervised(self, batch: Batch) -> Array:
+        """Hidden states at the supervised positions [B, S, D]."""
+        return self.llm.hidden_at(self.embed(batch), batch["target_positions"])
+
+    def _image_features(self, encoded: Array) -> Array:
+        """Projects [B, N, P, D vision] to rows [B, N * P + 1, D], the last being the newline vector."""
+        batch, width = encoded.shape[0], self.config.text.hidden_size
+        projected = self.projector(encoded).reshape(batch, -1, width)
+        newline = jnp.broadcast_to(self.image_newline[None, None].astype(projected.dtype), (batch, 1, width))
         return jnp.concatenate([projected, newline], axis=1)
 
 

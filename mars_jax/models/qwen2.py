@@ -1,34 +1,46 @@
 """The Qwen2 decoder (arXiv 2407.10671): grouped-query attention, rotary positions, gated MLP, RMS norms.
 
 It starts from embeddings, so that a multimodal family can place image features among them, and stops at hidden
-states: the head is a separate method, applied to the positions that need logits.
+states: head and loss are separate methods, applied to the positions that need logits.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import TextConfig
+from mars_jax.models.head import frozen_head_loss
 from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention
 
 
-def rotary(x: Array, theta: float) -> Array:
-    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout, positions 0..T-1.
+def rotary(x: Array, theta: float, positions: Array | None = None) -> Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout.
 
     Args:
         x: [B, T, H, head].
         theta: the base of the wavelengths.
+        positions: int32 [B, T]; None: 0..T-1 in every row.
 
     Returns:
         [B, T, H, head] in the dtype of x.
     """
     length, head_dim = x.shape[1], x.shape[3]
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
-    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    places = jnp.arange(length)[None] if positions is None else positions
+    angles = places.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def take_positions(x: Array, positions: Array) -> Array:
+    """Rows of x [B, T, D] at positions [B, S]: [B, S, D]."""
+    return jnp.take_along_axis(x, positions[:, :, None], axis=1)
 
 
 class SelfAttention(nn.Module):
@@ -37,15 +49,16 @@ class SelfAttention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [B, T, D] to [B, T, D]."""
+    def __call__(self, x: Array, positions: Array | None = None) -> Array:
+        """Maps x [B, T, D] to [B, T, D], or to [B, S, D]: the outputs at positions [B, S]."""
         config = self.config
-        query = Dense(config.num_heads * config.head_dim, name="q_proj")(x)
+        asking = x if positions is None else take_positions(x, positions)
+        query = Dense(config.num_heads * config.head_dim, name="q_proj")(asking)
         key = Dense(config.num_kv_heads * config.head_dim, name="k_proj")(x)
         value = Dense(config.num_kv_heads * config.head_dim, name="v_proj")(x)
-        query, key, value = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in (query, key, value))
-        query, key = rotary(query, config.rope_theta), rotary(key, config.rope_theta)
-        mixed = attention(query, key, value, causal=True)
+        query, key, value = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (query, key, value))
+        query, key = rotary(query, config.rope_theta, positions), rotary(key, config.rope_theta)
+        mixed = attention(query, key, value, causal=True, positions=positions)
         return Dense(config.hidden_size, use_bias=False, name="o_proj")(mixed)
 
 
@@ -70,10 +83,11 @@ class DecoderLayer(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        """Maps x [B, T, D] to ([B, T, D], None)."""
+    def __call__(self, x: Array, positions: Array | None) -> tuple[Array, None]:
+        """Maps x [B, T, D] to ([B, T, D], None), or to [B, S, D]: the outputs at positions [B, S]."""
         eps = self.config.rms_norm_eps
-        x = x + SelfAttention(self.config, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x))
+        mixed = SelfAttention(self.config, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x), positions)
+        x = (x if positions is None else take_positions(x, positions)) + mixed
         x = x + Mlp(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         return x, None
 
@@ -107,6 +121,25 @@ class Qwen2Decoder(nn.Module):
         x, _ = self.layers(embeddings, None)
         return self.norm(x)
 
+    def hidden_at(self, embeddings: Array, positions: Array) -> Array:
+        """Final hidden states [B, S, D] at positions [B, S]; the last layer works for those positions only."""
+        if self.is_initializing():
+            return take_positions(self.hidden(embeddings), positions)
+        layer, count = DecoderLayer(self.config, parent=None), self.config.num_layers
+        variables = self.layers.variables
+        base, adapters = variables["params"], variables.get("lora", {})
+
+        def body(x: Array, place: tuple[Array, Any]) -> tuple[Array, None]:
+            # Frozen weights are indexed where they lie: a slice of them would be a copy of the base.
+            weights = jax.tree.map(lambda leaf: leaf[place[0]], base)
+            return layer.apply({"params": weights, "lora": place[1]}, x, None)  # type: ignore[return-value]
+
+        first = jnp.arange(count - 1), jax.tree.map(lambda leaf: leaf[:-1], adapters)
+        x, _ = jax.lax.scan(body, embeddings, first, unroll=SCAN_UNROLL)
+        last = {"params": jax.tree.map(lambda leaf: leaf[-1], base), "lora": jax.tree.map(lambda a: a[-1], adapters)}
+        x, _ = layer.apply(last, x, positions)
+        return self.norm(x)
+
     def head(self, hidden: Array) -> Array:
         """Maps hidden states [..., D] to float32 logits [..., V]."""
         if self.config.tie_word_embeddings:
@@ -114,3 +147,12 @@ class Qwen2Decoder(nn.Module):
         else:
             logits = self.lm_head(hidden)
         return logits.astype(jnp.float32)
+
+    def loss(self, hidden: Array, targets: Array, weights: Array) -> Array:
+        """Weighted sum of the cross-entropies of hidden states [N, D] with targets [N], nats, float32 []."""
+        if self.config.tie_word_embeddings:
+            return frozen_head_loss(hidden, self.embed_tokens.embedding.T, targets, weights)
+        if self.lm_head.has_variable("lora", "a"):
+            losses = optax.softmax_cross_entropy_with_integer_labels(self.head(hidden), targets)
+            return (losses * weights).sum()
+        return frozen_head_loss(hidden, self.lm_head.get_variable("params", "kernel"), targets, weights)

@@ -14,63 +14,92 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mars_jax import lora
 from mars_jax.models.llava_onevision import Batch
+from mars_jax.probe.layout import Layout
 
 Tree = Any
+_LANES = PartitionSpec("lane")
+_EVERYWHERE = PartitionSpec()
 
 
 class LaneState(NamedTuple):
-    """What a lane carries from step to step; every leaf gains a leading K when lanes run together."""
+    """What a lane carries from step to step; every leaf gains a leading axis of N slots when lanes run together."""
 
-    trainable: Tree  # a and b of every adapter, padded to the shared ranks
-    scales: Tree
+    trainable: Array  # float32 [P]: a and b of every adapter, padded to the bucket's ranks
+    scales: dict[str, Array]  # module -> float32 []
     optimizer: optax.OptState
-    snapshots: Tree  # `trainable` at the last n looks, leading axis n, oldest first
-    best: Tree  # `trainable` at the look with the lowest validation loss
+    snapshots: Array  # float32 [n, P]: `trainable` at the last n looks, oldest first
+    best: Array  # float32 [P]: `trainable` at the look with the lowest validation loss
     best_loss: Array  # float32 []
     best_step: Array  # int32 []
     alive: Array  # bool []; False once the loss was not finite: the lane is frozen from then on
-    learning_rates: Tree  # module -> float32 []
+    learning_rates: dict[str, Array]  # module -> float32 []
 
 
 class Look(NamedTuple):
-    """What one look at a lane shows."""
+    """What one look at a lane shows; every leaf gains a leading axis of N slots, NaN for slots not looked at."""
 
     validation_loss: Array  # float32 [], nats per supervised token
     update_norm: dict[str, Array]  # ||scale A B||_F by module
     drift: dict[str, Array]  # relative change of scale A B since the look n places before
-    alive: Array
+    alive: Array  # bool []
+
+
+class Work(NamedTuple):
+    """What a call of the chunk is to do; arrays of numpy or JAX. L is the number of the mesh's lane devices.
+
+    Slots that aren't listed neither change nor cost anything. `batches` may hold more than `num_steps` batches.
+    """
+
+    slots: Any  # int32 [L * M]: for each device the slots to run, counted within the device; the rest is padding
+    num_blocks: Any  # int32 [L]: blocks of `lane_block` slots to run on each device
+    batches: Any  # Batch of arrays [C, B, ...], read by every lane
+    multipliers: Any  # float32 [C], factor on the learning rates
+    num_steps: Any  # int32 []
+    look: Any  # bool []: whether to look at the lanes after these steps
+    step: Any  # int32 []: the step after these
+    half: Any  # bool []: whether the oldest snapshot is the one of `step` / 2
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Compiled functions over K lanes.
+    """Compiled functions over N lane slots, for lanes that share padded ranks and shapes (a bucket).
 
     Attributes:
-        init: (seeds [K], ranks {module: [K]}, learning_rates {module: [K]}) -> LaneState.
-        train: (state, base, batches [C, S, B, ...], stream [K], multipliers [C], num_steps []) ->
-            (state, losses [K, C]); runs `num_steps` of C steps, lane k reading data stream `stream[k]`. Donates state.
-        look: (state, base, batches [V, B, ...], step [], half []) -> (state, Look); `half` tells whether the oldest
-            snapshot is the one of step / 2. Donates state.
+        init: (seeds [N], ranks {module: [N]}, learning_rates {module: [N]}) -> LaneState.
+        chunk: (state, base, validation batches [V, B, ...], Work) -> (state, losses [N, C], Look). Donates state.
+        layout: where the adapters lie in a lane's vector.
+        num_slots: N, a multiple of the mesh's lane devices.
+        lane_block: lanes that run in one vectorised step.
+        mesh: devices; slots lie along its axis `lane`.
+        cached_encoder: whether batches hold the vision encoder's output in place of pixels.
     """
 
     init: Callable[..., LaneState]
-    train: Callable[..., tuple[LaneState, Array]]
-    look: Callable[..., tuple[LaneState, Look]]
+    chunk: Any
+    layout: Layout
+    num_slots: int
+    lane_block: int
+    mesh: Mesh
+    cached_encoder: bool = False
 
-
-def token_losses(logits: Array, batch: Batch) -> tuple[Array, Array]:
-    """Summed cross-entropy [] in nats (float32), and the number of supervised tokens []."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    return (losses * batch["target_weights"]).sum(), batch["target_weights"].sum()
+    @property
+    def lane_devices(self) -> int:
+        """L, devices along the mesh's lane axis."""
+        return self.mesh.shape["lane"]
 
 
 def mean_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch) -> Array:
-    """Mean cross-entropy over the supervised tokens of a batch, nats, float32 []."""
-    total, count = token_losses(model.apply({"params": base, "lora": adapters}, batch), batch)  # type: ignore[arg-type]
+    """Mean cross-entropy over the supervised tokens of a batch, nats, float32 []; the base gets no gradient."""
+    total, count = _summed_loss(model, base, adapters, batch)
     return total / jnp.maximum(count, 1.0)
+
+
+def _summed_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch) -> tuple[Array, Array]:
+    return model.apply({"params": base, "lora": adapters}, batch, method="loss")  # type: ignore[return-value]
 
 
 def make_engine(
@@ -81,99 +110,139 @@ def make_engine(
     alpha: lora.AlphaRule,
     transform: optax.GradientTransformation,
     num_snapshots: int,
+    num_slots: int,
+    lane_block: int,
+    mesh: Mesh,
+    cached_encoder: bool = False,
 ) -> Engine:
-    """Builds the compiled functions of lanes that share padded ranks and shapes (a bucket).
+    """Builds the compiled functions of a bucket.
 
     Args:
-        model: a Linen module whose `apply` returns logits at the supervised positions.
+        model: a Linen module with a method `loss(batch) -> (summed loss, tokens)`.
         targets: the linears that take adapters.
-        padded_ranks: module -> columns R of every lane.
+        padded_ranks: module -> columns R of every lane; 0 leaves the module without adapters.
         alpha: the alpha rule.
-        transform: gradients -> unscaled updates, without a learning rate. It must act on each entry alone or through
-            norms (AdamW, SGD, Lion): padding is exact for those only.
+        transform: gradients -> unscaled updates, without a learning rate. It acts on a lane's flat vector, so on each
+            entry alone or through the norm of all (AdamW, SGD, Lion, clipping): padding is exact for those only.
         num_snapshots: n, looks per doubling of the step.
+        num_slots: N.
+        lane_block: lanes that run in one vectorised step.
+        mesh: see `mars_jax.sharding.make_mesh`.
+        cached_encoder: whether batches hold `features` in place of `pixels`.
     """
+    layout = Layout(targets, padded_ranks)
+    step = make_step(model, layout, transform)
 
     def init(seed: Array, ranks: dict[str, Array], learning_rates: dict[str, Array]) -> LaneState:
         adapters = lora.init_adapters(jax.random.key(seed), targets, ranks, alpha, padded_ranks)
-        trainable, scales = lora.split_trainable(adapters)
+        vector = layout.ravel(lora.split_trainable(adapters)[0])
         return LaneState(
-            trainable=trainable,
-            scales=scales,
-            optimizer=transform.init(trainable),
-            snapshots=jax.tree.map(lambda leaf: jnp.zeros((num_snapshots, *leaf.shape), leaf.dtype), trainable),
-            best=trainable,
+            trainable=vector,
+            scales={module: alpha.scale(ranks[module]) for module in layout.modules},
+            optimizer=transform.init(vector),
+            # The last snapshot is that of step 0, which is not looked at again: see `best_loss` in `probe.loop`.
+            snapshots=jnp.zeros((num_snapshots, layout.size)).at[-1:].set(vector[None]),
+            best=vector,
             best_loss=jnp.asarray(jnp.inf, jnp.float32),
             best_step=jnp.asarray(0, jnp.int32),
             alive=jnp.asarray(True),
-            learning_rates=learning_rates,
+            learning_rates={module: learning_rates[module] for module in layout.modules},
         )
 
-    def step(state: LaneState, base: Tree, batch: Batch, multiplier: Array) -> tuple[LaneState, Array]:
-        def loss(trainable: Tree) -> Array:
-            return mean_loss(model, base, lora.join_trainable(trainable, state.scales), batch)
-
-        value, gradients = jax.value_and_grad(loss)(state.trainable)
-        updates, optimizer = transform.update(gradients, state.optimizer, state.trainable)
-        rates = rate_tree(state.trainable, targets, state.learning_rates)
-        trainable = jax.tree.map(lambda p, u, rate: p - multiplier * rate * u, state.trainable, updates, rates)
-        alive = state.alive & jnp.isfinite(value)
-        stepped = state._replace(trainable=trainable, optimizer=optimizer)
-        kept = jax.tree.map(partial(jnp.where, alive), stepped, state)
-        return kept._replace(alive=alive), value
-
-    def train(
-        state: LaneState, base: Tree, batches: Batch, stream: Array, multipliers: Array, num_steps: Array
-    ) -> tuple[LaneState, Array]:
-        lanes = jax.vmap(step, in_axes=(0, None, 0, None))
-
-        def body(i: Array, carry: tuple[LaneState, Array]) -> tuple[LaneState, Array]:
-            state, losses = carry
-            batch = jax.tree.map(lambda leaf: leaf[i][stream], batches)
-            state, value = lanes(state, base, batch, multipliers[i])
-            return state, losses.at[:, i].set(value)
-
-        losses = jnp.full((stream.shape[0], multipliers.shape[0]), jnp.nan, jnp.float32)
-        return jax.lax.fori_loop(0, num_steps, body, (state, losses))
-
-    def look(state: LaneState, base: Tree, batches: Batch, step: Array, half: Array) -> tuple[LaneState, Look]:
-        adapters = lora.join_trainable(state.trainable, state.scales)
-
-        def one(batch: Batch) -> tuple[Array, Array]:
-            return token_losses(model.apply({"params": base, "lora": adapters}, batch), batch)  # type: ignore[arg-type]
-
-        totals, counts = jax.lax.map(one, batches)
+    def look(state: LaneState, base: Tree, validation: Batch, work: Work) -> tuple[LaneState, Look]:
+        adapters = layout.adapters(state.trainable, state.scales)
+        totals, counts = jax.lax.map(lambda batch: _summed_loss(model, base, adapters, batch), validation)
         loss = totals.sum() / counts.sum()
-        oldest = lora.join_trainable(jax.tree.map(lambda leaf: leaf[0], state.snapshots), state.scales)
-        drift = lora.relative_change(adapters, oldest, targets)
+        drift = lora.relative_change(adapters, layout.adapters(state.snapshots[0], state.scales), targets)
         alive = state.alive & jnp.isfinite(loss)
         better = alive & (loss < state.best_loss)
         state = state._replace(
-            snapshots=jax.tree.map(
-                lambda ring, leaf: jnp.concatenate([ring[1:], leaf[None]]), state.snapshots, state.trainable
-            ),
-            best=jax.tree.map(partial(jnp.where, better), state.trainable, state.best),
+            snapshots=jnp.concatenate([state.snapshots[1:], state.trainable[None]]),
+            best=jnp.where(better, state.trainable, state.best),
             best_loss=jnp.where(better, loss, state.best_loss),
-            best_step=jnp.where(better, step, state.best_step),
+            best_step=jnp.where(better, work.step, state.best_step),
             alive=alive,
         )
         seen = Look(
             validation_loss=loss,
             update_norm=lora.update_norms(adapters, targets),
-            drift={module: jnp.where(half, value, jnp.nan) for module, value in drift.items()},
+            drift={module: jnp.where(work.half, value, jnp.nan) for module, value in drift.items()},
             alive=alive,
         )
         return state, seen
 
+    def block(state: LaneState, base: Tree, validation: Batch, work: Work) -> tuple[LaneState, Array, Look]:
+        def body(i: Array, carry: tuple[LaneState, Array]) -> tuple[LaneState, Array]:
+            state, losses = carry
+            batch = jax.tree.map(lambda leaf: leaf[i], work.batches)
+            state, value = jax.vmap(step, in_axes=(0, None, None, None))(state, base, batch, work.multipliers[i])
+            return state, losses.at[:, i].set(value)
+
+        losses = jnp.full((lane_block, work.multipliers.shape[0]), jnp.nan, jnp.float32)
+        state, losses = jax.lax.fori_loop(0, work.num_steps, body, (state, losses))
+        looks = jax.vmap(partial(look, base=base, validation=validation, work=work))
+        state, seen = jax.lax.cond(work.look, looks, lambda state: (state, _unseen(targets, lane_block)), state)
+        return state, losses, seen
+
+    def chunk(state: LaneState, base: Tree, validation: Batch, work: Work) -> tuple[LaneState, Array, Look]:
+        """Runs on one lane device, with its own slots, list of slots and number of blocks."""
+        local_slots = state.alive.shape[0]
+
+        def body(j: Array, carry: tuple[LaneState, Array, Look]) -> tuple[LaneState, Array, Look]:
+            places = jax.lax.dynamic_slice(work.slots, (j * lane_block,), (lane_block,))
+            lanes = jax.tree.map(lambda leaf: leaf.at[places].get(mode="clip"), carry[0])
+            new = block(lanes, base, validation, work)
+            # Padding lies beyond the last slot: it is computed and dropped.
+            return jax.tree.map(lambda all_, some: all_.at[places].set(some, mode="drop"), carry, new)
+
+        losses = jnp.full((local_slots, work.multipliers.shape[0]), jnp.nan, jnp.float32)
+        carry = (state, losses, _unseen(targets, local_slots))
+        return jax.lax.fori_loop(0, work.num_blocks[0], body, carry)
+
+    works = Work(_LANES, _LANES, *[_EVERYWHERE] * 6)
+    mapped = jax.shard_map(
+        chunk,
+        mesh=mesh,
+        in_specs=(_LANES, _EVERYWHERE, _EVERYWHERE, works),
+        out_specs=_LANES,
+        axis_names={"lane"},
+        check_vma=False,
+    )
+    by_lane = NamedSharding(mesh, _LANES)
     return Engine(
-        init=jax.jit(jax.vmap(init)),
-        train=jax.jit(train, donate_argnums=0),
-        look=jax.jit(jax.vmap(look, in_axes=(0, None, None, None, None)), donate_argnums=0),
+        init=jax.jit(jax.vmap(init), out_shardings=by_lane),
+        chunk=jax.jit(mapped, donate_argnums=0, out_shardings=by_lane),
+        layout=layout,
+        num_slots=num_slots,
+        lane_block=lane_block,
+        mesh=mesh,
+        cached_encoder=cached_encoder,
     )
 
 
-def rate_tree(trainable: Tree, targets: lora.Targets, learning_rates: Mapping[str, Array]) -> Tree:
-    """Gives every leaf the learning rate of its module."""
-    return lora.unflatten(
-        {path: learning_rates[targets[path.rpartition("/")[0]].module] for path in lora.flatten(trainable)}
-    )
+def make_step(
+    model: nn.Module, layout: Layout, transform: optax.GradientTransformation
+) -> Callable[[LaneState, Tree, Batch, Array], tuple[LaneState, Array]]:
+    """One optimizer step of one lane: (state, base, batch [B, ...], multiplier []) -> (state, loss [])."""
+
+    def step(state: LaneState, base: Tree, batch: Batch, multiplier: Array) -> tuple[LaneState, Array]:
+        def loss(trainable: Tree) -> Array:
+            # Derived by leaf: the derivative of slicing a vector would be as many vectors, added up.
+            return mean_loss(model, base, layout.with_scales(trainable, state.scales), batch)
+
+        value, gradients = jax.value_and_grad(loss)(layout.unravel(state.trainable))
+        updates, optimizer = transform.update(layout.ravel(gradients), state.optimizer, state.trainable)
+        rates = multiplier * layout.by_module(state.learning_rates)
+        stepped = state._replace(trainable=state.trainable - rates * updates, optimizer=optimizer)
+        alive = state.alive & jnp.isfinite(value)
+        kept = jax.tree.map(partial(jnp.where, alive), stepped, state)
+        return kept._replace(alive=alive), value
+
+    return step
+
+
+def _unseen(targets: lora.Targets, slots: int) -> Look:
+    """The look of slots that were not looked at."""
+    nothing = jnp.full(slots, jnp.nan, jnp.float32)
+    modules = dict.fromkeys((target.module for target in targets.values()), nothing)
+    return Look(nothing, modules, modules, jnp.zeros(slots, bool))

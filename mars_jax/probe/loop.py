@@ -1,24 +1,30 @@
-"""The host loop over a group of lanes: feeds the compiled chunk, looks at the lanes, checkpoints, resumes.
+"""The host loop over a group of lanes: feeds the compiled chunk, looks at the lanes, lets them leave, checkpoints.
 
-Everything between two looks happens in one compiled program; this file decides only what it is fed. A lane is a pure
-function of (base, ranks, seed, data), so a run that goes on from a checkpoint ends where an uninterrupted one does.
+The lanes of a group read the same data, so those that run are always at the same step. A lane is a pure function of
+(base, ranks, seed, data) and leaves by what its own rows say, so a run that goes on from a checkpoint ends where an
+uninterrupted one does.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from mars_jax import lora
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.data.batches import Batch
-from mars_jax.errors import ConfigError
-from mars_jax.probe.engine import Engine, LaneState
+from mars_jax.errors import ConfigError, Interrupted, NoValidResultError
+from mars_jax.interrupts import Interrupts
+from mars_jax.probe.engine import Engine, LaneState, Look, Work
+from mars_jax.probe.leaving import Leaving
 from mars_jax.probe.plan import Lane
+from mars_jax.sharding import chunk_sharding, lane_sharding, place
 
 Row = dict[str, Any]
 
@@ -37,9 +43,10 @@ class Schedule:
 
     Attributes:
         multipliers: factor on the learning rates at each step, [steps].
-        looks: steps at which lanes are looked at, rising; the last is the horizon.
+        looks: steps at which lanes are looked at, rising from 0; the last is the horizon.
         looks_per_doubling: n when the looks are log-spaced, so that drift can be told; 0 otherwise.
-        chunk_steps: most steps whose batches are held in memory at once.
+        chunk_steps: C, most steps in one call of the compiled chunk.
+        leaving: when a lane leaves before the horizon.
         checkpoint_seconds: least time between two checkpoints.
     """
 
@@ -47,7 +54,13 @@ class Schedule:
     looks: Sequence[int]
     looks_per_doubling: int
     chunk_steps: int
+    leaving: Leaving = field(default_factory=Leaving)
     checkpoint_seconds: float = 10.0
+
+    @property
+    def horizon(self) -> int:
+        """The last step."""
+        return self.looks[-1]
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,44 @@ class GroupResult:
 
     Attributes:
         rows: by lane, one row a look: step, train_loss (mean since the look before; None at step 0), validation_loss,
-            update_norm, drift, alive.
-        state: the final state, leading axis K.
+            update_norm, drift, alive, and reason (why it isn't alive, else None).
+        state: the final state, leading axis N slots.
+        slots: the slot of each lane.
+        useful_steps: steps of lanes that were run.
+        executed_steps: steps that the calls' blocks had room for.
     """
 
     rows: list[list[Row]]
     state: LaneState
+    slots: list[int]
+    useful_steps: int
+    executed_steps: int
+
+    def lane_state(self, k: int) -> LaneState:
+        """The state of lane k on the host, without the axis of slots."""
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[self.slots[k]], self.state)
+
+
+def best_adapters(engine: Engine, result: GroupResult, k: int, lane: Lane) -> Any:
+    """The adapters of lane k at its lowest validation loss, unpadded."""
+    state = result.lane_state(k)
+    return lora.trim(engine.layout.adapters(state.best, state.scales), engine.layout.targets, lane.ranks)
+
+
+class Progress(NamedTuple):
+    """How a group stands after a chunk.
+
+    Attributes:
+        lane_steps: done, or saved by lanes that left, since the last word; the first time, those of the checkpoint.
+        step: steps done by the running lanes.
+        running: lanes that go on.
+        loss: the lowest validation loss at the last look, nats; NaN if there is none.
+    """
+
+    lane_steps: int
+    step: int
+    running: int
+    loss: float
 
 
 def warmup_multipliers(steps: int, warmup_steps: int, shape: str) -> np.ndarray:
@@ -77,113 +122,184 @@ def run_group(
     lanes: Sequence[Lane],
     engine: Engine,
     base: Any,
-    stream_of: Callable[[Lane], Stream],
+    stream: Stream,
     validation: Batch,
     learning_rates: Mapping[str, float],
     schedule: Schedule,
     *,
     checkpoints: Checkpoints | None = None,
     start: GroupResult | None = None,
-    advance: Callable[[int, str], None] = lambda steps, text: None,
+    initial: np.ndarray | None = None,
+    interrupts: Interrupts | None = None,
+    advance: Callable[[Progress], None] = lambda progress: None,
 ) -> GroupResult:
-    """Runs lanes together to the schedule's horizon.
+    """Runs lanes together, each until it leaves or to the schedule's horizon.
 
     Args:
-        lanes: K lanes; those with equal (num_samples, seed) share a stream.
-        engine: compiled functions; K, the number of streams and the shapes decide what is compiled.
-        base: frozen parameters.
-        stream_of: lane -> its batches.
+        lanes: at most `engine.num_slots` lanes.
+        engine: compiled functions; what they compile doesn't depend on the number of lanes.
+        base: frozen parameters, on the engine's mesh.
+        stream: the batches that every lane reads.
         validation: batches [V, B, ...] that every look reads.
         learning_rates: module -> learning rate.
         schedule: steps, looks and factors.
         checkpoints: where to save and resume; None for neither.
         start: go on from here, in place of a fresh state or a checkpoint; used up.
-        advance: told of the lane-steps done since the last call (the first time, of those in the checkpoint), and of
-            the latest look.
+        initial: adapters [P] that fresh lanes start from in place of their own draw.
+        interrupts: looked at after every chunk.
+        advance: told how it stands after every chunk.
 
     Returns:
         The rows of every look and the final state.
 
     Raises:
         ConfigError: the checkpoints are of other lanes.
+        NoValidResultError: the loss before the first step is not finite.
+        Interrupted: a signal asked to stop; a checkpoint was saved where there is a place for it.
     """
-    keys = [(lane.num_samples, lane.seed) for lane in lanes]
-    first_of = {key: lane for key, lane in reversed(list(zip(keys, lanes, strict=True)))}
-    streams = [stream_of(first_of[key]) for key in first_of]
-    stream_index = jnp.asarray([list(first_of).index(key) for key in keys])
-    on_device = jax.device_put(validation)
-
+    slots = _slots(len(lanes), engine)
+    by_sample = chunk_sharding(engine.mesh)
+    validation = place(validation, by_sample)
+    told = 0
     if start is None:
-        state, rows, done = _start(lanes, engine, learning_rates, checkpoints)
-        advance(max(done, 0) * len(lanes), "")
+        state, group = _start(lanes, slots, engine, learning_rates, checkpoints, initial)
     else:
-        state, rows, done = start.state, start.rows, start.rows[0][-1]["step"]
-    looks = [step for step in schedule.looks if step > done]
-    done = max(done, 0)
-    losses: list[jax.Array] = []
+        state = start.state
+        rows, lane_steps = start.rows, [start.useful_steps, start.executed_steps]
+        group = _Group(max(lane_rows[-1]["step"] for lane_rows in rows), rows, [[] for _ in rows], lane_steps)
+        told = group.lane_steps_done(schedule)
+
+    def tell() -> int:
+        done = group.lane_steps_done(schedule)
+        if done > told or group.step < 0:
+            losses = [rows[-1]["validation_loss"] for rows in group.rows if rows and rows[-1]["alive"]]
+            running = len(schedule.leaving.running(group.rows))
+            advance(Progress(done - told, max(group.step, 0), running, min(losses, default=math.nan)))
+        return done
+
+    told = tell()
     last_save = time.monotonic()
-    for look in looks:
-        while done < look:
-            size = min(schedule.chunk_steps, look - done)
-            state, chunk_losses = engine.train(
-                state,
-                base,
-                _stack(streams, range(done, done + size), schedule.chunk_steps),
-                stream_index,
-                jnp.asarray(np.resize(schedule.multipliers[done : done + size], schedule.chunk_steps)),
-                jnp.asarray(size, jnp.int32),
-            )
-            losses.append(chunk_losses[:, :size])
-            done += size
-        half = _has_half(schedule, look)
-        state, seen = engine.look(state, base, on_device, jnp.asarray(look, jnp.int32), jnp.asarray(half))
-        train_losses = np.concatenate([np.zeros((len(lanes), 0)), *jax.device_get(losses)], axis=1)
-        seen = jax.device_get(seen)
-        for k, lane_rows in enumerate(rows):
-            lane_rows.append(
-                {
-                    "step": look,
-                    "train_loss": float(train_losses[k].mean()) if losses else None,
-                    "validation_loss": float(seen.validation_loss[k]),
-                    "update_norm": {module: float(norm[k]) for module, norm in seen.update_norm.items()},
-                    "drift": {module: float(drift[k]) for module, drift in seen.drift.items()},
-                    "alive": bool(seen.alive[k]),
-                }
-            )
-        best = min((rows_k[-1]["validation_loss"] for rows_k in rows if rows_k[-1]["alive"]), default=math.nan)
-        advance(train_losses.shape[1] * len(lanes), f"validation loss {best:.3f}")
-        losses = []
-        if checkpoints and look != schedule.looks[-1] and time.monotonic() - last_save > schedule.checkpoint_seconds:
-            checkpoints.save(look, state, {"lanes": _names(lanes), "rows": rows})
+    for piece, batches in _feed(stream, _pieces(schedule, group.step), schedule.chunk_steps, by_sample):
+        active = schedule.leaving.running(group.rows)
+        if not active:
+            break
+        # Where lanes start from, all compute the same: the base.
+        shown = active if piece.stop else active[:1]
+        places = [slots[k] for k in shown]
+        work = _work(engine, places, batches, piece, schedule)
+        state, *results = engine.chunk(state, base, validation, work)
+        losses, seen = jax.device_get(results)
+        group.take_steps(active, losses[places], piece, work, engine)
+        if piece.look:
+            for k in active:
+                group.look(k, seen, slots[k] if piece.stop else places[0], schedule)
+        if not piece.stop:
+            state = _with_first_loss(state, group.rows[0][0], engine)
+        told = tell()
+        stop = interrupts.requested if interrupts else None
+        due = time.monotonic() - last_save >= schedule.checkpoint_seconds
+        if checkpoints and piece.stop < schedule.horizon and (due or stop):
+            checkpoints.save(piece.stop, state, {"lanes": _names(lanes), **asdict(group)})
             last_save = time.monotonic()
-    return GroupResult(rows, state)
+        if stop:
+            where = f"a checkpoint of step {piece.stop} was saved; " if checkpoints else ""
+            raise Interrupted(f"stopped by {stop.name}: {where}run the same command again to go on")
+    return GroupResult(group.rows, state, slots, *group.lane_steps)
+
+
+class _Piece(NamedTuple):
+    """One call of the chunk: steps `start` to `stop`, then perhaps a look."""
+
+    start: int
+    stop: int
+    look: bool
+
+
+@dataclass
+class _Group:
+    """Where a group is: all but the device state, in JSON types.
+
+    Attributes:
+        step: steps done by the running lanes; -1 before the look at step 0.
+        rows: see `GroupResult`.
+        train_losses: of each lane, since its last look.
+        lane_steps: useful and executed, see `GroupResult`.
+    """
+
+    step: int
+    rows: list[list[Row]]
+    train_losses: list[list[float]]
+    lane_steps: list[int]
+
+    def lane_steps_done(self, schedule: Schedule) -> int:
+        """Steps of all lanes, those saved by leaving included."""
+        running = len(schedule.leaving.running(self.rows))
+        return running * max(self.step, 0) + (len(self.rows) - running) * schedule.horizon
+
+    def take_steps(self, active: list[int], losses: np.ndarray, piece: _Piece, work: Work, engine: Engine) -> None:
+        """Counts the steps of a chunk and keeps their losses [lanes, C]."""
+        self.step = piece.stop
+        steps = piece.stop - piece.start
+        for k, lane_losses in zip(active, losses, strict=False):
+            self.train_losses[k] += map(float, lane_losses[:steps])
+        room = int(work.num_blocks.max()) * engine.lane_block * engine.lane_devices
+        self.lane_steps = [self.lane_steps[0] + steps * len(active), self.lane_steps[1] + steps * room]
+
+    def look(self, k: int, seen: Look, place: int, schedule: Schedule) -> None:
+        """Adds the row of lane k, whose look is at `place`."""
+        loss, alive = float(seen.validation_loss[place]), bool(seen.alive[place])
+        before = self.rows[k][-1]["step"] if self.rows[k] else 0
+        reason = schedule.leaving.divergence(self.rows[k][0]["validation_loss"], loss) if self.rows[k] else None
+        if not alive:
+            reason = f"the loss was not finite between steps {before} and {self.step}"
+        train_losses, self.train_losses[k] = self.train_losses[k], []
+        self.rows[k].append(
+            {
+                "step": self.step,
+                "train_loss": float(np.mean(train_losses)) if train_losses else None,
+                "validation_loss": loss,
+                "update_norm": {module: float(norm[place]) for module, norm in seen.update_norm.items()},
+                "drift": {module: float(drift[place]) for module, drift in seen.drift.items()},
+                "alive": reason is None,
+                "reason": reason,
+            }
+        )
 
 
 def _start(
-    lanes: Sequence[Lane], engine: Engine, learning_rates: Mapping[str, float], checkpoints: Checkpoints | None
-) -> tuple[LaneState, list[list[Row]], int]:
-    """A fresh state, or the newest checkpoint of these lanes: (state, rows, last look); -1 before any look."""
-    if checkpoints:
-        _check_lanes(checkpoints, lanes)
-    modules = lanes[0].ranks.keys()
+    lanes: Sequence[Lane],
+    slots: Sequence[int],
+    engine: Engine,
+    learning_rates: Mapping[str, float],
+    checkpoints: Checkpoints | None,
+    initial: np.ndarray | None,
+) -> tuple[LaneState, _Group]:
+    """The newest checkpoint of these lanes, or a fresh state; slots without a lane hold a copy of the last one."""
+    by_slot = dict(zip(slots, lanes, strict=True))
+    filled = [by_slot.get(slot, lanes[-1]) for slot in range(engine.num_slots)]
     state = engine.init(
-        jnp.asarray([lane.seed for lane in lanes], jnp.int32),
-        {module: jnp.asarray([lane.ranks[module] for lane in lanes], jnp.int32) for module in modules},
-        {module: jnp.full(len(lanes), learning_rates[module], jnp.float32) for module in modules},
+        np.asarray([lane.seed for lane in filled], np.int32),
+        {m: np.asarray([lane.ranks[m] for lane in filled], np.int32) for m in lanes[0].ranks},
+        {m: np.full(len(filled), learning_rates[m], np.float32) for m in lanes[0].ranks},
     )
-    # Bound to its devices, as a restored state is: both run in the same compiled program.
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
-    found = checkpoints.restore(state) if checkpoints else None
-    if found is None:
-        return state, [[] for _ in lanes], -1
-    step, restored, document = found
-    return restored, document["rows"], step
+    if initial is not None:
+        spread = np.ascontiguousarray(np.broadcast_to(initial, state.trainable.shape))
+        snapshots = np.zeros(state.snapshots.shape, np.float32)
+        snapshots[:, -1] = initial
+        # Two copies of the adapters: the chunk takes over every buffer that it is given.
+        copies = place((spread, spread.copy(), snapshots), lane_sharding(engine.mesh))
+        state = state._replace(**dict(zip(("trainable", "best", "snapshots"), copies, strict=True)))
+    if checkpoints:
+        found = checkpoints.restore(state, lambda document: _check_lanes(checkpoints, document, lanes))
+        if found:
+            _, restored, document = found
+            return restored, _Group(*[document[name] for name in ("step", "rows", "train_losses", "lane_steps")])
+    return state, _Group(-1, [[] for _ in lanes], [[] for _ in lanes], [0, 0])
 
 
-def _check_lanes(checkpoints: Checkpoints, lanes: Sequence[Lane]) -> None:
+def _check_lanes(checkpoints: Checkpoints, document: Mapping[str, Any], lanes: Sequence[Lane]) -> None:
     """Refuses to go on from another group's state."""
-    document = checkpoints.document()
-    if document and document["lanes"] != _names(lanes):
+    if document["lanes"] != _names(lanes):
         raise ConfigError(
             f"the checkpoints in {checkpoints.directory} are of the lanes {', '.join(document['lanes'])}, and those to "
             f"run are {', '.join(_names(lanes))}. Delete the folder to start over, or run the same lanes."
@@ -194,16 +310,84 @@ def _names(lanes: Sequence[Lane]) -> list[str]:
     return [lane.name for lane in lanes]
 
 
+def _with_first_loss(state: LaneState, row: Row, engine: Engine) -> LaneState:
+    """Gives every lane the validation loss of step 0, which one of them was looked at for."""
+    loss = row["validation_loss"]
+    if not math.isfinite(loss):
+        raise NoValidResultError(
+            f"the validation loss before the first step is {loss}, so nothing can be learned from it. Check the "
+            "checkpoint's weights, or use model.dtype: float32."
+        )
+    losses = np.full(engine.num_slots, loss, np.float32)
+    return state._replace(best_loss=place(losses, lane_sharding(engine.mesh)))
+
+
+def _slots(lanes: int, engine: Engine) -> list[int]:
+    """Slots of the lanes, dealt out over the devices."""
+    if lanes > engine.num_slots:
+        raise ConfigError(f"{lanes} lanes were given to an engine of {engine.num_slots} slots. Run fewer at once.")
+    local = engine.num_slots // engine.lane_devices
+    return [(k % engine.lane_devices) * local + k // engine.lane_devices for k in range(lanes)]
+
+
+def _work(engine: Engine, slots: Sequence[int], batches: Batch, piece: _Piece, schedule: Schedule) -> Work:
+    """The arguments of one call of the chunk."""
+    devices, block = engine.lane_devices, engine.lane_block
+    local = engine.num_slots // devices
+    lists = np.full((devices, -(-local // block) * block), local, np.int32)
+    counts = np.zeros(devices, np.int32)
+    for slot in slots:
+        device = slot // local
+        lists[device, counts[device]] = slot % local
+        counts[device] += 1
+    multipliers = np.zeros(schedule.chunk_steps, np.float32)
+    multipliers[: piece.stop - piece.start] = schedule.multipliers[piece.start : piece.stop]
+    return Work(
+        slots=lists.reshape(-1),
+        num_blocks=-(-counts // block),
+        batches=batches,
+        multipliers=multipliers,
+        num_steps=np.int32(piece.stop - piece.start),
+        look=np.bool_(piece.look),
+        step=np.int32(piece.stop),
+        half=np.bool_(piece.look and _has_half(schedule, piece.stop)),
+    )
+
+
 def _has_half(schedule: Schedule, look: int) -> bool:
     """Whether the look `looks_per_doubling` places before is at half the step, to rounding."""
     place = list(schedule.looks).index(look) - schedule.looks_per_doubling
     return bool(schedule.looks_per_doubling) and place >= 0 and abs(2 * schedule.looks[place] - look) <= 1.5
 
 
-def _stack(streams: Sequence[Stream], steps: range, length: int) -> Batch:
-    """Batches [length, S, B, ...]; rows past `steps` repeat the last one and are never read."""
-    rows = [[stream[step] for stream in streams] for step in steps]
-    rows += [rows[-1]] * (length - len(rows))
-    shape = (length, len(streams))
-    flat = [batch for row in rows for batch in row]
-    return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(*shape, *leaves[0].shape), *flat)
+def _pieces(schedule: Schedule, done: int) -> Iterator[_Piece]:
+    """The calls that remain after `done` steps."""
+    for look in schedule.looks:
+        start = max(done, 0)
+        while done < look:
+            stop = min(start + schedule.chunk_steps, look)
+            yield _Piece(start, stop, stop == look)
+            done = start = stop
+
+
+def _feed(
+    stream: Stream, pieces: Iterator[_Piece], length: int, sharding: NamedSharding
+) -> Iterator[tuple[_Piece, Batch]]:
+    """Pieces with their batches [length, B, ...] on the devices, made in a thread while the piece before runs."""
+
+    def load(piece: _Piece) -> Batch:
+        # A look without steps still needs batches of the right shape; so do places past the last step.
+        steps = [min(step, max(piece.stop - 1, 0)) for step in range(piece.start, piece.start + length)]
+        rows = {step: stream[step] for step in dict.fromkeys(steps)}
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[rows[step] for step in steps])
+        return place(stacked, sharding)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for piece in pieces:
+            loading = piece, thread.submit(load, piece)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = loading
+        if waiting:
+            yield waiting[0], waiting[1].result()

@@ -22,7 +22,7 @@ def lane_records(
 
     Args:
         lanes: K lanes.
-        rows: by lane, one row a look, over the same steps.
+        rows: by lane, one row a look; lanes that left have fewer, of the same steps.
         rule: `loss_fraction` speaks of lanes that adapt one module, `drift` of every adapted module.
         learning_rates: module -> learning rate.
 
@@ -40,17 +40,22 @@ def _convergence_times(
     lanes: Sequence[Lane], rows: Sequence[Sequence[Row]], rule: ConvergenceRule
 ) -> list[dict[str, tuple[float, bool]]]:
     """By lane: module -> (steps, censored), NaN where undefined; modules that the rule says nothing of are absent."""
-    steps = np.asarray([row["step"] for row in rows[0]])
+    steps = np.asarray([row["step"] for row in max(rows, key=len)])
+    ends = np.asarray([len(lane_rows) for lane_rows in rows])
     if rule.name == "loss_fraction":
-        curves = np.asarray([[row["validation_loss"] for row in lane_rows] for lane_rows in rows])
-        found = converge(rule, steps, curves)
+        curves = np.full((len(rows), len(steps)), np.nan, np.float32)
+        for k, lane_rows in enumerate(rows):
+            curves[k, : ends[k]] = [row["validation_loss"] for row in lane_rows]
+        found = converge(rule, steps, curves, ends)
         return [
             {lane.adapted[0]: (float(found.steps[k]), bool(found.censored[k]))} if len(lane.adapted) == 1 else {}
             for k, lane in enumerate(lanes)
         ]
     modules = list(lanes[0].ranks)
-    curves = np.asarray([[[row["drift"][module] for row in lane_rows] for module in modules] for lane_rows in rows])
-    found = converge(rule, steps, curves.astype(np.float32))
+    curves = np.full((len(rows), len(modules), len(steps)), np.nan, np.float32)
+    for k, lane_rows in enumerate(rows):
+        curves[k, :, : ends[k]] = [[row["drift"].get(module, np.nan) for row in lane_rows] for module in modules]
+    found = converge(rule, steps, curves, ends)
     return [
         {m: (float(found.steps[k, i]), bool(found.censored[k, i])) for i, m in enumerate(modules) if m in lane.adapted}
         for k, lane in enumerate(lanes)
@@ -80,8 +85,7 @@ def _record(
             status, reason = "horizon", f"{', '.join(untold)} showed nothing to converge to by step {last['step']}"
     else:
         status = "diverged"
-        dead = rows[len(finite)]
-        reason = f"the loss was not finite between steps {finite[-1]['step'] if finite else 0} and {dead['step']}"
+        reason = last["reason"]
         # The lane stood still from then on, which a rule takes for convergence.
         times = {module: (math.nan, False) for module in times}
     best = min(finite, key=lambda row: row["validation_loss"], default=last)
