@@ -3,6 +3,7 @@
 Imports of weight are inside functions, so that `mars --help` and a mistyped config answer at once.
 """
 
+import errno
 import importlib
 import os
 import signal
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mars_jax
-from mars_jax.errors import ConfigError, MarsError
+from mars_jax.errors import ConfigError, DoesNotFitError, MarsError
 
 if TYPE_CHECKING:
     from mars_jax.progress import Reporter
 
 INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FILE_WIDTH = 200  # characters: a table in a file or pipe has no window to fit
 
 app = typer.Typer(
@@ -176,6 +178,14 @@ def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: boo
             result = work(ConsoleReporter())
     except MarsError as error:
         _fail(type(error).__name__, str(error), error.exit_code, json_output)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        message = (
+            f"can't write {error.filename or 'a file'}: {error.strerror}. Finished work is kept. Make room there and "
+            "run the same command again to go on."
+        )
+        _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
     except KeyboardInterrupt as interrupt:  # an `Interrupted` says more
         message = str(interrupt) or "state saved; run the same command again to go on"
         _fail("Interrupted", message, INTERRUPTED, json_output)

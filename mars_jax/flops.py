@@ -1,8 +1,9 @@
 """The fewest FLOPs that a lane-step or an evaluation batch can cost, in closed form from shapes and ranks.
 
 It counts matrix products, 2 m n k each, and nothing elementwise; no compiler is asked and no time is predicted.
-Counted is the model as it is defined: every position passes every layer, attention is full T x T (that half of it is
-masked saves nothing here), `x A B` is not merged into the weight, and nothing is computed twice (no remat).
+Counted is what the loss needs: of the last decoder layer its keys and values everywhere, the rest at the supervised
+positions. Attention is full T x T (that half of it is masked saves nothing here), `x A B` is not merged into the
+weight, and nothing is computed twice (no remat).
 """
 
 from collections.abc import Mapping
@@ -124,19 +125,24 @@ class _Walk:
         else:
             moves = self.linear("encoder", "vision/patch_embed", tiles * patches, False)
             for _ in range(config.num_vision_layers_used):
-                moves = self.layer("encoder", "vision", tiles, patches, moves)
+                moves = self.layer("encoder", "vision", tiles, patches, moves, patches)
         for path in ("projector/linear_1", "projector/linear_2"):
             moves = self.linear("projector", path, tiles * patches, moves)
-        for _ in range(config.text.num_layers):
-            moves = self.layer("llm", "llm", 1, tokens, moves)
+        for left in reversed(range(config.text.num_layers)):
+            # Of the last layer only the supervised positions are asked for.
+            moves = self.layer("llm", "llm", 1, tokens, moves, tokens if left else supervised)
         tied = config.text.tie_word_embeddings
         self.linear("head", "llm/embed_tokens/embedding" if tied else "llm/lm_head", supervised, moves)
         return Flops(**self.parts)
 
-    def layer(self, part: str, module: str, sequences: int, length: int, moves: bool) -> bool:
-        """One transformer layer on `sequences` sequences a sample; returns whether its output moves."""
-        rows, prefix, names = sequences * length, f"{module}/layers", _LAYERS[module]
-        query, key, value = (self.linear(part, f"{prefix}/self_attn/{x}_proj", rows, moves) for x in "qkv")
+    def layer(self, part: str, module: str, sequences: int, length: int, moves: bool, asked: int) -> bool:
+        """One transformer layer on `sequences` sequences a sample, whose output is needed at `asked` positions of each.
+
+        Returns whether its output moves.
+        """
+        rows, prefix, names = sequences * asked, f"{module}/layers", _LAYERS[module]
+        query = self.linear(part, f"{prefix}/self_attn/q_proj", rows, moves)
+        key, value = (self.linear(part, f"{prefix}/self_attn/{x}_proj", sequences * length, moves) for x in "kv")
         output = f"{prefix}/self_attn/{names['output']}"
         # Two products forward; backward one each for queries, keys, values and attention weights, where they move.
         products = 2 + self.trains * (query + key + value + (query or key))

@@ -31,6 +31,7 @@ from mars_jax.search import lane_costs, planned_lanes, run_probes
 from mars_jax.selection import candidates_for_sweep, decide_by_sweep
 from mars_jax.selection import select as choose
 from mars_jax.sweep import run_sweep
+from mars_jax.tuning import lane_block, tune_lane_block
 from mars_jax.verification import verify_run
 from mars_jax.workspace import Workspace
 
@@ -208,7 +209,9 @@ class _Session:
         inputs = hash_inputs(self.directory.data_file, sections)
 
         def work() -> Document:
-            run_probes(self.workspace, planned_lanes(self.config), self.directory)
+            lanes = planned_lanes(self.config)
+            tune_lane_block(self.workspace, lanes, self.directory)
+            run_probes(self.workspace, lanes, self._programs, self.directory)
             return self._lane_counts()
 
         return self._skip_or_run("probe", inputs, self.directory.lanes_file, work, self._lane_counts)
@@ -292,7 +295,8 @@ class _Session:
 
     @cached_property
     def _programs(self) -> tuple[Program, ...]:
-        return probe_programs(self.workspace, planned_lanes(self.config))
+        block = lane_block(self.workspace, self.directory)
+        return probe_programs(self.workspace, planned_lanes(self.config), block)
 
     def evaluate(self) -> Document:
         """Base and result on the test split, with controls."""

@@ -38,13 +38,13 @@ class Program:
     engine: Engine
 
 
-def probe_programs(workspace: Workspace, lanes: Sequence[Lane], lane_block: int | None = None) -> tuple[Program, ...]:
+def probe_programs(workspace: Workspace, lanes: Sequence[Lane], lane_block: int) -> tuple[Program, ...]:
     """The programs of the probe phase.
 
     Args:
         workspace: of the run.
         lanes: all lanes.
-        lane_block: lanes in one vectorised step; None for the device's default.
+        lane_block: lanes in one vectorised step, at most.
     """
     settings = workspace.config.probe
 
@@ -57,7 +57,7 @@ def probe_programs(workspace: Workspace, lanes: Sequence[Lane], lane_block: int 
     for bucket in buckets:
         groups = lane_groups(bucket.lanes, settings.lanes_per_program)
         slots = devices * -(-max(map(len, groups)) // devices)
-        block = min(lane_block or default_lane_block(workspace), slots // devices)
+        block = min(lane_block, slots // devices)
         engine = workspace.engine(bucket.padded_ranks, slots, block, cached_encoder=bucket.cached_encoder)
         programs.append(Program(bucket, groups, engine))
     return tuple(programs)

@@ -117,6 +117,11 @@ class RunDirectory:
         """How the running phase stands: lanes done, running and queued, steps, loss, memory."""
         return self.path / "progress.json"
 
+    @property
+    def lane_block_file(self) -> Path:
+        """How many lanes run in one step, where that was measured."""
+        return self.path / "probes" / "lane_block.json"
+
     def probe_adapters(self, lane: str) -> Path:
         """The best adapters of a probe, kept where the final run may start from them."""
         return self.path / "probes" / "adapters" / f"{lane}.safetensors"

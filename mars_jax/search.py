@@ -26,7 +26,7 @@ from mars_jax.probe.leaving import Leaving, ceiling_of
 from mars_jax.probe.loop import GroupResult, Progress, Row, Schedule, best_adapters, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane, look_steps, plan_lanes
 from mars_jax.probe.records import lane_records
-from mars_jax.programs import Program, probe_programs, step_flops
+from mars_jax.programs import Program, step_flops
 from mars_jax.rundir import RunDirectory, memory_bytes
 from mars_jax.workspace import Workspace, physical_memory_bytes
 
@@ -99,14 +99,16 @@ def convergence_rule(config: Config) -> ConvergenceRule:
     return ConvergenceRule(settings.rule, epsilon, settings.sustain)
 
 
-def run_probes(workspace: Workspace, lanes: tuple[Lane, ...], directory: RunDirectory) -> None:
-    """Runs lanes in groups, one compiled program for each bucket; a finished group is never run again."""
+def run_probes(
+    workspace: Workspace, lanes: Sequence[Lane], programs: Sequence[Program], directory: RunDirectory
+) -> None:
+    """Runs lanes in the groups of their programs; a finished group is never run again."""
     config, reporter = workspace.config, workspace.reporter
     workspace.check_sizes()
     schedule = probe_schedule(workspace)
     recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
     with Interrupts() as interrupts, _following(workspace, lanes, directory) as follow:
-        for program in probe_programs(workspace, lanes):
+        for program in programs:
             for group in program.groups:
                 if all(read.name in recorded for lane in group for read, _ in readings(config, lane)):
                     follow(group, Progress(len(group) * schedule.horizon, schedule.horizon, 0, np.nan))
