@@ -77,7 +77,8 @@ def converge(
     Raises:
       ValueError: the shapes do not fit together.
     """
-    steps, curves = np.asarray(steps, np.float32), np.asarray(curves, np.float32)
+    steps = np.asarray(steps, np.float32)
+    curves = curves.astype(np.float32) if isinstance(curves, jax.Array) else np.asarray(curves, np.float32)
     function, axes = _RULES[rule.name]
     if steps.ndim != 1 or steps.size < 2 or curves.ndim != len(axes) or curves.shape[-1] != steps.size:
         raise ValueError(

@@ -141,6 +141,36 @@ def test_loss_fraction_ignores_shift_and_scale_of_the_loss(losses, factor, shift
     assert 0 <= float(plain.steps[0]) <= 55 or np.isnan(plain.steps[0])
 
 
+def test_a_curve_that_ends_early_is_read_to_its_end():
+    losses, drifts = decay(30.0), drift_of_power(1.0)
+    late = 0.5 * (STEPS > 400)  # what comes after would change the time
+    for rule, steps, curve, end in ((LOSS, STEPS, losses - late, 21), (DRIFT, GRID, drifts + (GRID > 200.0), 18)):
+        filled = np.concatenate([curve[:end], np.full(len(curve) - end, np.nan)])
+        alone = converge(rule, steps[:end], curve[:end][None] if rule is LOSS else curve[:end][None, None])
+        for among in (curve, filled):
+            curves = np.stack([curve, among]) if rule is LOSS else np.stack([curve, among])[:, None]
+            found = converge(rule, steps, curves, [len(curve), end])
+            np.testing.assert_array_equal(found.steps[1], alone.steps[0])
+            np.testing.assert_array_equal(found.censored[1], alone.censored[0])
+        whole = converge(rule, steps, curve[None] if rule is LOSS else curve[None, None])
+        np.testing.assert_array_equal(found.steps[0], whole.steps[0])
+        assert not np.any(alone.censored)
+        assert np.all(np.asarray(alone.steps) != np.asarray(whole.steps))
+
+
+def test_a_curve_cut_short_of_its_convergence_is_censored_at_its_end():
+    found = converge(DRIFT, GRID, drift_of_power(1.0)[None, None], [14])
+    assert (float(found.steps[0, 0]), bool(found.censored[0, 0])) == (pytest.approx(GRID[13]), True)
+    found = converge(LOSS, STEPS, decay(300.0)[None], [11])
+    assert (float(found.steps[0]), bool(found.censored[0])) == (200.0, True)
+
+
+@pytest.mark.parametrize("num_looks", [[1], [52], [5, 5]])
+def test_a_number_of_looks_that_no_curve_has_is_refused(num_looks):
+    with pytest.raises(ValueError, match=r"num_looks must be \[1\] numbers from 2 to 51; got \[\d"):
+        converge(LOSS, STEPS, decay(30.0)[None, :], num_looks)
+
+
 def test_rules_can_be_jitted_and_returned_as_a_pytree():
     found = jax.jit(lambda losses: converge(LOSS, STEPS, losses))(decay(30.0)[None, :])
     assert len(jax.tree.leaves(found)) == 2

@@ -1,23 +1,24 @@
 """The host loop over lanes: rows, drift, killing and going on; and what becomes a lane's record."""
 
-import logging
+import math
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny_lanes
-from jax.sharding import NamedSharding, PartitionSpec
-from tiny_lanes import LANES, RATES, TARGETS, VALIDATION, Stream, schedule
+from tiny_lanes import LANES, RATES, TARGETS, Stream, assert_same, schedule
 
 from mars_jax import search
 from mars_jax.checkpoint import Checkpoints
+from mars_jax.compile_cache import CompileCounter
 from mars_jax.convergence import ConvergenceRule
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.jsonfiles import append_jsonl, read_jsonl
-from mars_jax.probe.loop import run_group, warmup_multipliers
+from mars_jax.probe.loop import warmup_multipliers
 from mars_jax.probe.plan import Lane, look_steps
 from mars_jax.probe.records import lane_records
+from mars_jax.sharding import lane_sharding
 
 LOOKS = [0, 4, 6, 8, 11, 16]
 TIMING = schedule(LOOKS, looks_per_doubling=tiny_lanes.LOOKS_PER_DOUBLING)
@@ -25,7 +26,7 @@ DRIFT = ConvergenceRule("drift", 0.5, 1)
 
 
 def run(lanes=LANES, timing=TIMING, rates=RATES, **changes):
-    return run_group(lanes, tiny_lanes.padded_engine(), tiny_lanes.base(), Stream, VALIDATION, rates, timing, **changes)
+    return tiny_lanes.run(lanes, tiny_lanes.padded_engine(), timing, learning_rates=rates, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def run_until(steps, directory):
     """Runs until `steps` lane-steps are told, and is killed there."""
     told = []
 
-    def advance(lane_steps, text):
-        told.append(lane_steps)
+    def advance(progress):
+        told.append(progress.lane_steps)
         if sum(told) >= steps:
             raise Kill
 
@@ -58,7 +59,7 @@ def test_rows_tell_every_look(uninterrupted):
         assert [row["step"] for row in rows] == LOOKS
         assert rows[0]["train_loss"] is None
         assert all(np.isfinite(row["train_loss"]) for row in rows[1:])
-        assert all(row["alive"] for row in rows)
+        assert all(row["alive"] and row["reason"] is None for row in rows)
         assert rows[0]["update_norm"] == dict.fromkeys(RATES, 0.0)
         assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
     # Every lane starts from the base.
@@ -80,10 +81,10 @@ def test_drift_is_told_exactly_where_there_is_a_look_at_half_the_step(uninterrup
 
 def test_drift_is_the_relative_change_of_the_product_since_half_the_step(uninterrupted):
     def product(result, path):
-        node = result.state.trainable
+        node = tiny_lanes.padded_engine().layout.unravel(result.lane_state(0).trainable)
         for part in path.split("/"):
             node = node[part]
-        return 2.0 * np.matmul(*(np.asarray(node[name][0], np.float64) for name in ("a", "b")))
+        return 2.0 * np.matmul(*(np.asarray(node[name], np.float64) for name in ("a", "b")))
 
     half, whole = (run(timing=schedule(LOOKS[: LOOKS.index(step) + 1])) for step in (4, 8))
     for module, drift in uninterrupted.rows[0][LOOKS.index(8)]["drift"].items():
@@ -94,15 +95,28 @@ def test_drift_is_the_relative_change_of_the_product_since_half_the_step(uninter
         assert drift == pytest.approx(ratio, rel=1e-4)
 
 
-def test_lanes_of_the_same_data_share_batches_and_others_do_not():
+def test_the_lanes_of_a_group_share_batches_made_once():
     made = []
 
-    def stream_of(lane):
-        made.append((lane.num_samples, lane.seed))
-        return Stream(lane)
+    class Noted(Stream):
+        def __getitem__(self, step):
+            made.append(step)
+            return super().__getitem__(step)
 
-    run_group(LANES, tiny_lanes.padded_engine(), tiny_lanes.base(), stream_of, VALIDATION, RATES, schedule([0, 1]))
-    assert sorted(made) == [(4, 0), (8, 1)]
+    run(timing=schedule([0, 8]), stream=Noted(LANES[0]))
+    # The look at step 0 has no steps of its own and takes any batch; so do places past the last step.
+    assert made.count(0) == 2
+    assert made[1:] == list(range(8))
+
+
+def test_progress_tells_every_lane_step_once_and_how_it_stands(uninterrupted):
+    told = []
+    run(advance=told.append)
+    assert [progress.step for progress in told] == [0, 4, 6, 8, 11, 15, 16]
+    assert [progress.lane_steps for progress in told] == [0, 16, 8, 8, 12, 16, 4]
+    assert {progress.running for progress in told} == {4}
+    best = [min(rows[i]["validation_loss"] for rows in uninterrupted.rows) for i in range(len(LOOKS))]
+    np.testing.assert_equal([progress.loss for progress in told], [math.nan, *best[1:5], best[4], best[5]])
 
 
 @pytest.mark.parametrize(
@@ -127,28 +141,26 @@ def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, killed_at, tmp_path):
     run_until(4 * killed_at, tmp_path)
     told = []
     with Checkpoints(tmp_path) as checkpoints:
-        resumed = run(checkpoints=checkpoints, advance=lambda steps, text: told.append(steps))
+        resumed = run(checkpoints=checkpoints, advance=lambda progress: told.append(progress.lane_steps))
     # It started at the look before the one at which it was killed.
     assert told[0] == 4 * LOOKS[LOOKS.index(killed_at) - 1] > 0
     assert sum(told) == 4 * LOOKS[-1]
     np.testing.assert_equal(resumed.rows, uninterrupted.rows)
-    jax.tree.map(np.testing.assert_array_equal, resumed.state, uninterrupted.state)
+    assert_same(resumed.state, uninterrupted.state)
+    assert (resumed.useful_steps, resumed.executed_steps) == (4 * LOOKS[-1], 4 * LOOKS[-1])
 
 
-def test_a_resumed_group_was_compiled_again(uninterrupted, tmp_path, caplog):
+def test_a_resumed_group_was_compiled_again(uninterrupted, tmp_path):
     run_until(4 * 6, tmp_path)
-    caplog.clear()
-    with Checkpoints(tmp_path) as checkpoints, jax.log_compiles(), caplog.at_level(logging.WARNING):
+    with Checkpoints(tmp_path) as checkpoints, CompileCounter() as counter:
         run(checkpoints=checkpoints)
-    compiled = [text for text in caplog.messages if "Compiling jit(" in text]
-    assert not [text for text in compiled if "jit(train)" in text or "jit(look)" in text]
+    assert not [name for name in counter.programs if "chunk" in name or "init" in name]
 
 
 def test_a_checkpoint_restores_onto_a_mesh(tmp_path):
     run_until(4 * 8, tmp_path)
     expected = run(timing=schedule(LOOKS[:3], looks_per_doubling=2)).state
-    mesh = jax.make_mesh((4, 2), ("lane", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    by_lane = NamedSharding(mesh, PartitionSpec("lane"))
+    by_lane = lane_sharding(tiny_lanes.mesh({"lane": 4, "data": 2}))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_lane), expected)
     with Checkpoints(tmp_path) as checkpoints:
         step, state, document = checkpoints.restore(abstract)
@@ -156,7 +168,7 @@ def test_a_checkpoint_restores_onto_a_mesh(tmp_path):
     assert [row["step"] for row in document["rows"][0]] == [0, 4, 6]
     assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {by_lane}
     assert len(state.best_loss.sharding.device_set) == 8
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert_same(state, expected)
 
 
 def test_a_checkpoint_took_rows_that_were_added_while_it_was_written(tmp_path):
@@ -166,7 +178,7 @@ def test_a_checkpoint_took_rows_that_were_added_while_it_was_written(tmp_path):
             checkpoints.save(1, {"x": np.zeros(3)}, document)
             document["rows"][0].append(2)
         with Checkpoints(tmp_path / str(attempt)) as checkpoints:
-            assert checkpoints.document() == {"lanes": ["a"], "rows": [[1]]}
+            assert checkpoints.restore({"x": np.zeros(3)})[2] == {"lanes": ["a"], "rows": [[1]]}
 
 
 def test_checkpoints_of_other_lanes_are_refused(tmp_path):
@@ -181,23 +193,25 @@ def test_checkpoints_of_other_lanes_are_refused(tmp_path):
 
 def test_an_empty_folder_holds_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
-        assert checkpoints.document() is None
         assert checkpoints.restore({"x": np.zeros(3)}) is None
 
 
 def test_going_on_from_a_result_counted_its_steps_twice(uninterrupted):
     first, told = run(timing=schedule(LOOKS[:3], looks_per_doubling=2)), []
-    second = run(start=first, advance=lambda steps, text: told.append(steps))
+    second = run(start=first, advance=lambda progress: told.append(progress.lane_steps))
     assert sum(told) == 4 * (LOOKS[-1] - LOOKS[2])
     np.testing.assert_equal(second.rows, uninterrupted.rows)
-    jax.tree.map(np.testing.assert_array_equal, second.state, uninterrupted.state)
+    assert_same(second.state, uninterrupted.state)
+    assert second.useful_steps == uninterrupted.useful_steps
 
 
 def test_progress_survived_no_group_whose_lanes_had_all_diverged():
-    texts = []
-    result = run(timing=schedule([0, 4]), rates=dict.fromkeys(RATES, 1e30), advance=lambda _, text: texts.append(text))
+    told = []
+    result = run(timing=schedule([0, 4, 8]), rates=dict.fromkeys(RATES, 1e30), advance=told.append)
     assert not any(rows[-1]["alive"] for rows in result.rows)
-    assert texts[-1] == "validation loss nan"
+    # The steps that were saved are told as done.
+    assert (told[-1].step, told[-1].running, sum(progress.lane_steps for progress in told)) == (4, 0, 4 * 8)
+    assert math.isnan(told[-1].loss)
 
 
 # Records.
@@ -217,13 +231,13 @@ def test_the_drift_rule_tells_a_time_for_every_module_that_moved():
 
 
 def test_lanes_that_still_learn_at_the_horizon_are_censored():
-    timing = schedule(look_steps(64, 2), looks_per_doubling=2)
+    timing = schedule(look_steps(32, 2), looks_per_doubling=2)
     for lane, record in zip(LANES, lane_records(LANES, run(timing=timing).rows, DRIFT, RATES), strict=True):
-        assert record["convergence_steps"] == dict.fromkeys(lane.adapted, 64.0)
+        assert record["convergence_steps"] == dict.fromkeys(lane.adapted, 32.0)
         assert all(record["censored"].values())
         assert (record["status"], record["reason"]) == (
             "horizon",
-            f"{', '.join(lane.adapted)} had not converged at step 64",
+            f"{', '.join(lane.adapted)} had not converged at step 32",
         )
 
 
@@ -245,16 +259,17 @@ def test_a_lane_that_diverged_is_recorded_with_its_reason_and_without_times():
         assert (record["best_step"], record["best_loss"]) == (0, result.rows[0][0]["validation_loss"])
 
 
-def rows_of(losses, drift=np.nan, norm=1.0, alive=None):
-    """Rows of a lane of one module, a look every 10 steps."""
+def rows_of(losses, drift=np.nan, reason=None):
+    """Rows of a lane of one module, a look every 10 steps, the last with the reason why it left."""
     return [
         {
             "step": 10 * i,
             "train_loss": loss,
             "validation_loss": loss,
-            "update_norm": {"llm": norm if i else 0.0},
+            "update_norm": {"llm": 1.0 if i else 0.0},
             "drift": {"llm": drift},
-            "alive": alive is None or i < alive,
+            "alive": i + 1 < len(losses) or reason is None,
+            "reason": reason if i + 1 == len(losses) else None,
         }
         for i, loss in enumerate(losses)
     ]
@@ -264,10 +279,10 @@ ALONE = Lane({"llm": 4}, 8, 0)
 
 
 def test_a_frozen_diverged_lane_passed_for_converged():
-    rows = rows_of([4.0, 3.0, 3.0, 3.0, 3.0, 3.0], drift=0.0, alive=2)
+    rows = rows_of([4.0, 3.0, 3.0, 3.0, 3.0, 3.0], drift=0.0, reason="the loss was not finite between steps 40 and 50")
     (record,) = lane_records([ALONE], [rows], DRIFT, {"llm": 1.0})
     assert record["convergence_steps"] == {"llm": None}
-    assert record["reason"] == "the loss was not finite between steps 10 and 20"
+    assert (record["status"], record["reason"]) == ("diverged", "the loss was not finite between steps 40 and 50")
 
 
 @pytest.mark.parametrize(("rule", "losses"), [("loss_fraction", [3.0, 3.5, 4.0, 5.0]), ("drift", [4.0, 3.0, 2.0, 1.0])])

@@ -14,7 +14,7 @@ from mars_jax import lora
 from mars_jax.models.configs import LlavaOnevisionConfig, TextConfig, VisionConfig
 from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
-from mars_jax.probe.loop import Schedule, warmup_multipliers
+from mars_jax.probe.loop import GroupResult, Schedule, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane
 from mars_jax.sharding import make_mesh
 
@@ -125,6 +125,17 @@ def engine(
         lane_block=lane_block,
         mesh=mesh(mesh_sizes),
     )
+
+
+def run(lanes: Sequence[Lane], engine: Engine, timing: Schedule, **changes: Any) -> GroupResult:
+    """Runs lanes of the first one's data; `changes` are other arguments of `run_group`."""
+    arguments = {"base": base(), "stream": Stream(lanes[0]), "learning_rates": RATES} | changes
+    return run_group(lanes, engine, validation=VALIDATION, schedule=timing, **arguments)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """The same trees of arrays, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
 
 
 def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
