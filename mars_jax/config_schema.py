@@ -54,6 +54,9 @@ class ModelConfig(_Section):
 
     checkpoint: InputPath = Field(description="folder of a Hugging Face checkpoint")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of base and activations")
+    remat: Literal["auto", "none", "attention", "full"] = Field(
+        default="auto", description="what layers keep for the backward pass; auto: all if it fits, else attention"
+    )
 
 
 class DataConfig(_Section):

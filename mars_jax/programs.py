@@ -18,9 +18,6 @@ from mars_jax.workspace import Workspace, physical_memory_bytes
 # FLOPs done in the time of one compile: 15 to 30 seconds at what each kind of device reaches on small models.
 _COMPILE_FLOPS = {"cpu": 1e12}
 _COMPILE_FLOPS_ACCELERATOR = 1e15
-# Tokens in flight at which a device is busy. CPUs always are, but two lanes hide what a step costs besides products.
-_SATURATED_TOKENS = 4096
-_CPU_LANE_BLOCK = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def covering_engine(
     mesh = workspace.mesh if count > 1 else workspace.single_lane_mesh
     devices = mesh.shape["lane"]
     slots = devices * -(-count // devices)
-    block = min(default_lane_block(workspace), slots // devices)
+    block = min(workspace.default_lane_block, slots // devices)
     best = steps * count * step_flops(workspace, needed) + compile_flops()
     chosen = None
     for program in programs:
@@ -124,13 +121,6 @@ def step_flops(workspace: Workspace, ranks: Ranks, *, cached_encoder: bool = Fal
 def compile_flops() -> float:
     """FLOPs that this kind of device does in the time of a compile."""
     return _COMPILE_FLOPS.get(jax.default_backend(), _COMPILE_FLOPS_ACCELERATOR)
-
-
-def default_lane_block(workspace: Workspace) -> int:
-    """Lanes in one vectorised step of a device, where nothing was measured."""
-    if jax.default_backend() == "cpu":
-        return _CPU_LANE_BLOCK
-    return math.ceil(_SATURATED_TOKENS / (workspace.config.probe.batch_size * workspace.shapes.max_tokens))
 
 
 def _features_fit(workspace: Workspace) -> bool:

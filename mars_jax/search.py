@@ -22,6 +22,7 @@ from mars_jax.convergence import ConvergenceRule
 from mars_jax.errors import DoesNotFitError
 from mars_jax.interrupts import Interrupts
 from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
+from mars_jax.memory import lane_state_bytes
 from mars_jax.probe.leaving import Leaving, ceiling_of
 from mars_jax.probe.loop import GroupResult, Progress, Row, Schedule, best_adapters, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane, look_steps, plan_lanes
@@ -52,7 +53,7 @@ def readings(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
 
 
 def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
-    """What the lanes cost; the memory is a floor: base, adapters with their optimizer state, batches held.
+    """What the lanes cost. The floor of memory is base and lanes' states; `step_memory_bytes` estimates all of it.
 
     Raises:
         DoesNotFitError: the floor is beyond this machine's memory.
@@ -62,8 +63,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
     per_rank = lora.parameters_per_rank(workspace.targets)
     base_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(workspace.abstract_base))
     largest = sum(max(workspace.grids[module]) * count for module, count in per_rank.items())
-    # a and b, their gradients, two Adam moments, the best and the snapshots, float32.
-    lane_bytes = 4 * largest * (5 + settings.looks_per_doubling)
+    lane_bytes = lane_state_bytes(largest, settings.looks_per_doubling)
     together = min(settings.lanes_per_program, len(lanes))
     floor = base_bytes + together * lane_bytes
     memory = physical_memory_bytes()
@@ -88,6 +88,8 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
         "base_bytes": base_bytes,
         "lane_bytes": lane_bytes,
         "memory_floor_bytes": floor,
+        "step_memory_bytes": workspace.step_bytes(workspace.remat),
+        "remat": workspace.remat,
         "machine_memory_bytes": memory,
     }
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from mars_jax.jsonfiles import read_json, write_json
 from mars_jax.probe.loop import Progress
 from mars_jax.probe.plan import Lane
-from mars_jax.programs import Program, compile_flops, default_lane_block, probe_programs, step_flops
+from mars_jax.programs import Program, compile_flops, probe_programs, step_flops
 from mars_jax.rundir import RunDirectory
 from mars_jax.search import probe_schedule, run_probe_group
 from mars_jax.workspace import Workspace
@@ -26,7 +26,7 @@ def lane_block(workspace: Workspace, directory: RunDirectory) -> int:
         return asked
     if directory.lane_block_file.exists():
         return read_json(directory.lane_block_file)["lane_block"]
-    return default_lane_block(workspace)
+    return workspace.default_lane_block
 
 
 def tune_lane_block(workspace: Workspace, lanes: tuple[Lane, ...], directory: RunDirectory) -> None:

@@ -3,6 +3,7 @@
 No phase's logic is here. Search code gets `search`, which has no test split to look at.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -25,6 +26,7 @@ from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_
 from mars_jax.errors import ConfigError
 from mars_jax.hub import tables
 from mars_jax.hub.read import open_safetensors, read_checkpoint, read_config, weight_files
+from mars_jax.memory import activation_bytes, lane_state_bytes
 from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
     import grain
 
 _UNLIMITED = 2**31
+# Of a device's memory, what a step may plan for; the rest is for batches and for what a plan misses.
+_MEMORY_SHARE = 0.8
+# Tokens in flight at which an accelerator is busy. CPUs always are, but two lanes hide what a step costs besides
+# products.
+_SATURATED_TOKENS = 4096
+_CPU_LANE_BLOCK = 2
 
 
 class Workspace:
@@ -142,7 +150,49 @@ class Workspace:
     @cached_property
     def model(self) -> LlavaOnevision:
         """The Linen module."""
-        return LlavaOnevision(self.model_config)
+        return LlavaOnevision(self.model_config, self.remat)
+
+    @cached_property
+    def remat(self) -> str:
+        """What layers keep for the backward pass: the config's choice, or everything where that fits."""
+        asked = self.config.model.remat
+        if asked != "auto":
+            return asked
+        needed, there = self.step_bytes("none"), _MEMORY_SHARE * device_memory_bytes()
+        if needed <= there:
+            return "none"
+        self.reporter.notice(
+            f"model.remat is attention: a step without remat would take about {needed / 2**30:.0f} GiB of the "
+            f"{there / 2**30:.0f} GiB that may be used"
+        )
+        return "attention"
+
+    @property
+    def default_lane_block(self) -> int:
+        """Lanes in one vectorised step of a device, where nothing was measured."""
+        if jax.default_backend() == "cpu":
+            return _CPU_LANE_BLOCK
+        return math.ceil(_SATURATED_TOKENS / (self.config.probe.batch_size * self.shapes.max_tokens))
+
+    def step_bytes(self, remat: str) -> int:
+        """Memory of a device for the probes, about: its part of the base, all lanes' states, one step's activations."""
+        settings, mesh, grids = self.config.probe, self.mesh.shape, self.grids
+        base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_base))
+        largest = sum(max(grids[module]) * count for module, count in lora.parameters_per_rank(self.targets).items())
+        block = self.default_lane_block if settings.lane_block == "auto" else settings.lane_block
+        activations = activation_bytes(
+            self.model_config,
+            {module: max(ranks) for module, ranks in grids.items()},
+            batch_size=math.ceil(block * settings.batch_size / (mesh["data"] * mesh["fsdp"])),
+            tokens=self.shapes.max_tokens,
+            tiles=self.shapes.max_tiles,
+            remat=remat,
+            itemsize=jnp.dtype(self.config.model.dtype).itemsize,
+        )
+        states = math.ceil(settings.lanes_per_program / mesh["lane"]) * lane_state_bytes(
+            largest, settings.looks_per_doubling
+        )
+        return base // (mesh["fsdp"] * mesh["tensor"]) + states + activations
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -320,6 +370,12 @@ class Workspace:
                     f"{key} asks for {value} training samples, but the training split has {total}. "
                     f"Choose at most {total}, or give more data."
                 )
+
+
+def device_memory_bytes() -> int:
+    """Memory of one device: an accelerator's own, or that of this machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", physical_memory_bytes())
 
 
 def physical_memory_bytes() -> int:

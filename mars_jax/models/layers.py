@@ -6,17 +6,25 @@ collection has leaves for it, so one compiled model serves every rank pair.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from mars_jax.lora import lora_dense
 
 # Layers of a scan unrolled at a time: the whole of a small model (1.4x faster steps on CPU), a bounded program for a
 # large one.
 SCAN_UNROLL = 4
+
+# What a layer keeps for its backward pass when it is rematerialised; the rest is computed twice.
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -25,6 +33,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+def rematerialised(layer: Callable[..., nn.Module], remat: str) -> Callable[..., nn.Module]:
+    """The layer class as it is for "none", else with the memory of a policy of `REMAT_POLICIES`."""
+    if remat == "none":
+        return layer
+    return nn.remat(layer, prevent_cse=False, policy=REMAT_POLICIES[remat])
 
 
 class Dense(nn.Module):
@@ -100,7 +115,8 @@ def attention(query: Array, key: Array, value: Array, *, causal: bool, positions
         visible = jnp.arange(key.shape[1])[None, None, :] <= places[:, :, None]
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads * head_dim)
+    mixed = jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads * head_dim)
+    return checkpoint_name(mixed, "attention")
 
 
 def _over(vector: Array, x: Array) -> Array:

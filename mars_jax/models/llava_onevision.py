@@ -48,16 +48,22 @@ class Projector(nn.Module):
 
 
 class LlavaOnevision(nn.Module):
-    """The whole model. Adapters ride in the `lora` collection: `apply({"params": base, "lora": adapters}, batch)`."""
+    """The whole model. Adapters ride in the `lora` collection: `apply({"params": base, "lora": adapters}, batch)`.
+
+    Attributes:
+        config: the architecture.
+        remat: what layers keep for the backward pass, see `layers.rematerialised`.
+    """
 
     config: LlavaOnevisionConfig
+    remat: str = "none"
 
     def setup(self) -> None:
         """Names the modules as adapters, laws and reports do: vision, projector, llm."""
         config = self.config
-        self.vision = SiglipEncoder(config.vision, config.num_vision_layers_used)
+        self.vision = SiglipEncoder(config.vision, config.num_vision_layers_used, self.remat)
         self.projector = Projector(config)
-        self.llm = Qwen2Decoder(config.text)
+        self.llm = Qwen2Decoder(config.text, self.remat)
         self.image_newline = self.param(
             "image_newline", nn.initializers.normal(config.text.hidden_size**-0.5), (config.text.hidden_size,)
         )

@@ -14,7 +14,7 @@ from jax import Array
 
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.head import frozen_head_loss
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised
 
 
 def rotary(x: Array, theta: float, positions: Array | None = None) -> Array:
@@ -93,9 +93,15 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2Decoder(nn.Module):
-    """Token embedding, decoder layers stacked by `nn.scan`, final norm, and a tied or untied head."""
+    """Token embedding, decoder layers stacked by `nn.scan`, final norm, and a tied or untied head.
+
+    Attributes:
+        config: the architecture.
+        remat: see `layers.rematerialised`; it concerns `hidden_at`, which training goes through.
+    """
 
     config: TextConfig
+    remat: str = "none"
 
     def setup(self) -> None:
         """Declares the parts; `lm_head` exists only where it is not the embedding."""
@@ -125,7 +131,8 @@ class Qwen2Decoder(nn.Module):
         """Final hidden states [B, S, D] at positions [B, S]; the last layer works for those positions only."""
         if self.is_initializing():
             return take_positions(self.hidden(embeddings), positions)
-        layer, count = DecoderLayer(self.config, parent=None), self.config.num_layers
+        layer = rematerialised(DecoderLayer, self.remat)(self.config, parent=None)
+        count = self.config.num_layers
         variables = self.layers.variables
         base, adapters = variables["params"], variables.get("lora", {})
 

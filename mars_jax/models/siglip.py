@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import VisionConfig
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, LayerNorm, attention
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, LayerNorm, attention, rematerialised
 
 
 class SelfAttention(nn.Module):
@@ -59,10 +59,12 @@ class SiglipEncoder(nn.Module):
     Attributes:
         config: the architecture.
         num_layers: layers to apply (the projector may read an earlier hidden state than the last).
+        remat: see `layers.rematerialised`.
     """
 
     config: VisionConfig
     num_layers: int
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
@@ -77,7 +79,7 @@ class SiglipEncoder(nn.Module):
         positions = self.param("position_embed", initializer, (config.num_patches, config.hidden_size), jnp.float32)
         x = x + positions[None].astype(x.dtype)
         layers = nn.scan(
-            EncoderLayer,
+            rematerialised(EncoderLayer, self.remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             length=self.num_layers,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mars_jax.convergence import ConvergenceRule, converge
@@ -46,7 +47,8 @@ def _convergence_times(
         curves = np.full((len(rows), len(steps)), np.nan, np.float32)
         for k, lane_rows in enumerate(rows):
             curves[k, : ends[k]] = [row["validation_loss"] for row in lane_rows]
-        found = converge(rule, steps, curves, ends)
+        # On the host, because each index into a JAX array is a program to compile.
+        found = jax.device_get(converge(rule, steps, curves, ends))
         return [
             {lane.adapted[0]: (float(found.steps[k]), bool(found.censored[k]))} if len(lane.adapted) == 1 else {}
             for k, lane in enumerate(lanes)
@@ -55,7 +57,7 @@ def _convergence_times(
     curves = np.full((len(rows), len(modules), len(steps)), np.nan, np.float32)
     for k, lane_rows in enumerate(rows):
         curves[k, :, : ends[k]] = [[row["drift"].get(module, np.nan) for row in lane_rows] for module in modules]
-    found = converge(rule, steps, curves, ends)
+    found = jax.device_get(converge(rule, steps, curves, ends))
     return [
         {m: (float(found.steps[k, i]), bool(found.censored[k, i])) for i, m in enumerate(modules) if m in lane.adapted}
         for k, lane in enumerate(lanes)

@@ -1,0 +1,60 @@
+"""What training keeps in memory, in closed form: activations of a lane-step, the state of a lane.
+
+Estimates for planning, compared with a compiler's own plan in `benchmarks/remat.py`; nothing is measured here.
+"""
+
+from collections.abc import Mapping
+
+from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.layers import SCAN_UNROLL
+
+# What XLA plans for over what the layers' outputs take: 2.3 at LLaVA-OneVision-0.5B's shapes (benchmarks/remat.py).
+_OVERHEAD = 2.3
+
+
+def lane_state_bytes(parameters: int, looks_per_doubling: int) -> int:
+    """Bytes of a lane's state: adapters, gradients, two Adam moments, the best and the snapshots, float32."""
+    return 4 * parameters * (5 + looks_per_doubling)
+
+
+def activation_bytes(
+    config: LlavaOnevisionConfig,
+    ranks: Mapping[str, int],
+    *,
+    batch_size: int,
+    tokens: int,
+    tiles: int,
+    remat: str = "none",
+    itemsize: int = 4,
+) -> int:
+    """Bytes that a lane-step keeps from its forward pass for its backward pass.
+
+    Args:
+        config: the architecture.
+        ranks: module -> rank.
+        batch_size: B, samples.
+        tokens: T, a sample.
+        tiles: N, a sample.
+        remat: see `models.layers.rematerialised`.
+        itemsize: bytes of an activation.
+    """
+    vision, text = config.vision, config.text
+    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1, vision.num_heads * vision.num_patches)
+    decoder = _layer(text.hidden_size, text.intermediate_size, 2, text.num_heads * tokens)
+    rows = {"vision": tiles * vision.num_patches, "llm": tokens}
+    layers = {"vision": config.num_vision_layers_used, "llm": text.num_layers}
+    kept = {
+        "none": {"vision": encoder + 6 * ranks.get("vision", 0), "llm": decoder + 7 * ranks.get("llm", 0)},
+        "attention": {"vision": 2 * vision.hidden_size, "llm": 2 * text.hidden_size},
+        "full": {"vision": vision.hidden_size, "llm": text.hidden_size},
+    }
+    total = sum(rows[module] * layers[module] * kept[remat][module] for module in rows)
+    if remat != "none":
+        # As many layers as the loop over them unrolls are whole at a time.
+        total += max(min(SCAN_UNROLL, layers[m]) * rows[m] * kept["none"][m] for m in rows)
+    return int(_OVERHEAD * batch_size * itemsize * total)
+
+
+def _layer(width: int, ffn: int, gates: int, scores: int) -> int:
+    """Numbers a position that one transformer layer keeps: norms, projections, scores with their softmax, MLP."""
+    return 8 * width + (1 + 2 * gates) * ffn + 2 * scores
