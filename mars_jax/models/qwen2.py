@@ -138,7 +138,7 @@ class Qwen2Decoder(nn.Module):
 
         def body(x: Array, place: tuple[Array, Any]) -> tuple[Array, None]:
             # Frozen weights are indexed where they lie: a slice of them would be a copy of the base.
-            weights = jax.tree.map(lambda leaf: leaf[place[0]], base)
+            weights = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place[0]], base)
             return layer.apply({"params": weights, "lora": place[1]}, x, None)  # type: ignore[return-value]
 
         first = jnp.arange(count - 1), jax.tree.map(lambda leaf: leaf[:-1], adapters)
