@@ -1,19 +1,15 @@
 """Lanes in one compiled program: equal to the same lanes alone, isolated from each other, compiled once."""
 
 import jax
-import jax.numpy as jnp
+import least_model
 import numpy as np
-import optax
 import pytest
 import tiny_lanes
-from flax import linen as nn
 from tiny_lanes import LANES, RATES, TARGETS, assert_same, schedule
 
 from mars_jax import lora
 from mars_jax.compile_cache import CompileCounter
-from mars_jax.models.layers import Dense
-from mars_jax.probe.engine import make_engine
-from mars_jax.probe.loop import GroupResult, best_adapters, run_group, warmup_multipliers
+from mars_jax.probe.loop import GroupResult, best_adapters, warmup_multipliers
 from mars_jax.probe.plan import Lane
 
 EIGHT_STEPS = schedule([0, 3, 8])
@@ -105,54 +101,19 @@ def test_a_lane_that_has_its_own_learning_rate_moves_by_it(together):
     np.testing.assert_equal(slower.rows[0], together.rows[0])
 
 
-class TwoLinears(nn.Module):
-    """The least model that an engine takes: it reads a batch of its own."""
-
-    @nn.compact
-    def __call__(self, batch):
-        return Dense(6, name="head")(jnp.tanh(Dense(8, name="body")(batch["x"])))
-
-    def loss(self, batch):
-        losses = optax.softmax_cross_entropy_with_integer_labels(self(batch), batch["targets"])
-        return losses.sum(), jnp.float32(losses.size)
-
-
-class Numbers:
-    """Batches of `TwoLinears`."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def __getitem__(self, step):
-        x = np.random.default_rng((self.seed, step)).normal(size=(2, 3, 4)).astype(np.float32)
-        return {"x": x, "targets": x.argmax(-1).astype(np.int32)}
-
-
 def test_any_linen_model_compiles_once_whatever_the_lanes_ranks_seeds_rates_and_schedule():
-    model, validation = TwoLinears(), jax.tree.map(lambda leaf: leaf[None], Numbers(99)[0])
-    base = model.init(jax.random.key(0), Numbers(0)[0])["params"]
-    engine = make_engine(
-        model,
-        lora.find_targets(base, {"vision": ["body"], "llm": ["head"]}),
-        padded_ranks={"vision": 4, "llm": 4},
-        alpha=lora.AlphaRule(),
-        transform=optax.clip_by_global_norm(1.0),
-        num_snapshots=2,
-        num_slots=3,
-        lane_block=1,
-        mesh=tiny_lanes.mesh({"lane": 1}),
-    )
     groups = [
         ([Lane({"vision": 4, "llm": 4}, 8, 0), Lane({"vision": 1, "llm": 2}, 8, 1)], 0.1, [0, 4, 9], "constant"),
         ([Lane({"vision": 2, "llm": 0}, 4, 2), Lane({"vision": 0, "llm": 3}, 8, 3)], 0.03, [0, 1, 2, 14], "cosine"),
         ([Lane({"vision": 3, "llm": 1}, 4, seed) for seed in range(3)], 0.1, [0, 9], "linear"),
     ]
+    least_model.base()
+    least_model.engine.cache_clear()
     compiled = []
     for lanes, rate, looks, shape in groups:
+        timing = schedule(looks, multipliers=warmup_multipliers(looks[-1], 2, shape))
         with CompileCounter() as counter:
-            rates = {"vision": rate, "llm": rate / 2}
-            timing = schedule(looks, multipliers=warmup_multipliers(looks[-1], 2, shape))
-            result = run_group(lanes, engine, base, Numbers(0), validation, rates, timing)
+            result = least_model.run(lanes, {"vision": rate, "llm": rate / 2}, timing)
         compiled.append(counter.programs)
         assert all(rows[-1]["validation_loss"] < rows[0]["validation_loss"] for rows in result.rows)
     assert [sum("chunk" in name or "init" in name for name in names) for names in compiled] == [2, 0, 0]
