@@ -7,8 +7,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from mars_jax.probe.loop import GroupResult, Progress, Row, Schedule, best_adapt
 from mars_jax.probe.plan import Lane, look_steps, plan_lanes
 from mars_jax.probe.records import lane_records
 from mars_jax.programs import Program, step_flops
+from mars_jax.progress import Advance
 from mars_jax.rundir import RunDirectory, memory_bytes
 from mars_jax.workspace import Workspace, physical_memory_bytes
 
@@ -109,25 +111,28 @@ def run_probes(
     workspace.check_sizes()
     schedule = probe_schedule(workspace)
     recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
-    with Interrupts() as interrupts, _following(workspace, lanes, directory) as follow:
-        for program in programs:
-            for group in program.groups:
-                if all(read.name in recorded for lane in group for read, _ in readings(config, lane)):
-                    follow(group, Progress(len(group) * schedule.horizon, schedule.horizon, 0, np.nan))
-                    continue
-                checkpoint_directory = directory.probe_checkpoints / group[0].name
-                with Checkpoints(checkpoint_directory, reporter.warn) as checkpoints:
-                    result = run_probe_group(
-                        workspace,
-                        program,
-                        group,
-                        schedule,
-                        checkpoints=checkpoints,
-                        interrupts=interrupts,
-                        advance=lambda progress, group=group: follow(group, progress),
-                    )
-                _record_group(workspace, program, group, result, recorded, directory)
-                shutil.rmtree(checkpoint_directory)
+    remaining = [
+        (program, group)
+        for program in programs
+        for group in program.groups
+        if not all(read.name in recorded for lane in group for read, _ in readings(config, lane))
+    ]
+    done_before = len(lanes) - sum(len(group) for _, group in remaining)
+    with Interrupts() as interrupts, _following(workspace, len(lanes), done_before, directory) as follow:
+        for program, group in remaining:
+            checkpoint_directory = directory.probe_checkpoints / group[0].name
+            with Checkpoints(checkpoint_directory, reporter.warn) as checkpoints:
+                result = run_probe_group(
+                    workspace,
+                    program,
+                    group,
+                    schedule,
+                    checkpoints=checkpoints,
+                    interrupts=interrupts,
+                    advance=partial(follow, len(group)),
+                )
+            _record_group(workspace, program, group, result, recorded, directory)
+            shutil.rmtree(checkpoint_directory)
 
 
 def probe_schedule(workspace: Workspace) -> Schedule:
@@ -162,29 +167,34 @@ def run_probe_group(
 
 @contextmanager
 def _following(
-    workspace: Workspace, lanes: Sequence[Lane], directory: RunDirectory
-) -> Iterator[Callable[[Sequence[Lane], Progress], None]]:
-    """Tells the user and `progress.json` how the phase stands: lanes done, running, queued, steps, loss, memory."""
-    done, last_write = 0, 0.0
-    total = len(lanes) * workspace.config.probe.horizon
-    with workspace.reporter.progress("probe", total, "lane-steps") as advance:
-        steps = 0
+    workspace: Workspace, lanes: int, done_before: int, directory: RunDirectory
+) -> Iterator[Callable[[int, Progress], None]]:
+    """Tells the user and `progress.json` how the phase stands: lanes done, running, queued, steps, loss, memory.
 
-        def follow(group: Sequence[Lane], progress: Progress) -> None:
-            nonlocal done, last_write, steps
+    Yields what is to be called with the size of a group and its progress.
+    """
+    horizon = workspace.config.probe.horizon
+    lanes_done, steps, total = done_before, done_before * horizon, lanes * horizon
+    last_write = 0.0
+    advance: Advance | None = None
+    with ExitStack() as stack:
+
+        def follow(size: int, progress: Progress) -> None:
+            nonlocal lanes_done, steps, last_write, advance
             steps += progress.lane_steps
-            running = progress.running if progress.step < workspace.config.probe.horizon else 0
-            counts = {
-                "done": done + len(group) - running,
-                "running": running,
-                "queued": len(lanes) - done - len(group),
-            }
+            running = progress.running if progress.step < horizon else 0
+            counts = {"done": lanes_done + size - running, "running": running, "queued": lanes - lanes_done - size}
             if not running:
-                done += len(group)
+                lanes_done += size
             memory = memory_bytes()
-            told = ", ".join(f"{number} {name}" for name, number in counts.items())
-            loss = "" if np.isnan(progress.loss) else f", loss {progress.loss:.3f}"
-            advance(progress.lane_steps, f"lanes {told}; step {progress.step}{loss}, {memory / 2**30:.1f} GiB")
+            if advance is None:
+                # What a killed run had done is told first, and took no time of this one.
+                advance = stack.enter_context(workspace.reporter.progress("probe", total, "lane-steps", done=steps))
+            else:
+                told = ", ".join(f"{number} {name}" for name, number in counts.items())
+                loss = "" if np.isnan(progress.loss) else f", loss {progress.loss:.3f}"
+                detail = f"lanes {told}; step {progress.step}{loss}, {memory / 2**30:.1f} GiB"
+                advance(progress.lane_steps, detail)
             if time.monotonic() - last_write > 1.0 or not running:
                 status = {
                     "phase": "probe",
