@@ -28,6 +28,9 @@ from mars_jax.sharding import chunk_sharding, lane_sharding, place
 
 Row = dict[str, Any]
 
+# Threads that read and decode batches.
+_READERS = 4
+
 
 class Stream(Protocol):
     """Batches as a function of the step."""
@@ -373,16 +376,17 @@ def _pieces(schedule: Schedule, done: int) -> Iterator[_Piece]:
 def _feed(
     stream: Stream, pieces: Iterator[_Piece], length: int, sharding: NamedSharding
 ) -> Iterator[tuple[_Piece, Batch]]:
-    """Pieces with their batches [length, B, ...] on the devices, made in a thread while the piece before runs."""
+    """Pieces with their batches [length, B, ...] on the devices, made in threads while the piece before runs."""
 
     def load(piece: _Piece) -> Batch:
         # A look without steps still needs batches of the right shape; so do places past the last step.
         steps = [min(step, max(piece.stop - 1, 0)) for step in range(piece.start, piece.start + length)]
-        rows = {step: stream[step] for step in dict.fromkeys(steps)}
+        different = list(dict.fromkeys(steps))
+        rows = dict(zip(different, readers.map(stream.__getitem__, different), strict=True))
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[rows[step] for step in steps])
         return place(stacked, sharding)
 
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as thread:
         waiting = None
         for piece in pieces:
             loading = piece, thread.submit(load, piece)
