@@ -347,7 +347,9 @@ def _work(engine: Engine, slots: Sequence[int], batches: Batch, piece: _Piece, s
     multipliers[: piece.stop - piece.start] = schedule.multipliers[piece.start : piece.stop]
     return Work(
         slots=lists.reshape(-1),
-        num_blocks=-(-counts // block),
+        # The same number on every device: those that share a base wait for one another at every product, and the others
+        # would wait at the end.
+        num_blocks=np.full(devices, -(-counts.max() // block), np.int32),
         batches=batches,
         multipliers=multipliers,
         num_steps=np.int32(piece.stop - piece.start),
