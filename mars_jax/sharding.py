@@ -26,15 +26,18 @@ _BATCH_AXES = ("data", "fsdp")
 
 # Mesh axes of the trailing dimensions of each parameter, which is what a rule names; a leading axis of layers is left
 # whole. A column-parallel linear splits its output over `tensor`, a row-parallel one its input, so that a pair of them
-# communicates once (Shoeybi et al., arXiv 1909.08053); `fsdp` splits the other side.
+# communicates once (Shoeybi et al., arXiv 1909.08053); `fsdp` splits the other side. The embedding's rows are looked
+# up, so both axes split its columns. (With rows over `tensor` and columns over `fsdp`, the XLA of jaxlib 0.10.1 ends
+# the process where the mesh has a lane axis too: a failed check in spmd_partitioner_util.cc.)
 _COLUMN = r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|linear_1)"
 _ROW = r".*/(o_proj|out_proj|down_proj|fc2|linear_2)"
-_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+_Axis = str | tuple[str, ...] | None
+_RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
     (rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
     (rf"{_COLUMN}/bias", ("tensor",)),
     (rf"{_ROW}/kernel", ("tensor", "fsdp")),
     (rf"{_ROW}/bias", (None,)),
-    (r"llm/embed_tokens/embedding", ("tensor", "fsdp")),
+    (r"llm/embed_tokens/embedding", (None, ("fsdp", "tensor"))),
     (r"llm/lm_head/kernel", ("fsdp", "tensor")),
     (r"vision/(patch_embed/kernel|position_embed)", (None, None)),
     (r"vision/patch_embed/bias|image_newline", (None,)),
@@ -92,22 +95,25 @@ def base_shardings(abstract_base: Mapping[str, Any], mesh: Mesh) -> dict[str, An
         ConfigError: a parameter without a rule, or dimensions that their mesh axis doesn't divide, all named.
     """
     shardings, refused = {}, []
-    dimensions: dict[str, list[int]] = {}  # mesh axis -> the sizes that it splits
+    dimensions: dict[str, list[int]] = {}  # mesh axes -> the sizes that they split
     for path, leaf in lora.flatten(abstract_base).items():
         spec = _spec(path, leaf.shape)
         for i, axis in enumerate(spec):
             if axis is not None:
-                dimensions.setdefault(axis, []).append(leaf.shape[i])
-                if leaf.shape[i] % mesh.shape[axis]:
-                    refused.append((path, leaf.shape, i, axis))
+                axes = (axis,) if isinstance(axis, str) else axis
+                name, parts = " x ".join(axes), math.prod(mesh.shape[axis] for axis in axes)
+                dimensions.setdefault(name, []).append(leaf.shape[i])
+                if leaf.shape[i] % parts:
+                    refused.append((path, leaf.shape, i, name, parts))
         shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
     if refused:
         lines = [
-            f"  {path} {list(shape)}: axis {i} has size {shape[i]}, mesh axis {axis} has size {mesh.shape[axis]}"
-            for path, shape, i, axis in refused
+            f"  {path} {list(shape)}: axis {i} has size {shape[i]}, mesh axis {name} has size {parts}"
+            for path, shape, i, name, parts in refused
         ]
         good = [
-            f"{axis} {_divisors(math.gcd(*dimensions[axis]))}" for axis in dict.fromkeys(axis for *_, axis in refused)
+            f"{name} {_divisors(math.gcd(*dimensions[name]))}"
+            for name in dict.fromkeys(name for *_, name, _ in refused)
         ]
         raise ConfigError(
             "mesh: these dimensions can't be split evenly:\n"
@@ -169,7 +175,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def _spec(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+def _spec(path: str, shape: tuple[int, ...]) -> tuple[_Axis, ...]:
     for pattern, trailing in _RULES:
         if re.fullmatch(pattern, path):
             spec = (None, *trailing) if _LAYERS in path else trailing

@@ -87,7 +87,7 @@ def test_the_rules_split_a_pair_of_linears_the_opposite_way_and_never_the_layers
     assert specs["vision/layers/self_attn/q_proj/bias"] == P(None, "tensor")
     assert specs["vision/layers/mlp/fc2/bias"] == P(None, None)
     assert specs["projector/linear_1/kernel"] == P("fsdp", "tensor")
-    assert specs["llm/embed_tokens/embedding"] == P("tensor", "fsdp")
+    assert specs["llm/embed_tokens/embedding"] == P(None, ("fsdp", "tensor"))
     assert specs["llm/lm_head/kernel"] == P("fsdp", "tensor")
     assert specs["image_newline"] == P(None)
     stacked = {path: spec for path, spec in specs.items() if "/layers/" in path}
@@ -120,6 +120,7 @@ def test_dimensions_that_the_mesh_does_not_divide_are_refused_by_name():
     shapes = {
         "llm/layers/self_attn/k_proj/kernel": (3, 16, 12),
         "llm/layers/mlp/down_proj/kernel": (3, 36, 16),
+        "llm/embed_tokens/embedding": (409, 12),
         "llm/norm/scale": (7,),
     }
     with pytest.raises(ConfigError) as refusal:
@@ -128,9 +129,10 @@ def test_dimensions_that_the_mesh_does_not_divide_are_refused_by_name():
         "mesh: these dimensions can't be split evenly:\n"
         "  llm/layers/self_attn/k_proj/kernel [3, 16, 12]: axis 2 has size 12, mesh axis tensor has size 8\n"
         "  llm/layers/mlp/down_proj/kernel [3, 36, 16]: axis 1 has size 36, mesh axis tensor has size 8\n"
-        "Sizes that divide all: tensor 1, 2, 3, 4, 6, 12."
+        "  llm/embed_tokens/embedding [409, 12]: axis 1 has size 12, mesh axis fsdp x tensor has size 8\n"
+        "Sizes that divide all: tensor 1, 2, 3, 4, 6, 12; fsdp x tensor 1, 2, 3, 4, 6, 12."
     )
-    base_shardings(abstract(shapes), make_mesh({"tensor": 4, "fsdp": 2}))
+    base_shardings(abstract(shapes), make_mesh({"tensor": 2, "fsdp": 2, "lane": 2}))
     base_shardings(abstract(shapes), make_mesh({"lane": 8}))
 
 

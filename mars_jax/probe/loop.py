@@ -202,7 +202,8 @@ def run_group(
         stop = interrupts.requested if interrupts else None
         due = time.monotonic() - last_save >= schedule.checkpoint_seconds
         if checkpoints and piece.stop < schedule.horizon and (due or stop):
-            checkpoints.save(piece.stop, state, {"lanes": _names(lanes), **asdict(group)})
+            by_lane = jax.tree.map(lambda leaf: np.asarray(leaf)[slots], state)
+            checkpoints.save(piece.stop, by_lane, {"lanes": _names(lanes), **asdict(group)})
             last_save = time.monotonic()
         if stop:
             where = f"a checkpoint of step {piece.stop} was saved; " if checkpoints else ""
@@ -293,9 +294,14 @@ def _start(
         copies = place((spread, spread.copy(), snapshots), lane_sharding(engine.mesh))
         state = state._replace(**dict(zip(("trainable", "best", "snapshots"), copies, strict=True)))
     if checkpoints:
-        found = checkpoints.restore(state, lambda document: _check_lanes(checkpoints, document, lanes))
+        # Saved by lane, since slots depend on the mesh.
+        abstract = jax.tree.map(lambda leaf: np.empty((len(lanes), *leaf.shape[1:]), leaf.dtype), state)
+        found = checkpoints.restore(abstract, lambda document: _check_lanes(checkpoints, document, lanes))
         if found:
-            _, restored, document = found
+            _, by_lane, document = found
+            order = [slots.index(slot) if slot in by_slot else -1 for slot in range(engine.num_slots)]
+            restored = jax.tree.map(lambda leaf: np.asarray(leaf)[order], by_lane)
+            restored = place(restored, lane_sharding(engine.mesh))
             return restored, _Group(*[document[name] for name in ("step", "rows", "train_losses", "lane_steps")])
     return state, _Group(-1, [[] for _ in lanes], [[] for _ in lanes], [0, 0])
 
