@@ -1,17 +1,21 @@
 """Checkpoints of a training state and of a JSON document beside it, with orbax: the only file that knows orbax.
 
 The base is never saved: a checkpoint holds what trains, and is restored onto the shapes and shardings that the caller
-gives, so it may come from another mesh.
+gives, so it may come from another mesh. orbax notices most of what a bad disk does to it, but not a changed number:
+checksums do.
 """
 
-import copy
+import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from mars_jax.errors import DoesNotFitError
 
@@ -39,11 +43,12 @@ class Checkpoints:
             DoesNotFitError: this checkpoint, or the one before it, can't be written.
         """
         args = self._ocp.args
-        # The caller goes on to change its document while it is being written.
-        document = copy.deepcopy(dict(document))
+        # Text, because the caller goes on to change its document while it is being written.
+        text = json.dumps(dict(document))
+        record = {"text": text, "text_checksum": zlib.crc32(text.encode()), "state_checksum": _checksum(state)}
         with self._writing():
             self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(state), document=args.JsonSave(document))
+                step, args=args.Composite(state=args.StandardSave(state), document=args.JsonSave(record))
             )
 
     def restore(
@@ -61,19 +66,24 @@ class Checkpoints:
         args = self._ocp.args
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, abstract_state)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            document = self._read(step, "document", args.JsonRestore())
-            if document is None:
+            record = self._read(step, "document", args.JsonRestore(), _is_sound)
+            if record is None:
                 continue
+            document = json.loads(record["text"])
             accept(document)
-            state = self._read(step, "state", args.StandardRestore(abstract))
+            as_saved = partial(_has_checksum, record["state_checksum"])
+            state = self._read(step, "state", args.StandardRestore(abstract), as_saved)
             if state is not None:
                 return step, state, document
         return None
 
-    def _read(self, step: int, item: str, how: Any) -> Any:
+    def _read(self, step: int, item: str, how: Any, as_saved: Callable[[Any], bool]) -> Any:
         """Reads an item of a checkpoint; deletes the checkpoint and returns None if that fails."""
         try:
-            return self._manager.restore(step, args=self._ocp.args.Composite(**{item: how}))[item]
+            value = self._manager.restore(step, args=self._ocp.args.Composite(**{item: how}))[item]
+            if not as_saved(value):
+                raise ValueError(f"its {item} isn't what was saved")
+            return value
         except Exception as error:  # orbax, tensorstore and the file system each have their own kinds
             reason = (str(error).splitlines() or [""])[0][:200]
             self._warn(
@@ -103,3 +113,19 @@ class Checkpoints:
             with self._writing():
                 self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    return bool(zlib.crc32(record["text"].encode()) == record["text_checksum"]) and "state_checksum" in record
+
+
+def _has_checksum(expected: int, state: Tree) -> bool:
+    return _checksum(state) == expected
+
+
+def _checksum(state: Tree) -> int:
+    """CRC-32 of the bytes of all leaves, the same on every mesh."""
+    checksum = 0
+    for leaf in jax.tree.leaves(state):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, checksum)
+    return checksum
