@@ -1,8 +1,8 @@
-# The two commands of the README. Needs Python 3.11 or newer with venv, and make.
+# The commands of the README. Needs Python 3.11 or newer with venv, and make.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed demo/data/test.json
@@ -16,6 +16,12 @@ test: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Short forms: they show that the benchmarks run, and measure little. The full ones: see docs/performance.md.
+bench: .venv/.installed-test demo/data/test.json
+	@for name in b1 b1c b2 b4 b5 b6 b8 kills; do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --short --anyway || exit 1; \
+	done
 
 .venv/bin/pip:
 	@test -n "$(PYTHON)" || { echo "mars_jax: no Python found. Install Python 3.11 (Debian: apt-get install python3 python3-venv)."; exit 2; }
