@@ -329,7 +329,8 @@ class Workspace:
         source = ExampleSource([records[i] for i in chosen], self.preprocessor, self.shapes, cache_bytes=0)
         batches = [batch for batch, _ in eval_batches(source, batch_size)]
         if cached_encoder:
-            batches = [{**batch, "features": self._encode(batch.pop("pixels"))} for batch in batches]
+            for batch in batches:
+                batch["features"] = self._encode(batch.pop("pixels"))
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     def check_model(self) -> None:
