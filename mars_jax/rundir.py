@@ -55,10 +55,7 @@ class RunDirectory:
             run._check_ours()
             lock = (run.path / _LOCK).open("a+")
         except OSError as error:
-            raise ConfigError(
-                f"can't write the run directory {run.path}: {error.strerror}. "
-                "Set run_dir to a folder that you can write."
-            ) from None
+            raise run._cannot_write(error) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,9 +67,12 @@ class RunDirectory:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            run._check_config(config)
-            write_json(run.state_file, {**run.state(), "versions": _versions()})
-            run.append_event("opened")
+            try:
+                run._check_config(config)
+                write_json(run.state_file, {**run.state(), "versions": _versions()})
+                run.append_event("opened")
+            except PermissionError as error:
+                raise run._cannot_write(error) from None
             yield run
 
     # Places. Folders are made by whoever writes into them first; `write_json` and `append_jsonl` do so.
@@ -273,6 +273,11 @@ class RunDirectory:
             "lanes_planned": read_json(self.plan_file)["lanes"] if self.plan_file.exists() else None,
             "last_events": read_jsonl(self.events_file, warn)[-_EVENTS_SHOWN:],
         }
+
+    def _cannot_write(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"can't write the run directory {self.path}: {error.strerror}. Set run_dir to a folder that you can write."
+        )
 
     def _check_ours(self) -> None:
         """Refuses to write between the files of something else."""
