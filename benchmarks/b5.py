@@ -73,7 +73,7 @@ def main() -> None:
     load = require_quiet(options.anyway)
     sizes, ranks, steps, separate, nested = SHORT if options.short else FULL
     tasks = dict(list(TASKS.items())[: 1 if options.short else None])
-    runs = []
+    runs: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         for task, shift in tasks.items():
             data = Path(folder) / f"data{len(runs)}"

@@ -24,13 +24,13 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
 
 import jax
-import numpy as np
 from costs import Cost, chunk_calls
 from own import Document, Warnings, arguments, demo_config, publish
 from results import require_quiet
 
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.compile_cache import CompileCounter
+from mars_jax.data.batches import Batch
 from mars_jax.laws import fit_laws
 from mars_jax.probe.loop import Progress, Schedule, Stream, run_group
 from mars_jax.probe.plan import Lane
@@ -61,7 +61,7 @@ class TimedStream:
         self.ready: dict[int, float] = {}
         self.seconds = 0.0
 
-    def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+    def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""
         start = time.perf_counter()
         batch = self._stream[step]

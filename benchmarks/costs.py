@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
+from typing import Any
 
 from mars_jax.flops import evaluation_flops, lane_step_flops
 from mars_jax.jsonfiles import read_jsonl
@@ -72,7 +73,7 @@ def group_cost(
     shapes = workspace.shapes
     sizes = {"tokens": shapes.max_tokens, "tiles": shapes.max_tiles, "supervised": shapes.max_supervised}
     one_batch = (workspace.model_config, workspace.targets, padded_ranks)
-    options = {"batch_size": batch_size, "cached_encoder": cached_encoder, **sizes}
+    options: dict[str, Any] = {"batch_size": batch_size, "cached_encoder": cached_encoder, **sizes}
     samples = len(workspace.search.validation)
     look_batches = math.ceil(min(look_samples or samples, samples) / batch_size)
 

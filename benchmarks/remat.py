@@ -8,6 +8,7 @@ that the `attention` policy needs.
 """
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -61,7 +62,8 @@ def main() -> None:
     large, demo = dataclasses.replace(b3.large(), batch_size=4), b3.demo()
     rows = {}
     for remat in POLICIES:
-        planned = gradient(large, remat).memory_analysis().temp_size_in_bytes
+        plan = gradient(large, remat).memory_analysis()
+        planned = plan.temp_size_in_bytes if plan else math.nan
         times = milliseconds(demo, remat)
         estimate = activation_bytes(
             large.config, large.ranks, batch_size=4, tokens=large.tokens, tiles=large.tiles, remat=remat
