@@ -35,6 +35,9 @@ def _from_current_folder(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))
 
 
+# The first step at which `mars_jax.probe.plan.look_steps` looks at a lane, after step 0.
+_FIRST_LOOK = 4
+
 InputPath = Annotated[Path, AfterValidator(_from_config_folder)]
 RunPath = Annotated[Path, AfterValidator(_from_current_folder)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -200,6 +203,11 @@ class ProbeConfig(_Section):
                         f"sampling: nested reads one pass over {largest} samples at each of num_samples, which must be "
                         f"it halved again and again, and multiples of batch_size {self.batch_size}; seen {size}"
                     )
+            if self.num_samples[0] < _FIRST_LOOK * self.batch_size:
+                raise ValueError(
+                    f"sampling: nested reads every one of num_samples after at least {_FIRST_LOOK} batches of "
+                    f"{self.batch_size} samples, for the first look; seen {self.num_samples[0]}"
+                )
         return self
 
     @property

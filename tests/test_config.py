@@ -145,7 +145,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         ("optimizer.learning_rate={vision: -1}", "optimizer.learning_rate.vision is -1 but must be greater than 0"),
         ("optimizer.learning_rate={llm: 1e-3}", "name each module of lora.modules (vision, projector, llm); seen llm"),
         ("optimizer.eps=.nan", "optimizer.eps is nan but must be a finite number"),
-        ("optimizer.warmup_steps=501", "optimizer.warmup_steps (501) must be at most probe.steps (500)"),
+        ("optimizer.warmup_steps=501", "optimizer.warmup_steps (501) must be at most the 500 steps of a probe"),
         (
             "lora.modules.llm.ranks=[8, 4]",
             "lora.modules.llm.ranks: ranks must rise without repeats, e.g. [4, 8]; seen [8, 4]",
