@@ -7,7 +7,8 @@ is its writer's business.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with _named(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -56,7 +57,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one record as a line. The torn last line of a killed writer is cut off first, so it can't spoil this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = dump_json(record).encode() + b"\n"
-    with path.open("a+b") as file:
+    with _named(path), path.open("a+b") as file:
         end = file.tell()
         if end:
             file.seek(end - 1)
@@ -99,6 +100,16 @@ def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
                 f"{path}, line {number}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line."
             )
     return records
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says which file it was: an error of a write, unlike one of an opening, doesn't know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
