@@ -1,0 +1,78 @@
+"""A tiny job for commands that are to be stopped: real processes, started, watched and signalled."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny_job
+
+# Lanes, in two groups, and the steps of each.
+LANES, STEPS = 12, 16
+PROBES = ("probes/lanes.jsonl", "probes/curves.jsonl")
+RESULTS = (*PROBES, "laws.json", "selection.json", "finetune/metrics.jsonl", "finetune/adapters.safetensors")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checkpoint and data of the job, in one folder; runs may lie anywhere."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> "Job":
+        tiny_job.checkpoint(folder / "base")
+        tiny_job.records(folder / "data", 60)
+        return cls(folder)
+
+    def config(self, run: Path) -> Path:
+        return tiny_job.config(
+            run.with_suffix(".yaml"),
+            self.folder / "base",
+            self.folder / "data" / "train.json",
+            run,
+            probe={"num_samples": [8, 16], "chunk_steps": 2},
+            finetune={"warm_start": True},
+            evaluate={"controls": False},
+        )
+
+    def start(self, command: str, run: Path, before: str = "") -> subprocess.Popen[str]:
+        """A `mars` process with --json; `before` is Python for it to begin with."""
+        # One folder of compiled programs for the whole test session.
+        environment = tiny_job.environment(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+        arguments = tiny_job.command(command, self.config(run), "--json")
+        arguments[2] = before + arguments[2]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def end(self, command: str, run: Path, before: str = "") -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a process that nobody stops."""
+        process = self.start(command, run, before)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    def stop(self, command: str, run: Path, number: signal.Signals, before: str = "") -> tuple[int, str, str]:
+        """The same of one that is sent a signal once lanes run in it."""
+        progress = run / "progress.json"
+        progress.unlink(missing_ok=True)
+        process = self.start(command, run, before)
+        wait_for(process, progress.exists)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=100)
+        return process.returncode, out, err
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Waits while a process is at work."""
+    limit = time.monotonic() + 200
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file, none if it is absent."""
+    return path.read_text().splitlines() if path.exists() else []
