@@ -86,6 +86,9 @@ def losses(documents: Mapping[str, Row]) -> list[str]:
             "final run, the length that is measured. "
             + (f"{documents['b5']['goal']} needs {needed:.0f} steps." if needed else "No length reaches the goal.")
         )
+        failed = detail["tables"]["Searches without a valid result, left out above"]
+        if failed:
+            found.append(f"b5: {len(failed)} of {len(failed) + len(detail['runs'])} searches gave no valid result.")
     if "b6" in documents:
         detail = documents["b6"]["detail"]
         for lanes, ours in detail["ours"].items():
