@@ -1,0 +1,197 @@
+"""What the benchmarks against PEFT share: the demo as both sides train it, equal conditions, and interleaved rounds.
+
+It measures nothing by itself. Both sides run in one process, on the same two cores, in float32.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
+
+import jax
+import numpy as np
+from peft_side import Head, PeftGrid
+from PIL import Image
+from results import MAX_FOREIGN_CORES, foreign_load, require_quiet
+
+from mars_jax.config import load_config
+from mars_jax.probe.engine import Engine, LaneState, Work
+from mars_jax.probe.plan import Lane
+from mars_jax.progress import ConsoleReporter
+from mars_jax.sharding import chunk_sharding, place
+from mars_jax.workspace import Workspace
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+THREADS = 2
+PROJECTOR_RANK = 8
+_WATCHED_SECONDS = 2.0
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class Seconds(NamedTuple):
+    """Of one side in one round."""
+
+    wall: float
+    cpu: float  # of all threads of this process
+
+
+def arguments(document: str | None, repeats: int, short_repeats: int) -> argparse.Namespace:
+    """The options of a benchmark: short, anyway, repeats and out."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a small form, under 90 seconds, that is only printed")
+    parser.add_argument("--anyway", action="store_true", help="run on a busy machine too")
+    parser.add_argument("--repeats", type=int, help=f"rounds (default: {repeats}, with --short {short_repeats})")
+    parser.add_argument("--out", type=Path, help="write the result to this folder")
+    options = parser.parse_args()
+    if options.repeats is None:
+        options.repeats = short_repeats if options.short else repeats
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; at least 1 is needed")
+    return options
+
+
+class Conditions:
+    """Equal conditions for both sides, for as long as a `with` block runs: see `told` for how they were.
+
+    The process is kept to the CPU and to two cores, and programs are compiled, not read from disk. Other processes are
+    watched all the time: where they take a core, torch's OpenMP threads wait for each other at every product and PEFT
+    gets ten times slower, ours only twice, so such timings would flatter ours.
+    """
+
+    def __init__(self, anyway: bool) -> None:
+        """To be made before JAX or torch compute anything. Ends the process on a busy machine, unless `anyway`."""
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
+        self._cores = sorted(os.sched_getaffinity(0))[:THREADS]
+        os.sched_setaffinity(0, self._cores)  # what XLA takes its number of threads from
+        self._anyway, self._loads = anyway, [require_quiet(anyway)]
+        self._over, self._stopped_seconds = threading.Event(), 0.0
+
+    def __enter__(self) -> "Conditions":
+        self._watch = threading.Thread(target=self._follow, daemon=True)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._watch.join()
+
+    def _follow(self) -> None:
+        while not self._over.is_set():
+            start = time.monotonic()
+            self._loads.append(foreign_load(_WATCHED_SECONDS))
+            late = time.monotonic() - start - _WATCHED_SECONDS
+            # A thread may wait for the interpreter for a while; the whole process doesn't stand still unless stopped.
+            self._stopped_seconds += late if late > _WATCHED_SECONDS else 0.0
+
+    def told(self) -> dict[str, Any]:
+        """What the result should tell; ends the process if it was disturbed, unless `anyway`."""
+        loads = list(self._loads)
+        mean = statistics.mean(loads)
+        if (mean > MAX_FOREIGN_CORES or self._stopped_seconds) and not self._anyway:
+            sys.exit(
+                f"Other processes kept {mean:.2f} cores busy meanwhile, and this one was stopped for "
+                f"{self._stopped_seconds:.0f} s, so nothing was written. Run it again on a quiet "
+                "machine, or pass --anyway."
+            )
+        summary = {"before": loads[0], "mean": mean, "median": statistics.median(loads), "max": max(loads)}
+        return {
+            "threads": len(self._cores),
+            "foreign_cores_busy": summary,
+            "stopped_seconds": self._stopped_seconds,
+        }
+
+
+def demo_workspace(*overrides: str) -> Workspace:
+    """The demo with some settings changed; its lanes never leave early, since PEFT's don't."""
+    return Workspace(load_config(CONFIG, ["probe.patience=null", *overrides]), ConsoleReporter())
+
+
+def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa") -> PeftGrid:
+    """The PyTorch side of a workspace."""
+    width, height = Image.open(workspace.search.train[0].images[0]).size
+    config = workspace.config
+    return PeftGrid(
+        config.model.checkpoint,
+        workspace.targets,
+        workspace.alpha,
+        config.optimizer,
+        (height, width),
+        threads=THREADS,
+        head=head,
+        attention=attention,
+    )
+
+
+def rank_vector(vision: int, llm: int) -> dict[str, int]:
+    """Ranks of all modules; the projector isn't searched."""
+    return {"vision": vision, "projector": PROJECTOR_RANK, "llm": llm}
+
+
+def rounds(sides: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
+    """Calls every side once a round, forwards and backwards in turn (A-B-C, C-B-A), so that drift falls on all."""
+    found: dict[K, list[T]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            found[name].append(sides[name]())
+    return found
+
+
+def timed(call: Callable[[], T]) -> tuple[T, Seconds]:
+    """The call's value and its seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = call()
+    return value, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """All values, their median and their minimum."""
+    listed = list(values)
+    return {"all": listed, "median": statistics.median(listed), "minimum": min(listed)}
+
+
+class FixedBatch:
+    """Calls of an engine's chunk that train lanes on one and the same batch, without looks: for timing steps."""
+
+    def __init__(self, workspace: Workspace, batch: Mapping[str, np.ndarray], steps: int) -> None:
+        """`steps` is the number of steps of a call; validation is one batch, which isn't read."""
+        self._workspace, self._steps = workspace, steps
+        by_sample = chunk_sharding(workspace.mesh)
+        self._batches = place({name: np.stack([leaf] * steps) for name, leaf in batch.items()}, by_sample)
+        self._validation = place({name: leaf[None] for name, leaf in batch.items()}, by_sample)
+
+    def fresh(self, engine: Engine, lanes: Sequence[Lane]) -> LaneState:
+        """The state of lanes in the engine's first slots, and of copies of the last lane in the others."""
+        filled = [lanes[min(slot, len(lanes) - 1)] for slot in range(engine.num_slots)]
+        rates = self._workspace.learning_rates()
+        return engine.init(
+            np.asarray([lane.seed for lane in filled], np.int32),
+            {module: np.asarray([lane.ranks[module] for lane in filled], np.int32) for module in rates},
+            {module: np.full(len(filled), rate, np.float32) for module, rate in rates.items()},
+        )
+
+    def train(self, engine: Engine, state: LaneState, lanes: int) -> tuple[LaneState, np.ndarray]:
+        """Trains the lanes in the first slots; returns the state and their losses [lanes, steps]."""
+        block, slots = engine.lane_block, np.arange(-(-engine.num_slots // engine.lane_block) * engine.lane_block)
+        work = Work(
+            slots=np.where(slots < lanes, slots, engine.num_slots).astype(np.int32),
+            num_blocks=np.asarray([math.ceil(lanes / block)], np.int32),
+            batches=self._batches,
+            multipliers=np.ones(self._steps, np.float32),
+            num_steps=np.int32(self._steps),
+            look=np.bool_(False),
+            step=np.int32(self._steps),
+            half=np.bool_(False),
+        )
+        state, losses, _ = engine.chunk(state, self._workspace.base_on(engine.mesh), self._validation, work)
+        return state, np.asarray(losses)[:lanes]
