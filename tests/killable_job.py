@@ -1,11 +1,13 @@
 """A tiny job for commands that are to be stopped: real processes, started, watched and signalled."""
 
+import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import tiny_job
@@ -18,15 +20,14 @@ RESULTS = (*PROBES, "laws.json", "selection.json", "finetune/metrics.jsonl", "fi
 
 @dataclass(frozen=True)
 class Job:
-    """Checkpoint and data of the job, in one folder; runs may lie anywhere."""
+    """Checkpoint and data of the job, in one folder, and a run that nobody stopped; other runs may lie anywhere."""
 
     folder: Path
 
-    @classmethod
-    def make(cls, folder: Path) -> "Job":
-        tiny_job.checkpoint(folder / "base")
-        tiny_job.records(folder / "data", 60)
-        return cls(folder)
+    @property
+    def alone(self) -> Path:
+        """The run that nobody stopped."""
+        return self.folder / "run"
 
     def config(self, run: Path) -> Path:
         return tiny_job.config(
@@ -64,6 +65,18 @@ class Job:
         return process.returncode, out, err
 
 
+@cache
+def make(place: Path) -> Job:
+    """The job, made and run once for all tests of a session, which have one place for temporary files."""
+    job = Job(place / "killable_job")
+    tiny_job.checkpoint(job.folder / "base")
+    tiny_job.records(job.folder / "data", 60)
+    code, _, err = job.end("run", job.alone)
+    assert code == 0, err
+    assert len(lines(job.alone / "probes" / "lanes.jsonl")) == LANES
+    return job
+
+
 def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     """Waits while a process is at work."""
     limit = time.monotonic() + 200
@@ -76,3 +89,23 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> Non
 def lines(path: Path) -> list[str]:
     """The lines of a file, none if it is absent."""
     return path.read_text().splitlines() if path.exists() else []
+
+
+def assert_ends_alike(job: Job, command: str, run: Path) -> None:
+    """Runs the command to its end, which must be that of the run that nobody stopped."""
+    code, _, err = job.end(command, run)
+    assert code == 0, err
+    assert_alike(job, command, run)
+
+
+def assert_alike(job: Job, command: str, run: Path) -> None:
+    """Compares what a command left, byte for byte."""
+    for name in {"run": RESULTS, "probe": PROBES}[command]:
+        assert (run / name).read_bytes() == (job.alone / name).read_bytes(), name
+
+
+def error_of(out: str, err: str) -> str:
+    """The message of a command that failed, which is the same on both streams."""
+    message = str(json.loads(out)["error"]["message"])
+    assert err.endswith(f"mars: {message}\n")
+    return message

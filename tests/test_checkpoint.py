@@ -3,6 +3,8 @@
 import math
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -139,3 +141,36 @@ def test_without_a_checkpoint_that_can_be_read_a_run_starts_afresh(directory, un
     step, said = goes_on(directory, uninterrupted)
     assert step == 0
     assert [text.split(" in ")[0] for text in said] == ["the checkpoint of step 8", "the checkpoint of step 6"]
+
+
+WRITE = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from mars_jax.checkpoint import Checkpoints
+from mars_jax.errors import DoesNotFitError, Interrupted
+state = {"x": np.random.default_rng(0).normal(size=5000)}
+try:
+    with Checkpoints(Path(sys.argv[1])) as checkpoints:
+        checkpoints.save(1, state, {})
+    with Checkpoints(Path(sys.argv[1])) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+        checkpoints.save(2, state, {})
+        raise Interrupted("a checkpoint of step 2 was saved")
+except DoesNotFitError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_full_disk_is_said_even_by_a_run_that_stops_and_keeps_the_one_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stdout.startswith(f"can't write checkpoints to {tmp_path}: ")
+    assert done.stdout.endswith(
+        "Finished work is kept. Make room there, or make it writable, and run the same command again to go on.\n"
+    )
+    with Checkpoints(tmp_path, pytest.fail) as checkpoints:
+        step, state, _ = checkpoints.restore({"x": np.zeros(5000)})
+    assert step == 1
+    np.testing.assert_array_equal(state["x"], np.random.default_rng(0).normal(size=5000))

@@ -1,15 +1,21 @@
-"""progress.json and events.jsonl of a run: true while it runs, when it ends, and after it was stopped and went on."""
+"""A run that is told to stop: how it ends, and that progress.json and events.jsonl are true once it goes on."""
 
 import json
 import re
 import signal
 import time
 
+import killable_job
 import pytest
-from killable_job import LANES, STEPS, Job, lines, wait_for
+from killable_job import LANES, STEPS, Job, assert_alike, error_of, lines, wait_for
 
 from mars_jax.jsonfiles import write_json
 from mars_jax.rundir import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    return killable_job.make(tmp_path_factory.getbasetemp())
 
 
 def test_progress_of_a_process_that_is_gone_is_not_shown(tmp_path):
@@ -21,18 +27,29 @@ def test_progress_of_a_process_that_is_gone_is_not_shown(tmp_path):
     assert status["phases"]["probe"]["status"] == "interrupted"
 
 
-def test_what_is_told_of_a_run_that_goes_on_is_true(tmp_path):
-    job = Job.make(tmp_path / "job")
+def stopped_at(run: RunDirectory, number: signal.Signals, code: int, out: str, err: str) -> int:
+    """The step of the checkpoint that a process left which was sent a signal."""
+    assert code == 130, err
+    said = re.fullmatch(
+        rf"stopped by {number.name}: a checkpoint of step (\d+) was saved; run the same command again to go on",
+        error_of(out, err),
+    )
+    assert run.state()["phases"]["probe"]["status"] == "interrupted"
+    (group,) = run.probe_checkpoints.iterdir()
+    assert max(int(path.name) for path in group.iterdir()) == int(said[1])
+    return int(said[1])
+
+
+def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit_and_tells_what_is_true(job, tmp_path):
     run = RunDirectory(tmp_path / "run")
     group = LANES // 2
     process = job.start("probe", run.path)
     wait_for(process, lambda: len(lines(run.lanes_file)) == group)
     process.send_signal(signal.SIGTERM)  # as the second group begins
-    process.communicate()
-    code, out, err = job.stop("probe", run.path, signal.SIGTERM)
-    assert code == 130, err
-    stopped_at = int(re.search(r"a checkpoint of step (\d+)", out)[1])
-    assert 0 < stopped_at < STEPS
+    out, err = process.communicate()
+    stopped_at(run, signal.SIGTERM, process.returncode, out, err)
+    step_before = stopped_at(run, signal.SIGINT, *job.stop("probe", run.path, signal.SIGINT))
+    assert 0 < step_before < STEPS
     run.progress_file.unlink()
 
     told = []
@@ -45,13 +62,15 @@ def test_what_is_told_of_a_run_that_goes_on_is_true(tmp_path):
         time.sleep(0.002)
     _, err = process.communicate()
     assert process.returncode == 0, err
+    assert_alike(job, "probe", run.path)
+
     for progress in told:
         lanes, step = progress["lanes"], progress["step"]
         assert lanes in (
             {"done": group, "running": group, "queued": 0},
             {"done": LANES, "running": 0, "queued": 0},
         )
-        assert stopped_at <= step <= STEPS
+        assert step_before <= step <= STEPS
         steps = lanes["done"] * STEPS + lanes["running"] * step
         assert progress["lane_steps"] == {"done": steps, "total": LANES * STEPS}
         assert progress["memory_bytes"] > 2**26

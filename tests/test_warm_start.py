@@ -1,7 +1,9 @@
 """A final run that begins from the probe with the picked ranks, and what happens where there is none."""
 
 import json
+import shutil
 
+import killable_job
 import least_model
 import numpy as np
 import pytest
@@ -23,34 +25,37 @@ def test_lanes_begin_from_the_adapters_that_they_are_given():
         np.testing.assert_array_equal(getattr(again.lane_state(0), name), initial)
 
 
-def finetuned_with(job, run, pick):
-    """Runs the final run with a pick; gives the validation loss that it began from, its summary and its warnings."""
-    (run / "selection.json").write_text(json.dumps({"pick": pick}))
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    return killable_job.make(tmp_path_factory.getbasetemp())
+
+
+def records(path):
+    return [json.loads(line) for line in lines(path)]
+
+
+def test_the_final_run_starts_from_the_best_adapters_of_the_probe(job):
+    summary = json.loads((job.alone / "finetune" / "summary.json").read_text())
+    (probe,) = [lane for lane in records(job.alone / "probes" / "lanes.jsonl") if lane["lane"] == summary["warm_start"]]
+    assert (probe["ranks"], probe["num_samples"], probe["seed"]) == (summary["ranks"], 16, 0)
+    base = records(job.alone / "probes" / "curves.jsonl")[0]["validation_loss"]
+    first = records(job.alone / "finetune" / "metrics.jsonl")[0]
+    assert first["step"] == 0
+    assert first["validation_loss"] == pytest.approx(probe["best_loss"], abs=1e-6)
+    assert first["validation_loss"] < base - 0.1
+
+
+def test_without_such_a_probe_the_final_run_starts_afresh_and_says_so(job, tmp_path):
+    run = shutil.copytree(job.alone, tmp_path / "run")
+    ranks = {"vision": 2, "projector": 2, "llm": 4}
+    (run / "selection.json").write_text(json.dumps({"pick": ranks}))
+    (run / "probes" / "adapters" / "vision2-projector2-llm4-D16-s0.safetensors").unlink()
     code, out, err = job.end("finetune", run)
     assert code == 0, err
-    first = json.loads(lines(run / "finetune" / "metrics.jsonl")[0])
-    assert first["step"] == 0
-    return first["validation_loss"], json.loads(out), [line for line in err.splitlines() if "warning" in line]
-
-
-def test_the_final_run_starts_from_the_best_adapters_of_the_probe_if_there_is_one(tmp_path):
-    job, run = Job.make(tmp_path / "job"), tmp_path / "run"
-    code, _, err = job.end("probe", run)
-    assert code == 0, err
-    records = {record["lane"]: record for record in map(json.loads, lines(run / "probes" / "lanes.jsonl"))}
-    base_loss = json.loads(lines(run / "probes" / "curves.jsonl")[0])["validation_loss"]
-    name = "vision2-projector2-llm4-D16-s0"  # below the padded ranks, at the largest D
-    assert records[name]["best_loss"] < base_loss - 0.1
-
-    loss, summary, warnings = finetuned_with(job, run, records[name]["ranks"])
-    assert loss == pytest.approx(records[name]["best_loss"], abs=1e-6)
-    assert (summary["warm_start"], warnings) == (name, [])
-
-    (run / "probes" / "adapters" / "vision4-projector2-llm1-D16-s0.safetensors").unlink()
-    loss, summary, warnings = finetuned_with(job, run, {"vision": 4, "projector": 2, "llm": 1})
-    assert loss == pytest.approx(base_loss, abs=1e-6)
-    assert summary["warm_start"] is None
-    assert warnings == [
-        "warning: no probe has the picked ranks (vision4-projector2-llm1-D16-s0), so the final run starts from a fresh "
+    assert (json.loads(out)["ranks"], json.loads(out)["warm_start"]) == (ranks, None)
+    base = records(run / "probes" / "curves.jsonl")[0]["validation_loss"]
+    assert records(run / "finetune" / "metrics.jsonl")[0]["validation_loss"] == pytest.approx(base, abs=1e-6)
+    assert [line for line in err.splitlines() if "warning" in line] == [
+        "warning: no probe has the picked ranks (vision2-projector2-llm4-D16-s0), so the final run starts from a fresh "
         "draw"
     ]
