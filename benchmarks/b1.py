@@ -47,7 +47,7 @@ from mars_jax.convergence import converge
 from mars_jax.search import convergence_rule, planned_lanes
 
 # "nested" has the same 48 cells on both sides, "cross" fewer on ours; "compile_apart" or "compile_included".
-FIGURE = ("cross", "compile_apart")
+FIGURE = ("nested", "compile_apart")
 TOLERANCE = 1e-4
 GATE_RATE = 0.1
 

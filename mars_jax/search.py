@@ -111,12 +111,14 @@ def run_probes(
     workspace.check_sizes()
     schedule = probe_schedule(workspace)
     recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
-    remaining = [
-        (program, group)
-        for program in programs
-        for group in program.groups
-        if not all(read.name in recorded for lane in group for read, _ in readings(config, lane))
-    ]
+    remaining = []
+    for program in programs:
+        for group in program.groups:
+            if all(read.name in recorded for lane in group for read, _ in readings(config, lane)):
+                # Left there if a run was killed after the last record.
+                shutil.rmtree(directory.probe_checkpoints / group[0].name, ignore_errors=True)
+            else:
+                remaining.append((program, group))
     done_before = len(lanes) - sum(len(group) for _, group in remaining)
     with Interrupts() as interrupts, _following(workspace, len(lanes), done_before, directory) as follow:
         for program, group in remaining:

@@ -39,6 +39,8 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(job, tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     assert_ends_alike(job, "run", run)
+    # A life that ended between a group's last record and the removal of its checkpoints had left them for good.
+    assert not any((run / "probes" / "checkpoints").glob("*"))
 
 
 def test_a_full_disk_is_said_and_costs_no_finished_lane(job, tmp_path):
@@ -47,11 +49,13 @@ def test_a_full_disk_is_said_and_costs_no_finished_lane(job, tmp_path):
     room = int(0.75 * (job.alone / curves).stat().st_size)  # for the curves of one group of the two
     code, out, err = job.end("probe", run, LIMIT.format(room))
     assert code == 4, err
-    assert error_of(out, err) == (
-        f"can't write {run / curves}: File too large. Finished work is kept. Make room there and run the same command "
-        "again to go on."
-    )
-    assert lines(run / lanes) == lines(job.alone / lanes)[: LANES // 2]
+    message = error_of(out, err)
+    # On a slow machine a checkpoint is due within the first group, and meets the limit before any lane is finished.
+    finished = 0 if message.startswith(f"can't write checkpoints to {run}") else LANES // 2
+    assert message.endswith("run the same command again to go on.")
+    if finished:
+        assert message.startswith(f"can't write {run / curves}: File too large. Finished work is kept. Make room there")
+    assert (lines(run / lanes) if finished else []) == lines(job.alone / lanes)[:finished]
     assert_ends_alike(job, "probe", run)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -295,43 +294,6 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> Non
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit
         time.sleep(0.002)
-
-
-def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(job, tmp_path):
-    run = tmp_path / "run"
-    config = tiny_job.config(tmp_path / "a.yaml", job.base, job.train, run)
-    process = start(job, config, "run")
-    records = run / "probes" / "lanes.jsonl"
-    wait_for(process, lambda: records.exists() and records.stat().st_size > 0)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done_before = records.read_bytes().count(b"\n")
-    assert 0 < done_before < 18
-    assert json.loads(in_process("status", run, "--json")[1])["phases"]["probe"]["status"] == "interrupted"
-    assert job.mars("run", config)["test"] == job.document["test"]
-    for name in ("probes/lanes.jsonl", "probes/curves.jsonl", "laws.json", "selection.json", "evaluation.json"):
-        assert (run / name).read_bytes() == (job.run / name).read_bytes(), name
-    weights = "adapter/adapter_model.safetensors"
-    assert (run / weights).read_bytes() == (job.run / weights).read_bytes()
-    assert not any((run / "probes" / "checkpoints").iterdir())
-
-
-def test_a_search_that_is_told_to_stop_says_how_to_go_on(job, tmp_path):
-    run = tmp_path / "run"
-    config = tiny_job.config(tmp_path / "a.yaml", job.base, job.train, run)
-    process = start(job, config, "probe")
-    events = run / "events.jsonl"
-    wait_for(process, lambda: events.exists() and '"probe"' in events.read_text())
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    message = "state saved; run the same command again to go on"
-    assert json.loads(out) == {"error": {"type": "Interrupted", "message": message, "exit_code": 130}}
-    assert err.endswith(f"mars: {message}\n")
-    assert read(run / "state.json")["phases"]["probe"]["status"] == "interrupted"
-
-
-# Exports.
 
 
 def test_the_export_is_verified_in_pytorch(job, tmp_path):
