@@ -85,7 +85,10 @@ class Grid:
         self.stream = longer.probe_stream(replace(self.lanes[0], num_samples=sizes[-1]), cached_encoder=False)
         for step in range(sizes[-1] // config.probe.batch_size):
             _ = self.stream[step]  # encoded once: both sides find it in memory
-        self.validation = self.workspace.validation_batches(config.probe.validation_samples, config.probe.batch_size)
+        batch_size = config.probe.batch_size
+        read = self.workspace.look_batches(config.probe.validation_samples, batch_size)
+        every = self.workspace.validation_batches(batch_size)
+        self.validation = {name: leaf[:read] for name, leaf in every.items()}
         self.rates = self.workspace.learning_rates()
         self.peft = peft_grid(self.workspace, "all")
         # The same mathematics with other rounding: how far float32 lets two runs agree at all.

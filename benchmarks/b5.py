@@ -251,9 +251,10 @@ def full_grid(found: Found) -> Document:
             engine,
             workspace.base_on(engine.mesh),
             workspace.stream(lanes[0], settings.batch_size),
-            workspace.validation_batches(None, settings.batch_size),
+            workspace.validation_batches(settings.batch_size),
             workspace.learning_rates(settings.learning_rate),
             schedule,
+            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
         )
     seconds = time.perf_counter() - start
     vectors = [lane.ranks for lane in lanes]

@@ -114,9 +114,10 @@ def train_lanes(lanes: int, cache: str, run_dir: str) -> Document:
         engine,
         workspace.base_on(engine.mesh),
         workspace.probe_stream(group[0], cached_encoder=False),
-        workspace.validation_batches(settings.validation_samples, settings.batch_size),
+        workspace.validation_batches(settings.batch_size),
         workspace.learning_rates(),
         Schedule(warmup_multipliers(steps, 1, "constant"), [0, steps], 0, settings.chunk_steps),
+        look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
     )
     peak = kernel_bytes(os.getpid(), "status", "VmHWM")
     plan = lane_costs(workspace, planned_lanes(workspace.config))

@@ -165,7 +165,7 @@ def run_one(
     """Runs a group of lanes and tells how it went."""
     settings, cached = workspace.config.probe, program.bucket.cached_encoder
     stream = TimedStream(workspace.probe_stream(group[0], cached_encoder=cached))
-    validation = workspace.validation_batches(settings.validation_samples, settings.batch_size, cached_encoder=cached)
+    validation = workspace.validation_batches(settings.batch_size, cached_encoder=cached)
     base = jax.block_until_ready(workspace.base_on(program.engine.mesh))
     ended: dict[int, float] = {}  # step -> when the call up to it was over
 
@@ -182,6 +182,7 @@ def run_one(
             validation,
             workspace.learning_rates(),
             schedule,
+            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
             checkpoints=checkpoints,
             advance=advance,
         )

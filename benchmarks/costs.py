@@ -55,7 +55,7 @@ def group_cost(
     padded_ranks: Ranks,
     block: int = 1,
     batch_size: int,
-    look_samples: int | None,
+    look_samples: int,
     cached_encoder: bool = False,
 ) -> Cost:
     """Lanes that run together on one device.
@@ -67,15 +67,14 @@ def group_cost(
         padded_ranks: module -> columns of the program.
         block: lanes in one vectorised step.
         batch_size: samples a step, and a batch of a look.
-        look_samples: validation samples of a look; None for all.
+        look_samples: validation samples of a look.
         cached_encoder: whether the program reads the vision encoder's output.
     """
     shapes = workspace.shapes
     sizes = {"tokens": shapes.max_tokens, "tiles": shapes.max_tiles, "supervised": shapes.max_supervised}
     one_batch = (workspace.model_config, workspace.targets, padded_ranks)
     options: dict[str, Any] = {"batch_size": batch_size, "cached_encoder": cached_encoder, **sizes}
-    samples = len(workspace.search.validation)
-    look_batches = math.ceil(min(look_samples or samples, samples) / batch_size)
+    look_batches = workspace.look_batches(look_samples, batch_size)
 
     lane_steps = executed_steps = 0
     executed_looks = block  # step 0
@@ -142,7 +141,12 @@ def sequential_grid(workspace: Workspace, grid: Sequence[Ranks], steps: int | No
     total = Cost()
     for ranks in grid:
         total += group_cost(
-            workspace, [steps], looks, padded_ranks=ranks, batch_size=settings.batch_size, look_samples=None
+            workspace,
+            [steps],
+            looks,
+            padded_ranks=ranks,
+            batch_size=settings.batch_size,
+            look_samples=settings.validation_samples,
         )
     return total
 
@@ -184,6 +188,6 @@ def _in_engine(
         padded_ranks=engine.layout.ranks,
         block=engine.lane_block,
         batch_size=batch_size,
-        look_samples=None,
+        look_samples=workspace.config.finetune.validation_samples,
         cached_encoder=engine.cached_encoder,
     )

@@ -192,6 +192,7 @@ class FixedBatch:
             look=np.bool_(False),
             step=np.int32(self._steps),
             half=np.bool_(False),
+            look_batches=np.int32(1),
         )
         state, losses, _ = engine.chunk(state, self._workspace.base_on(engine.mesh), self._validation, work)
         return state, np.asarray(losses)[:lanes]

@@ -262,6 +262,7 @@ class FinetuneConfig(_Section):
     warmup_steps: CountOrZero = Field(default=30, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="shape after the warm-up")
     look_every: Count = Field(default=50, description="steps between two looks at the validation loss")
+    validation_samples: Count = Field(default=256, description="validation samples in a look, and in one of the sweep")
     warm_start: Flag = Field(
         default=False, description="start from the probe with the picked ranks and the largest D, if there was one"
     )

@@ -8,7 +8,7 @@ parsing, and is not comparable with accuracy of generated text.
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ class Evaluator:
             records: held-out records.
             preprocessor: of the checkpoint.
             candidates: the closed set of answers; empty to measure perplexity only.
-            batch_size: B; C candidates make C * B sequences.
+            batch_size: B; all candidates follow the record in one sequence.
             controls: whether to measure without pictures and with shuffled ones too.
             seed: of the shuffled pictures.
         """
@@ -116,21 +116,21 @@ class Evaluator:
         tokenizer = preprocessor.tokenizer
         self._answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in self.candidates]
         everything = [record for view in self._views.values() for record in view]
-        shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
-        longest = max((len(answer) for answer in self._answers), default=0)
-        self._shapes = replace(
-            shapes, max_tokens=shapes.max_tokens + longest, max_supervised=shapes.max_supervised + longest
-        )
+        self._shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
+        # Of every target of a batch of answers, which answer it belongs to; the end token is each one's last.
+        owners = np.repeat(np.arange(len(self._answers)), [len(answer) + 1 for answer in self._answers])
 
-        def losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
+        def token_losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
             logits = model.apply({"params": base, "lora": adapters}, batch)
             per_token = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-            return (per_token * batch["target_weights"]).sum(axis=1)
+            return per_token * batch["target_weights"]
 
-        # The pictures have no candidate axis, so they are encoded once for all candidates.
-        axes = dict.fromkeys(_OF_ANSWER, 0) | dict.fromkeys(_OF_PICTURE)
-        self._losses = jax.jit(losses)
-        self._candidate_losses = jax.jit(jax.vmap(losses, in_axes=(None, None, axes)))
+        def candidate_losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
+            by_target = token_losses(base, adapters, batch).T
+            return jax.ops.segment_sum(by_target, owners, num_segments=len(self._answers))
+
+        self._losses = jax.jit(lambda *arguments: token_losses(*arguments).sum(axis=1))
+        self._candidate_losses = jax.jit(candidate_losses)
 
     def evaluate(
         self, models: Mapping[str, Tree], advance: Callable[[int, str], None] = lambda records, text: None
@@ -151,7 +151,7 @@ class Evaluator:
                     shown = image_blind(batch) if condition == "blind" else batch
                     for name, adapters in models.items():
                         key = f"{name}_{condition}" if condition else name
-                        part = self._score(adapters, shown, answers)
+                        part = self._score(adapters, shown, answers and {**answers, "pixels": shown["pixels"]})
                         parts.setdefault(key, []).append(tuple(array[:valid] for array in part))
                 advance(valid, view)
         return {key: self._outcome(chunks) for key, chunks in parts.items()}
@@ -168,8 +168,7 @@ class Evaluator:
         losses = np.asarray(self._losses(self._base, adapters, batch))
         choices = np.zeros(0, np.int64)
         if answers is not None:
-            pictures = {name: batch[name] for name in _OF_PICTURE}
-            scores = self._candidate_losses(self._base, adapters, {**answers, **pictures})
+            scores = self._candidate_losses(self._base, adapters, answers)
             choices = np.asarray(jnp.argmin(scores, axis=0))
         return losses, batch["target_weights"].sum(axis=1), choices
 
@@ -181,14 +180,14 @@ class Evaluator:
         return Outcome(losses, tokens, choices, np.asarray(correct, bool))
 
     def _batches(self, records: Sequence[Record]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, int]]:
-        """Batches [B, ...], what of them each candidate answer changes [C, B, ...], and the number of real rows."""
+        """Batches [B, ...], the same with every candidate answer in place of the last, and the number of real rows."""
         size = self._batch_size
         source = ExampleSource(records, self._preprocessor, self._shapes)
         for start, (batch, valid) in zip(range(0, len(records), size), eval_batches(source, size), strict=True):
             answers = None
             if self._answers:
                 rows = [source.with_answers(start + min(row, valid - 1), self._answers) for row in range(size)]
-                answers = {name: np.stack([row[name] for row in rows], axis=1) for name in _OF_ANSWER}
+                answers = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             yield batch, answers, valid
 
 
@@ -241,10 +240,6 @@ def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) 
         append_jsonl(directory.samples_file, line)
     write_json(directory.evaluation_file, document)
     return document
-
-
-_OF_ANSWER = ("tokens", "targets", "target_positions", "target_weights")
-_OF_PICTURE = ("pixels", "image_index", "image_weight")
 
 
 def _answer(record: Record) -> str:

@@ -160,9 +160,10 @@ def run_probe_group(
         program.engine,
         workspace.base_on(program.engine.mesh),
         workspace.probe_stream(group[0], cached_encoder=cached),
-        workspace.validation_batches(settings.validation_samples, settings.batch_size, cached_encoder=cached),
+        workspace.validation_batches(settings.batch_size, cached_encoder=cached),
         workspace.learning_rates(),
         schedule,
+        look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
         **options,
     )
 

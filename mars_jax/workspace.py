@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -322,16 +323,33 @@ class Workspace:
         indices = subset(len(self.search.train), max(settings.num_samples), self.config.seed)
         return FeatureSource(self._train_source, indices, self._encode, settings.batch_size)
 
-    def validation_batches(self, most: int | None, batch_size: int, *, cached_encoder: bool = False) -> Batch:
-        """Validation batches [V, B, ...]: up to `most` records, the same for every lane."""
+    def validation_batches(self, batch_size: int, *, cached_encoder: bool = False) -> Batch:
+        """Validation batches [V, B, ...] for looks of probes, of the sweep and of the final run: see `look_batches`.
+
+        All get all of them, so that they can share a compiled program.
+        """
         records = self.search.validation
-        chosen = subset(len(records), min(most or len(records), len(records)), self.config.seed)
-        source = ExampleSource([records[i] for i in chosen], self.preprocessor, self.shapes, cache_bytes=0)
-        batches = [batch for batch, _ in eval_batches(source, batch_size)]
+        chosen = subset(len(records), max(self._look_samples), self.config.seed)
+        batches: list[Batch] = []
+        for start, stop in pairwise((0, *self._look_samples)):
+            part = [records[i] for i in chosen[start:stop]]
+            source = ExampleSource(part, self.preprocessor, self.shapes, cache_bytes=0)
+            batches += [batch for batch, _ in eval_batches(source, batch_size)]
         if cached_encoder:
             for batch in batches:
                 batch["features"] = self._encode(batch.pop("pixels"))
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def look_batches(self, samples: int, batch_size: int) -> int:
+        """How many of the validation batches, from the first, hold the samples that a look is to read."""
+        parts = pairwise((0, *(size for size in self._look_samples if size <= samples)))
+        return sum(-(-(stop - start) // batch_size) for start, stop in parts)
+
+    @property
+    def _look_samples(self) -> list[int]:
+        """Validation samples in the looks of a run, the fewest first."""
+        asked = (self.config.probe.validation_samples, self.config.finetune.validation_samples)
+        return sorted({min(samples, len(self.search.validation)) for samples in asked})
 
     def check_model(self) -> None:
         """Refuses a checkpoint, targets or ranks that can't be used, reading headers only, before the data are read.

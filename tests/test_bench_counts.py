@@ -72,7 +72,7 @@ def test_lanes_that_leave_cost_no_more_and_half_a_block_costs_a_whole_one(probed
     _, workspace, _ = probed
     sizes = {"batch_size": 4, "tokens": workspace.shapes.max_tokens}
     sizes |= {"tiles": workspace.shapes.max_tiles, "supervised": workspace.shapes.max_supervised}
-    cost = costs.group_cost(workspace, [8, 4, 4], [0, 4, 8], padded_ranks=SIX, block=2, batch_size=4, look_samples=None)
+    cost = costs.group_cost(workspace, [8, 4, 4], [0, 4, 8], padded_ranks=SIX, block=2, batch_size=4, look_samples=256)
     assert (cost.lane_steps, cost.executed_lane_steps) == (8 + 4 + 4, 4 * 4 + 4 * 2)
     looks = (2 + 4 + 2) * -(-len(workspace.search.validation) // 4)  # batches: one lane's at step 0, then as steps
     model = (workspace.model_config, workspace.targets, SIX)

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_data
 import tiny_job
@@ -15,6 +17,8 @@ from mars_jax.data.batches import shuffle_images
 from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
 from mars_jax.data.records import Record, Turn, load_records
 from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
+from mars_jax.hub.read import read_checkpoint
+from mars_jax.models.llava_onevision import LlavaOnevision
 
 LETTERS = {"red": "A", "green": "B", "blue": "C"}
 
@@ -38,8 +42,17 @@ def answered(record: Record, answer: str) -> Record:
 # Candidate answers.
 
 
+def token_losses(model, params, example):
+    """-log p of each target of one example [S]."""
+    logits = model.apply({"params": params}, {name: array[None] for name, array in example.items()})
+    return optax.softmax_cross_entropy_with_integer_labels(logits[0], example["targets"]) * example["target_weights"]
+
+
 @pytest.mark.parametrize("template", [tiny_data.TYPED_CHATML, tiny_data.STRING_CHATML, tiny_data.PICTURES_FIRST])
-def test_with_answers_is_the_record_encoded_with_each_answer(preprocessor, records, template):
+def test_answers_in_one_sequence_lose_what_each_loses_in_its_own_record(tmp_path, records, template):
+    config, params = read_checkpoint(tiny_job.checkpoint(tmp_path), "float32")
+    model = LlavaOnevision(config)
+    preprocessor = load_preprocessor(tmp_path)
     tokenizer = tiny_data.tokenizer(template)
     preprocessor = replace(preprocessor, tokenizer=tokenizer)
     text_only = Record(
@@ -49,17 +62,17 @@ def test_with_answers_is_the_record_encoded_with_each_answer(preprocessor, recor
     assert [len(record.turns) for record in rows] == [2, 4, 3]
     answers = ["red", "a rather longer answer", "7"]
     every = [answered(record, answer) for record in rows for answer in answers]
-    shapes = plan_shapes([*rows, *every], preprocessor, 2**31).shapes
-    source = ExampleSource(rows, preprocessor, shapes)
-    expected = ExampleSource(every, preprocessor, shapes)
+    source = ExampleSource(rows, preprocessor, plan_shapes(rows, preprocessor, 2**31).shapes)
+    expected = ExampleSource(every, preprocessor, plan_shapes(every, preprocessor, 2**31).shapes)
     token_ids = [tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
+    losses = jax.jit(partial(token_losses, model, params))
     for i in range(len(rows)):
-        found = source.with_answers(i, token_ids)
-        assert sorted(found) == ["target_positions", "target_weights", "targets", "tokens"]
-        for name, arrays in found.items():
-            wanted = np.stack([expected[i * len(answers) + k][name] for k in range(len(answers))])
-            np.testing.assert_array_equal(arrays, wanted, err_msg=name)
-            assert arrays.dtype == wanted.dtype
+        together = np.split(losses(source.with_answers(i, token_ids)), np.cumsum([len(ids) + 1 for ids in token_ids]))
+        for k, ids in enumerate(token_ids):
+            example = expected[i * len(answers) + k]
+            alone = losses(example)[example["target_weights"] > 0][-len(ids) - 1 :]
+            np.testing.assert_allclose(together[k], alone, rtol=0, atol=1e-4)
+            assert np.ptp(alone) > 0.1
 
 
 def test_candidates_are_the_last_answers_most_frequent_first(records):

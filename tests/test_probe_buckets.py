@@ -177,7 +177,7 @@ def test_cached_features_give_the_losses_and_gradients_of_pixels(workspace):
 
 
 def test_the_pixels_of_the_validation_went_along_with_their_features(workspace):
-    pixels, features = (workspace.validation_batches(None, 4, cached_encoder=cached) for cached in (False, True))
+    pixels, features = (workspace.validation_batches(4, cached_encoder=cached) for cached in (False, True))
     encode = jax.jit(lambda x: workspace.model.apply({"params": jax.device_get(workspace.base)}, x, method="encode"))
     np.testing.assert_allclose(features["features"][0], encode(pixels["pixels"][0]), rtol=1e-5, atol=1e-5)
     assert features.keys() - {"features"} == pixels.keys() - {"pixels"}

@@ -200,23 +200,46 @@ class ExampleSource:
         return {**example, "pixels": pixels, "image_index": index, "image_weight": weight}
 
     def with_answers(self, number: int, answers: Sequence[Sequence[int]]) -> Example:
-        """The text arrays of record `number` with its last answer replaced by each of C others, tokenised.
+        """Record `number` up to its last answer, then each of C other answers, tokenised, as a branch of its own.
 
-        Only what the answer changes has the axis C: tokens [C, T], targets, target_positions, target_weights [C, S].
-        `shapes` must leave room for the answers and their end token.
+        A is the sum of the answers' lengths. Tokens, image_index and image_weight have T + A places; the targets are
+        every answer's tokens and the record's end token, S = A + C, answer after answer. Besides there are
+
+            positions         int32   [T + A]   of the token in its branch; answers begin where the record broke off
+            segments          int32   [T + A]   0 the record, 1 to C the answers, -1 padding
         """
+        example = self[number]
         encoded, _ = self._cache.get(number, lambda: self._text(self.records[number]))
-        supervised = np.flatnonzero(encoded.supervised)
-        end = supervised[-1]
+        end = int(np.flatnonzero(encoded.supervised)[-1])
         start = int(np.flatnonzero(~encoded.supervised[:end])[-1]) + 1
-        before = encoded.token_ids[:start]
-        pad = self._preprocessor.tokenizer.pad_token_id
-        rows = []
-        for answer in answers:
-            token_ids = np.concatenate([before, np.asarray(answer, np.int32), encoded.token_ids[end:]])
-            learn = np.concatenate([encoded.supervised[:start], np.ones(len(answer), bool), encoded.supervised[end:]])
-            rows.append(_text_example(Encoded(token_ids, learn), self.shapes, pad))
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        length = self.shapes.max_tokens
+        padding = np.arange(length) >= start
+        tokens = [np.where(padding, self._preprocessor.tokenizer.pad_token_id, example["tokens"])]
+        positions, segments, targets, sources = [np.arange(length)], [np.where(padding, -1, 0)], [], []
+        place = length
+        for branch, answer in enumerate(answers, 1):
+            count = len(answer)
+            tokens.append(np.asarray(answer))
+            positions.append(start + np.arange(count))
+            segments.append(np.full(count, branch))
+            targets.append(np.asarray([*answer, encoded.token_ids[end]]))
+            sources.append(np.asarray([start - 1, *range(place, place + count)]))
+            place += count
+        integers = {
+            "tokens": tokens,
+            "positions": positions,
+            "segments": segments,
+            "targets": targets,
+            "target_positions": sources,
+        }
+        spare = [(0, place - length), (0, 0)]
+        return {
+            **{name: np.concatenate(parts).astype(np.int32) for name, parts in integers.items()},
+            "target_weights": np.ones(place - length + len(answers), np.float32),
+            "image_index": np.pad(example["image_index"], spare, constant_values=-1),
+            "image_weight": np.pad(example["image_weight"], spare),
+            "pixels": example["pixels"],
+        }
 
     def _text(self, record: Record) -> tuple[tuple[Encoded, ImageTokens | None], int]:
         encoded, image = _encode_text(record, self._preprocessor)

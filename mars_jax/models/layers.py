@@ -93,15 +93,14 @@ class RMSNorm(nn.Module):
         return normal.astype(x.dtype) * _over(scale, x).astype(x.dtype)
 
 
-def attention(query: Array, key: Array, value: Array, *, causal: bool, positions: Array | None = None) -> Array:
+def attention(query: Array, key: Array, value: Array, visible: Array | None = None) -> Array:
     """Softmax attention with grouped queries; the softmax is in float32.
 
     Args:
         query: [B, S, H, head].
         key: [B, T, G, head], with H a multiple of G.
         value: [B, T, G, head].
-        causal: whether a query sees keys up to its own position only.
-        positions: int32 [B, S], positions of the queries; None: 0..S-1.
+        visible: bool [B or 1, S, T], keys that a query sees; None: all.
 
     Returns:
         [B, S, H * head].
@@ -110,9 +109,7 @@ def attention(query: Array, key: Array, value: Array, *, causal: bool, positions
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, head_dim)
     scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * head_dim**-0.5
-    if causal:
-        places = jnp.arange(length)[None] if positions is None else positions
-        visible = jnp.arange(key.shape[1])[None, None, :] <= places[:, :, None]
+    if visible is not None:
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads * head_dim)

@@ -12,7 +12,7 @@ from jax import Array
 
 from mars_jax.models.configs import LlavaOnevisionConfig
 from mars_jax.models.layers import ACTIVATIONS, Dense
-from mars_jax.models.qwen2 import Qwen2Decoder
+from mars_jax.models.qwen2 import Branches, Qwen2Decoder
 from mars_jax.models.siglip import SiglipEncoder
 
 
@@ -32,6 +32,8 @@ class Batch(TypedDict):
     targets: Array  # int32 [B, S]
     target_positions: Array  # int32 [B, S]
     target_weights: Array  # float32 [B, S]
+    positions: NotRequired[Array]  # int32 [B, T], with `segments`: see `qwen2.Branches`
+    segments: NotRequired[Array]  # int32 [B, T]
 
 
 class Projector(nn.Module):
@@ -105,7 +107,8 @@ class LlavaOnevision(nn.Module):
 
     def _supervised(self, batch: Batch) -> Array:
         """Hidden states at the supervised positions [B, S, D]."""
-        return self.llm.hidden_at(self.embed(batch), batch["target_positions"])
+        branches = Branches(batch["positions"], batch["segments"]) if "segments" in batch else None
+        return self.llm.hidden_at(self.embed(batch), batch["target_positions"], branches)
 
     def _image_features(self, encoded: Array) -> Array:
         """Projects [B, N, P, D vision] to rows [B, N * P + 1, D], the last being the newline vector."""

@@ -4,7 +4,7 @@ It starts from embeddings, so that a multimodal family can place image features 
 states: head and loss are separate methods, applied to the positions that need logits.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +17,47 @@ from mars_jax.models.head import frozen_head_loss
 from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised
 
 
-def rotary(x: Array, theta: float, positions: Array | None = None) -> Array:
+def rotary(x: Array, theta: float, positions: Array) -> Array:
     """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout.
 
     Args:
         x: [B, T, H, head].
         theta: the base of the wavelengths.
-        positions: int32 [B, T]; None: 0..T-1 in every row.
+        positions: int32 [B or 1, T].
 
     Returns:
         [B, T, H, head] in the dtype of x.
     """
-    length, head_dim = x.shape[1], x.shape[3]
+    head_dim = x.shape[3]
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    places = jnp.arange(length)[None] if positions is None else positions
-    angles = places.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
+class Branches(NamedTuple):
+    """Several ways to go on after one beginning, in one sequence: each sees the beginning and itself."""
+
+    positions: Array  # int32 [B, T], rotary positions; every branch goes on where the beginning ends
+    segments: Array  # int32 [B, T]: 0 the beginning, k >= 1 branch k, -1 padding
+
+
 def take_positions(x: Array, positions: Array) -> Array:
     """Rows of x [B, T, D] at positions [B, S]: [B, S, D]."""
     return jnp.take_along_axis(x, positions[:, :, None], axis=1)
+
+
+def causal_visibility(length: int, positions: Array | None, branches: Branches | None) -> Array:
+    """Which of T keys each query sees, bool [B or 1, S, T]: none after itself, and none of another branch."""
+    places = jnp.arange(length)[None] if positions is None else positions
+    visible = jnp.arange(length)[None, None, :] <= places[:, :, None]
+    if branches is None:
+        return visible
+    of_key = branches.segments
+    of_query = of_key if positions is None else jnp.take_along_axis(of_key, positions, axis=1)
+    return visible & ((of_key == 0)[:, None, :] | (of_key[:, None, :] == of_query[:, :, None]))
 
 
 class SelfAttention(nn.Module):
@@ -49,16 +66,20 @@ class SelfAttention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array | None = None) -> Array:
+    def __call__(self, x: Array, positions: Array | None = None, branches: Branches | None = None) -> Array:
         """Maps x [B, T, D] to [B, T, D], or to [B, S, D]: the outputs at positions [B, S]."""
         config = self.config
-        asking = x if positions is None else take_positions(x, positions)
+        places = jnp.arange(x.shape[1])[None] if branches is None else branches.positions
+        asking, of_query = x, places
+        if positions is not None:
+            asking = take_positions(x, positions)
+            of_query = positions if branches is None else jnp.take_along_axis(places, positions, axis=1)
         query = Dense(config.num_heads * config.head_dim, name="q_proj")(asking)
         key = Dense(config.num_kv_heads * config.head_dim, name="k_proj")(x)
         value = Dense(config.num_kv_heads * config.head_dim, name="v_proj")(x)
         query, key, value = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (query, key, value))
-        query, key = rotary(query, config.rope_theta, positions), rotary(key, config.rope_theta)
-        mixed = attention(query, key, value, causal=True, positions=positions)
+        query, key = rotary(query, config.rope_theta, of_query), rotary(key, config.rope_theta, places)
+        mixed = attention(query, key, value, causal_visibility(x.shape[1], positions, branches))
         return Dense(config.hidden_size, use_bias=False, name="o_proj")(mixed)
 
 
@@ -83,10 +104,11 @@ class DecoderLayer(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, positions: Array | None, branches: Branches | None = None) -> tuple[Array, None]:
         """Maps x [B, T, D] to ([B, T, D], None), or to [B, S, D]: the outputs at positions [B, S]."""
         eps = self.config.rms_norm_eps
-        mixed = SelfAttention(self.config, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x), positions)
+        normal = RMSNorm(eps, name="input_layernorm")(x)
+        mixed = SelfAttention(self.config, name="self_attn")(normal, positions, branches)
         x = (x if positions is None else take_positions(x, positions)) + mixed
         x = x + Mlp(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         return x, None
@@ -127,7 +149,7 @@ class Qwen2Decoder(nn.Module):
         x, _ = self.layers(embeddings, None)
         return self.norm(x)
 
-    def hidden_at(self, embeddings: Array, positions: Array) -> Array:
+    def hidden_at(self, embeddings: Array, positions: Array, branches: Branches | None = None) -> Array:
         """Final hidden states [B, S, D] at positions [B, S]; the last layer works for those positions only."""
         if self.is_initializing():
             return take_positions(self.hidden(embeddings), positions)
@@ -139,12 +161,12 @@ class Qwen2Decoder(nn.Module):
         def body(x: Array, place: tuple[Array, Any]) -> tuple[Array, None]:
             # Frozen weights are indexed where they lie: a slice of them would be a copy of the base.
             weights = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place[0]], base)
-            return layer.apply({"params": weights, "lora": place[1]}, x, None)  # type: ignore[return-value]
+            return layer.apply({"params": weights, "lora": place[1]}, x, None, branches)  # type: ignore[return-value]
 
         first = jnp.arange(count - 1), jax.tree.map(lambda leaf: leaf[:-1], adapters)
         x, _ = jax.lax.scan(body, embeddings, first, unroll=SCAN_UNROLL)
         last = {"params": jax.tree.map(lambda leaf: leaf[-1], base), "lora": jax.tree.map(lambda a: a[-1], adapters)}
-        x, _ = layer.apply(last, x, positions)
+        x, _ = layer.apply(last, x, positions, branches)
         return self.norm(x)
 
     def head(self, hidden: Array) -> Array:

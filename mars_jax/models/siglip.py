@@ -24,7 +24,7 @@ class SelfAttention(nn.Module):
         query = Dense(width, name="q_proj")(x).reshape(split)
         key = Dense(width, name="k_proj")(x).reshape(split)
         value = Dense(width, name="v_proj")(x).reshape(split)
-        return Dense(width, name="out_proj")(attention(query, key, value, causal=False))
+        return Dense(width, name="out_proj")(attention(query, key, value))
 
 
 class Mlp(nn.Module):

@@ -62,6 +62,7 @@ class Work(NamedTuple):
     look: Any  # bool []: whether to look at the lanes after these steps
     step: Any  # int32 []: the step after these
     half: Any  # bool []: whether the oldest snapshot is the one of `step` / 2
+    look_batches: Any  # int32 []: validation batches that a look reads, from the first
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,15 @@ def make_engine(
 
     def look(state: LaneState, base: Tree, validation: Batch, work: Work) -> tuple[LaneState, Look]:
         adapters = layout.adapters(state.trainable, state.scales)
-        totals, counts = jax.lax.map(lambda batch: _summed_loss(model, base, adapters, batch), validation)
-        loss = totals.sum() / counts.sum()
+
+        def read(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            batch = jax.tree.map(lambda leaf: leaf[i], validation)
+            total, count = _summed_loss(model, base, adapters, batch)
+            return sums[0] + total, sums[1] + count
+
+        zero = jnp.zeros((), jnp.float32)
+        total, count = jax.lax.fori_loop(0, work.look_batches, read, (zero, zero))
+        loss = total / count
         drift = lora.relative_change(adapters, layout.adapters(state.snapshots[0], state.scales), targets)
         alive = state.alive & jnp.isfinite(loss)
         better = alive & (loss < state.best_loss)
@@ -199,7 +207,7 @@ def make_engine(
         carry = (state, losses, _unseen(targets, local_slots))
         return jax.lax.fori_loop(0, work.num_blocks[0], body, carry)
 
-    works = Work(_LANES, _LANES, *[_EVERYWHERE] * 6)
+    works = Work(_LANES, _LANES, *[_EVERYWHERE] * 7)
     mapped = jax.shard_map(
         chunk,
         mesh=mesh,

@@ -130,6 +130,7 @@ def run_group(
     learning_rates: Mapping[str, float],
     schedule: Schedule,
     *,
+    look_batches: int | None = None,
     checkpoints: Checkpoints | None = None,
     start: GroupResult | None = None,
     initial: np.ndarray | None = None,
@@ -143,9 +144,10 @@ def run_group(
         engine: compiled functions; what they compile doesn't depend on the number of lanes.
         base: frozen parameters, on the engine's mesh.
         stream: the batches that every lane reads.
-        validation: batches [V, B, ...] that every look reads.
+        validation: batches [V, B, ...] for looks.
         learning_rates: module -> learning rate.
         schedule: steps, looks and factors.
+        look_batches: how many of the validation batches a look reads, from the first; None: all.
         checkpoints: where to save and resume; None for neither.
         start: go on from here, in place of a fresh state or a checkpoint; used up.
         initial: adapters [P] that fresh lanes start from in place of their own draw.
@@ -162,6 +164,7 @@ def run_group(
     """
     slots = _slots(len(lanes), engine)
     by_sample = chunk_sharding(engine.mesh)
+    look_batches = look_batches or len(jax.tree.leaves(validation)[0])
     validation = place(validation, by_sample)
     told = 0
     if start is None:
@@ -189,7 +192,7 @@ def run_group(
         # Where lanes start from, all compute the same: the base.
         shown = active if piece.stop else active[:1]
         places = [slots[k] for k in shown]
-        work = _work(engine, places, batches, piece, schedule)
+        work = _work(engine, places, batches, piece, schedule, look_batches)
         state, *results = engine.chunk(state, base, validation, work)
         losses, seen = jax.device_get(results)
         group.take_steps(active, losses[places], piece, work, engine)
@@ -339,7 +342,9 @@ def _slots(lanes: int, engine: Engine) -> list[int]:
     return [(k % engine.lane_devices) * local + k // engine.lane_devices for k in range(lanes)]
 
 
-def _work(engine: Engine, slots: Sequence[int], batches: Batch, piece: _Piece, schedule: Schedule) -> Work:
+def _work(
+    engine: Engine, slots: Sequence[int], batches: Batch, piece: _Piece, schedule: Schedule, look_batches: int
+) -> Work:
     """The arguments of one call of the chunk."""
     devices, block = engine.lane_devices, engine.lane_block
     local = engine.num_slots // devices
@@ -362,6 +367,7 @@ def _work(engine: Engine, slots: Sequence[int], batches: Batch, piece: _Piece, s
         look=np.bool_(piece.look),
         step=np.int32(piece.stop),
         half=np.bool_(piece.look and _has_half(schedule, piece.stop)),
+        look_batches=np.int32(look_batches),
     )
 
 
