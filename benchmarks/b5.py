@@ -1,10 +1,10 @@
 """B5: a search and one final run against a 4x4 grid of final runs: FLOPs, tokens, wall time, and regret of the pick.
 
 Data of two tasks are made (scripts/make_demo_data.py): the demo's own, and one whose answers shift more and pictures
-less. For each task and seed, a fresh process searches with `mars probe`, `fit` and `select` as configs/demo.yaml has
-it, but with grids of four ranks and shorter final runs (`FINAL_STEPS`: sixteen of the demo's are too long for two
-cores), and then trains all sixteen pairs to the end. Regret is the best validation loss of the picked pair's final run
-minus the grid's lowest, nats.
+less, both of 8192 samples. For each task and seed, a fresh process searches with `mars probe`, `fit` and `select` as
+configs/demo.yaml has it (probes of up to 2048 samples), but with grids of four ranks and a final run of one pass over
+all samples, and then trains all sixteen pairs to the end. Regret is the best validation loss of the picked pair's final
+run minus the grid's lowest, nats.
 
 FLOPs are counted, not timed: the fewest that the executed steps and looks can take, padding included (costs.py). The
 sequential grid, the paper's baseline, pads nothing. No search can bring more than 16, what the final run alone leaves.
@@ -19,42 +19,33 @@ figure = FLOPs of the sequential grid / FLOPs of the search and the final run, o
     python benchmarks/b5.py [--short] [--anyway] [--out FOLDER]
 """
 
-import copy
 import itertools
 import math
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from own import ROOT, Document, Warnings, answer, arguments, demo_config, publish, run_child
+from b5_search import LONGER, measure, overrides
+from own import ROOT, Document, answer, arguments, publish, run_child
 from results import require_quiet
-
-if TYPE_CHECKING:
-    from mars_jax.selection import Ranks
-    from mars_jax.workspace import Workspace
 
 TASKS = {
     "hue 1, German 0.4": ["--style", "hue", "--eye", "1", "--tongue", "0.4"],
     "hue 0.25, German 1": ["--style", "hue", "--eye", "0.25", "--tongue", "1"],
 }
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 RANKS = (2, 8, 16, 32)
-FINAL_STEPS = 160
-LONGER = (320, 640, 1280, 2560, 5120)
-WARM_SHARES = (1.0, 0.75, 0.5)
+FINAL_STEPS = 512
 GOAL = 11.5
 NESTED = ["probe.sampling=nested", "probe.num_samples=[512,1024,2048]"]
 
 # (arguments of the data script, ranks, steps of a final run, overrides of the search, of the nested search)
 Form = tuple[list[str], Sequence[int], int, list[str], list[str]]
-FULL: Form = ([], RANKS, FINAL_STEPS, [], NESTED)
+FULL: Form = (["--train", "8192"], RANKS, FINAL_STEPS, [], NESTED)
 # Lanes this short haven't converged by the demo's rule.
 _LAX = ["convergence.rule=drift", "convergence.epsilon=0.9", "convergence.sustain=1", "laws.bootstraps=20"]
 SHORT: Form = (
@@ -67,7 +58,7 @@ SHORT: Form = (
 
 
 def main() -> None:
-    """Writes results/b5.json; about 25 minutes on two cores."""
+    """Writes results/b5.json; about 35 minutes on two cores."""
     options = arguments(__doc__)
     if options.child:
         return answer(options.child, measure)
@@ -104,225 +95,12 @@ def main() -> None:
     )
 
 
-def overrides(data: Path, seed: int, ranks: Sequence[int], steps: int) -> list[str]:
-    """Of the demo's config, for both the search and the final runs."""
-    return [
-        *(f"data.{name}={data / name}.json" for name in ("train", "validation", "test")),
-        *(f"lora.modules.{module}.ranks={list(ranks)}" for module in ("vision", "llm")),
-        f"seed={seed}",
-        *final_overrides(steps),
-        "finetune.warm_start=true",  # keeps the probes' adapters
-    ]
-
-
-def final_overrides(steps: int) -> list[str]:
-    """The final run with other steps: a tenth of warm-up, as in the demo, and four looks."""
-    settings = {"steps": steps, "warmup_steps": max(1, steps // 10), "look_every": max(1, steps // 4)}
-    return [f"finetune.{name}={value}" for name, value in settings.items()]
-
-
 def summary(run: Document) -> str:
     """One line on a task and seed."""
     if "failed" in run:
         return f"no valid result: {run['failed']}"
     pick = ", ".join(f"{module} {rank}" for module, rank in run["search"]["pick"].items())
     return f"pick {pick}, regret {regret(run):.4f} nats, search {run['search']['seconds']:.0f} s"
-
-
-# In the child: one task and seed.
-
-
-class Found(NamedTuple):
-    """A search: its document, and where its run directory and programs are."""
-
-    document: Document
-    workspace: "Workspace"
-    programs: Any
-    folder: Path
-
-
-def measure(folder: str, cache: str, overrides: list[str], nested: list[str] | None) -> Document:
-    """Searches, runs the grid, and on demand compares nested searches and warm starts."""
-    from mars_jax import compile_cache
-    from mars_jax.errors import NoValidResultError
-
-    compile_cache.enable(Path(cache))
-    try:
-        found = search(Path(folder) / "search", overrides)
-    except NoValidResultError as error:
-        return {"failed": str(error)}
-    document = {"search": found.document, **full_grid(found)}
-    if nested:
-        try:
-            other = search(Path(folder) / "nested", [*overrides, *nested], found.workspace).document
-        except NoValidResultError as error:
-            other = {"failed": str(error)}
-        document |= {"nested": other, "final_runs": final_runs(found, Path(folder), overrides)}
-    return document
-
-
-def search(folder: Path, overrides: Sequence[str], known: "Workspace | None" = None) -> Found:
-    """`mars probe`, `fit` and `select`; what they cost is told apart."""
-    from costs import Cost, final_run, probes, sweep
-
-    from mars_jax import pipeline
-    from mars_jax.compile_cache import CompileCounter
-    from mars_jax.programs import probe_programs
-    from mars_jax.rundir import RunDirectory
-    from mars_jax.search import planned_lanes
-    from mars_jax.tuning import lane_block
-    from mars_jax.workspace import Workspace
-
-    config = demo_config(folder, overrides)
-    start = time.perf_counter()
-    with CompileCounter() as counter:
-        for phase in (pipeline.probe, pipeline.fit, pipeline.select):
-            selection = phase(config, Warnings())
-    seconds = time.perf_counter() - start
-
-    workspace = with_config(known, config) if known else Workspace(config, Warnings())
-    directory = RunDirectory(folder)
-    programs = probe_programs(workspace, planned_lanes(config), lane_block(workspace, directory))
-    candidates = swept(workspace, directory) if selection["method"] == "local_sweep" else ()
-    parts = {
-        "probes": probes(workspace, programs, directory),
-        "sweep": sweep(workspace, programs, candidates) if candidates else Cost(),
-    }
-    document = {
-        "pick": selection["pick"],
-        "method": selection["method"],
-        "p_best": selection["p_best"],
-        "fallback": selection["fallback"],
-        "cost": {name: asdict(cost) for name, cost in parts.items()},
-        "final_run": {str(n): asdict(final_run(workspace, programs, selection["pick"], n)) for n in lengths(config)},
-        "seconds": seconds,
-        "compile_seconds": counter.seconds,
-    }
-    return Found(document, workspace, programs, folder)
-
-
-def lengths(config: Any) -> list[int]:
-    """Steps of final runs to count: those of the config, and longer ones."""
-    return sorted({config.finetune.steps, *LONGER})
-
-
-def swept(workspace: "Workspace", directory: Any) -> tuple["Ranks", ...]:
-    """The candidates of a finished search's sweep, from its laws."""
-    from mars_jax import lora
-    from mars_jax.jsonfiles import read_json
-    from mars_jax.laws import Laws
-    from mars_jax.selection import candidates_for_sweep, select
-
-    selection = select(
-        Laws.from_json(read_json(directory.laws_file)),
-        workspace.grids,
-        workspace.target_num_samples(),
-        parameters_per_rank=lora.parameters_per_rank(workspace.targets),
-    )
-    return candidates_for_sweep(selection, most=workspace.config.selection.sweep.max_candidates)
-
-
-def full_grid(found: Found) -> Document:
-    """A final run of every pair, all as lanes of one program; and what one after the other would cost."""
-    from costs import engine_grid, final_looks, grid_of, sequential_grid
-
-    from mars_jax.compile_cache import CompileCounter
-    from mars_jax.probe.leaving import Leaving, ceiling_of
-    from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
-    from mars_jax.probe.plan import Lane
-    from mars_jax.sweep import best_loss
-
-    workspace = found.workspace
-    settings = workspace.config.finetune
-    lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in grid_of(workspace.grids)]
-    widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
-    engine = workspace.engine(widest, len(lanes), workspace.default_lane_block)
-    schedule = Schedule(
-        warmup_multipliers(settings.steps, settings.warmup_steps, settings.schedule),
-        final_looks(workspace, settings.steps),
-        looks_per_doubling=0,
-        chunk_steps=workspace.config.probe.chunk_steps,
-        leaving=Leaving(ceiling=ceiling_of(workspace.model_config.text.vocab_size)),
-    )
-    start = time.perf_counter()
-    with CompileCounter() as counter:
-        result = run_group(
-            lanes,
-            engine,
-            workspace.base_on(engine.mesh),
-            workspace.stream(lanes[0], settings.batch_size),
-            workspace.validation_batches(settings.batch_size),
-            workspace.learning_rates(settings.learning_rate),
-            schedule,
-            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
-        )
-    seconds = time.perf_counter() - start
-    vectors = [lane.ranks for lane in lanes]
-    return {
-        "grid": [
-            {"ranks": ranks, "validation_loss": best_loss(rows, settings.steps)}
-            for ranks, rows in zip(vectors, result.rows, strict=True)
-        ],
-        "engine_grid": {
-            "cost": asdict(engine_grid(workspace, engine, lanes)),
-            "seconds": seconds,
-            "compile_seconds": counter.seconds,
-        },
-        "sequential_grid": {
-            str(steps): asdict(sequential_grid(workspace, vectors, steps)) for steps in lengths(workspace.config)
-        },
-    }
-
-
-def final_runs(found: Found, folder: Path, overrides: Sequence[str]) -> list[Document]:
-    """Fresh and warm final runs of shares of the steps, with the pick or, where no probe had it, the best probe."""
-    from mars_jax.compile_cache import CompileCounter
-    from mars_jax.finetune import finetune
-    from mars_jax.jsonfiles import read_jsonl
-    from mars_jax.probe.plan import Lane
-    from mars_jax.rundir import RunDirectory
-
-    workspace, largest = found.workspace, max(found.workspace.config.probe.num_samples)
-    probed = [
-        (record["best_loss"], record["ranks"])
-        for record in read_jsonl(RunDirectory(found.folder).lanes_file, workspace.reporter.warn)
-        if record["num_samples"] == largest and all(record["ranks"].values())
-    ]
-    ranks = dict(found.document["pick"])
-    if Lane(ranks, largest, 0).name not in {Lane(some, largest, 0).name for _, some in probed}:
-        ranks = min(probed, key=lambda probe: probe[0])[1]
-    rows = []
-    for share, warm in itertools.product(WARM_SHARES, (False, True)):
-        steps = round(share * workspace.config.finetune.steps)
-        place = folder / f"final{steps}{'warm' if warm else 'fresh'}"
-        config = demo_config(place, [*overrides, *final_overrides(steps), f"finetune.warm_start={str(warm).lower()}"])
-        with RunDirectory.open(config) as directory, CompileCounter() as counter:
-            if warm:
-                shutil.copytree(found.folder / "probes" / "adapters", place / "probes" / "adapters")
-            start = time.perf_counter()
-            outcome = finetune(with_config(workspace, config), found.programs, ranks, directory)
-            seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "ranks": ranks,
-                "start": "probe" if warm else "fresh",
-                "steps": steps,
-                "best_step": outcome["best_step"],
-                "validation_loss": outcome["best_validation_loss"],
-                "seconds": seconds - counter.seconds,
-            }
-        )
-    return rows
-
-
-def with_config(workspace: "Workspace", config: Any) -> "Workspace":
-    """The workspace with what it has loaded, under a config that differs in probes or final run only."""
-    other = copy.copy(workspace)
-    other.config = config
-    return other
-
-
-# In the parent: all tasks and seeds.
 
 
 def compare(runs: Sequence[Document], steps: int, load: float) -> Document:
@@ -356,7 +134,7 @@ def compare(runs: Sequence[Document], steps: int, load: float) -> Document:
             "Wall seconds, compiling apart": wall(runs),
             "Validation loss of the pick, nats": [losses(run) for run in runs],
             "Noise": noise(runs),
-            "Separate and nested data sizes": [against_nested(run) for run in nested],
+            "Separate and nested data sizes": [against_nested(run, steps) for run in nested],
             "Final runs from a fresh draw and from the probe": [
                 {"task": run["task"], **row, "ranks": words(row["ranks"])}
                 for run in nested
@@ -427,7 +205,7 @@ def losses(run: Document) -> Document:
     }
 
 
-def against_nested(run: Document) -> Document:
+def against_nested(run: Document, steps: int) -> Document:
     """A row on the picks of separate runs and of nested data sizes."""
     search, nested = run["search"], run["nested"]
     row = {
@@ -443,6 +221,9 @@ def against_nested(run: Document) -> Document:
         "its loss": loss_of(run, nested["pick"]),
         "same pair": search["pick"] == nested["pick"],
         "FLOPs of separate / nested": search_flops(search) / search_flops(nested),
+        "sequential grid / nested search and final run": ratios_at([run | {"search": nested}], steps)[
+            "sequential grid"
+        ],
     }
 
 

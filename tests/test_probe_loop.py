@@ -51,6 +51,23 @@ def run_until(steps, directory):
         run(checkpoints=checkpoints, advance=advance)
 
 
+# Looks.
+
+
+def test_a_look_reads_the_validation_batches_that_it_is_told_to():
+    timing = schedule([0, 4], looks_per_doubling=0)
+    first = {name: leaf[:1] for name, leaf in tiny_lanes.VALIDATION.items()}
+    every = run(timing=timing)
+    with CompileCounter() as counter:
+        told = run(timing=timing, look_batches=1)
+    assert counter.programs == []
+    alone = tiny_lanes.run(LANES, tiny_lanes.engine(tiny_lanes.PADDED, 4, 2), timing, validation=first)
+    for some, one, whole in zip(told.rows, alone.rows, every.rows, strict=True):
+        for row, expected, other in zip(some, one, whole, strict=True):
+            assert row["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+            assert abs(row["validation_loss"] - other["validation_loss"]) > 1e-4
+
+
 # Rows.
 
 

@@ -129,8 +129,13 @@ def engine(
 
 def run(lanes: Sequence[Lane], engine: Engine, timing: Schedule, **changes: Any) -> GroupResult:
     """Runs lanes of the first one's data; `changes` are other arguments of `run_group`."""
-    arguments = {"base": base(), "stream": Stream(lanes[0]), "learning_rates": RATES} | changes
-    return run_group(lanes, engine, validation=VALIDATION, schedule=timing, **arguments)
+    arguments = {
+        "base": base(),
+        "stream": Stream(lanes[0]),
+        "learning_rates": RATES,
+        "validation": VALIDATION,
+    } | changes
+    return run_group(lanes, engine, schedule=timing, **arguments)
 
 
 def assert_same(left: Any, right: Any) -> None:

@@ -1,0 +1,229 @@
+"""What B5 does in a process of its own, for one task and seed: searches, the grid of final runs, final runs.
+
+The definition of the benchmark, and what becomes of these numbers, is in b5.py.
+"""
+
+import copy
+import itertools
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from own import Document, Warnings, demo_config
+
+if TYPE_CHECKING:
+    from mars_jax.selection import Ranks
+    from mars_jax.workspace import Workspace
+
+LONGER = (1024, 2560, 5120, 10240)
+WARM_SHARES = (1.0, 0.75, 0.5)
+
+
+def overrides(data: Path, seed: int, ranks: Sequence[int], steps: int) -> list[str]:
+    """Of the demo's config, for both the search and the final runs."""
+    return [
+        *(f"data.{name}={data / name}.json" for name in ("train", "validation", "test")),
+        *(f"lora.modules.{module}.ranks={list(ranks)}" for module in ("vision", "llm")),
+        f"seed={seed}",
+        *final_overrides(steps),
+        "finetune.warm_start=true",  # keeps the probes' adapters
+    ]
+
+
+def final_overrides(steps: int) -> list[str]:
+    """The final run with other steps: a tenth of warm-up, as in the demo, and four looks."""
+    settings = {"steps": steps, "warmup_steps": max(1, steps // 10), "look_every": max(1, steps // 4)}
+    return [f"finetune.{name}={value}" for name, value in settings.items()]
+
+
+class Found(NamedTuple):
+    """A search: its document, and where its run directory and programs are."""
+
+    document: Document
+    workspace: "Workspace"
+    programs: Any
+    folder: Path
+
+
+def measure(folder: str, cache: str, overrides: list[str], nested: list[str] | None) -> Document:
+    """Searches, runs the grid, and on demand compares nested searches and warm starts."""
+    from mars_jax import compile_cache
+    from mars_jax.errors import NoValidResultError
+
+    compile_cache.enable(Path(cache))
+    try:
+        found = search(Path(folder) / "search", overrides)
+    except NoValidResultError as error:
+        return {"failed": str(error)}
+    document = {"search": found.document, **full_grid(found)}
+    if nested:
+        try:
+            other = search(Path(folder) / "nested", [*overrides, *nested], found.workspace).document
+        except NoValidResultError as error:
+            other = {"failed": str(error)}
+        document |= {"nested": other, "final_runs": final_runs(found, Path(folder), overrides)}
+    return document
+
+
+def search(folder: Path, overrides: Sequence[str], known: "Workspace | None" = None) -> Found:
+    """`mars probe`, `fit` and `select`; what they cost is told apart."""
+    from costs import Cost, final_run, probes, sweep
+
+    from mars_jax import pipeline
+    from mars_jax.compile_cache import CompileCounter
+    from mars_jax.programs import probe_programs
+    from mars_jax.rundir import RunDirectory
+    from mars_jax.search import planned_lanes
+    from mars_jax.tuning import lane_block
+    from mars_jax.workspace import Workspace
+
+    config = demo_config(folder, overrides)
+    start = time.perf_counter()
+    with CompileCounter() as counter:
+        for phase in (pipeline.probe, pipeline.fit, pipeline.select):
+            selection = phase(config, Warnings())
+    seconds = time.perf_counter() - start
+
+    workspace = with_config(known, config) if known else Workspace(config, Warnings())
+    directory = RunDirectory(folder)
+    programs = probe_programs(workspace, planned_lanes(config), lane_block(workspace, directory))
+    candidates = swept(workspace, directory) if selection["method"] == "local_sweep" else ()
+    parts = {
+        "probes": probes(workspace, programs, directory),
+        "sweep": sweep(workspace, programs, candidates) if candidates else Cost(),
+    }
+    document = {
+        "pick": selection["pick"],
+        "method": selection["method"],
+        "p_best": selection["p_best"],
+        "fallback": selection["fallback"],
+        "cost": {name: asdict(cost) for name, cost in parts.items()},
+        "final_run": {str(n): asdict(final_run(workspace, programs, selection["pick"], n)) for n in lengths(config)},
+        "seconds": seconds,
+        "compile_seconds": counter.seconds,
+    }
+    return Found(document, workspace, programs, folder)
+
+
+def lengths(config: Any) -> list[int]:
+    """Steps of final runs to count: those of the config, and longer ones."""
+    return sorted({config.finetune.steps, *LONGER})
+
+
+def swept(workspace: "Workspace", directory: Any) -> tuple["Ranks", ...]:
+    """The candidates of a finished search's sweep, from its laws."""
+    from mars_jax import lora
+    from mars_jax.jsonfiles import read_json
+    from mars_jax.laws import Laws
+    from mars_jax.selection import candidates_for_sweep, select
+
+    selection = select(
+        Laws.from_json(read_json(directory.laws_file)),
+        workspace.grids,
+        workspace.target_num_samples(),
+        parameters_per_rank=lora.parameters_per_rank(workspace.targets),
+    )
+    return candidates_for_sweep(selection, most=workspace.config.selection.sweep.max_candidates)
+
+
+def full_grid(found: Found) -> Document:
+    """A final run of every pair, all as lanes of one program; and what one after the other would cost."""
+    from costs import engine_grid, final_looks, grid_of, sequential_grid
+
+    from mars_jax.compile_cache import CompileCounter
+    from mars_jax.probe.leaving import Leaving, ceiling_of
+    from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
+    from mars_jax.probe.plan import Lane
+    from mars_jax.sweep import best_loss
+
+    workspace = found.workspace
+    settings = workspace.config.finetune
+    lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in grid_of(workspace.grids)]
+    widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
+    engine = workspace.engine(widest, len(lanes), workspace.default_lane_block)
+    schedule = Schedule(
+        warmup_multipliers(settings.steps, settings.warmup_steps, settings.schedule),
+        final_looks(workspace, settings.steps),
+        looks_per_doubling=0,
+        chunk_steps=workspace.config.probe.chunk_steps,
+        leaving=Leaving(ceiling=ceiling_of(workspace.model_config.text.vocab_size)),
+    )
+    start = time.perf_counter()
+    with CompileCounter() as counter:
+        result = run_group(
+            lanes,
+            engine,
+            workspace.base_on(engine.mesh),
+            workspace.stream(lanes[0], settings.batch_size),
+            workspace.validation_batches(settings.batch_size),
+            workspace.learning_rates(settings.learning_rate),
+            schedule,
+            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
+        )
+    seconds = time.perf_counter() - start
+    vectors = [lane.ranks for lane in lanes]
+    return {
+        "grid": [
+            {"ranks": ranks, "validation_loss": best_loss(rows, settings.steps)}
+            for ranks, rows in zip(vectors, result.rows, strict=True)
+        ],
+        "engine_grid": {
+            "cost": asdict(engine_grid(workspace, engine, lanes)),
+            "seconds": seconds,
+            "compile_seconds": counter.seconds,
+        },
+        "sequential_grid": {
+            str(steps): asdict(sequential_grid(workspace, vectors, steps)) for steps in lengths(workspace.config)
+        },
+    }
+
+
+def final_runs(found: Found, folder: Path, overrides: Sequence[str]) -> list[Document]:
+    """Fresh and warm final runs of shares of the steps, with the pick or, where no probe had it, the best probe."""
+    from mars_jax.compile_cache import CompileCounter
+    from mars_jax.finetune import finetune
+    from mars_jax.jsonfiles import read_jsonl
+    from mars_jax.probe.plan import Lane
+    from mars_jax.rundir import RunDirectory
+
+    workspace, largest = found.workspace, max(found.workspace.config.probe.num_samples)
+    probed = [
+        (record["best_loss"], record["ranks"])
+        for record in read_jsonl(RunDirectory(found.folder).lanes_file, workspace.reporter.warn)
+        if record["num_samples"] == largest and all(record["ranks"].values())
+    ]
+    ranks = dict(found.document["pick"])
+    if Lane(ranks, largest, 0).name not in {Lane(some, largest, 0).name for _, some in probed}:
+        ranks = min(probed, key=lambda probe: probe[0])[1]
+    rows = []
+    for share, warm in itertools.product(WARM_SHARES, (False, True)):
+        steps = round(share * workspace.config.finetune.steps)
+        place = folder / f"final{steps}{'warm' if warm else 'fresh'}"
+        config = demo_config(place, [*overrides, *final_overrides(steps), f"finetune.warm_start={str(warm).lower()}"])
+        with RunDirectory.open(config) as directory, CompileCounter() as counter:
+            if warm:
+                shutil.copytree(found.folder / "probes" / "adapters", place / "probes" / "adapters")
+            start = time.perf_counter()
+            outcome = finetune(with_config(workspace, config), found.programs, ranks, directory)
+            seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "ranks": ranks,
+                "start": "probe" if warm else "fresh",
+                "steps": steps,
+                "best_step": outcome["best_step"],
+                "validation_loss": outcome["best_validation_loss"],
+                "seconds": seconds - counter.seconds,
+            }
+        )
+    return rows
+
+
+def with_config(workspace: "Workspace", config: Any) -> "Workspace":
+    """The workspace with what it has loaded, under a config that differs in probes or final run only."""
+    other = copy.copy(workspace)
+    other.config = config
+    return other
