@@ -32,7 +32,8 @@ from mars_jax.checkpoint import Checkpoints
 from mars_jax.compile_cache import CompileCounter
 from mars_jax.data.batches import Batch
 from mars_jax.laws import fit_laws
-from mars_jax.probe.loop import Progress, Schedule, Stream, run_group
+from mars_jax.probe.feed import Stream
+from mars_jax.probe.loop import Progress, Schedule, run_group
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.records import lane_records
 from mars_jax.programs import Program, probe_programs

@@ -7,14 +7,12 @@ uninterrupted one does.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from mars_jax import lora
 from mars_jax.checkpoint import Checkpoints
@@ -22,22 +20,12 @@ from mars_jax.data.batches import Batch
 from mars_jax.errors import ConfigError, Interrupted, NoValidResultError
 from mars_jax.interrupts import Interrupts
 from mars_jax.probe.engine import Engine, LaneState, Look, Work
+from mars_jax.probe.feed import Piece, Stream, feed, pieces
 from mars_jax.probe.leaving import Leaving
 from mars_jax.probe.plan import Lane
 from mars_jax.sharding import chunk_sharding, lane_sharding, place
 
 Row = dict[str, Any]
-
-# Threads that read and decode batches.
-_READERS = 4
-
-
-class Stream(Protocol):
-    """Batches as a function of the step."""
-
-    def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, numpy arrays [B, ...]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -185,7 +173,8 @@ def run_group(
 
     told = tell()
     last_save = time.monotonic()
-    for piece, batches in _feed(stream, _pieces(schedule, group.step), schedule.chunk_steps, by_sample):
+    calls = pieces(schedule.looks, schedule.chunk_steps, group.step)
+    for piece, batches in feed(stream, calls, schedule.chunk_steps, by_sample):
         active = schedule.leaving.running(group.rows)
         if not active:
             break
@@ -214,14 +203,6 @@ def run_group(
     return GroupResult(group.rows, state, slots, *group.lane_steps)
 
 
-class _Piece(NamedTuple):
-    """One call of the chunk: steps `start` to `stop`, then perhaps a look."""
-
-    start: int
-    stop: int
-    look: bool
-
-
 @dataclass
 class _Group:
     """Where a group is: all but the device state, in JSON types.
@@ -243,7 +224,7 @@ class _Group:
         running = len(schedule.leaving.running(self.rows))
         return running * max(self.step, 0) + (len(self.rows) - running) * schedule.horizon
 
-    def take_steps(self, active: list[int], losses: np.ndarray, piece: _Piece, work: Work, engine: Engine) -> None:
+    def take_steps(self, active: list[int], losses: np.ndarray, piece: Piece, work: Work, engine: Engine) -> None:
         """Counts the steps of a chunk and keeps their losses [lanes, C]."""
         self.step = piece.stop
         steps = piece.stop - piece.start
@@ -343,7 +324,7 @@ def _slots(lanes: int, engine: Engine) -> list[int]:
 
 
 def _work(
-    engine: Engine, slots: Sequence[int], batches: Batch, piece: _Piece, schedule: Schedule, look_batches: int
+    engine: Engine, slots: Sequence[int], batches: Batch, piece: Piece, schedule: Schedule, look_batches: int
 ) -> Work:
     """The arguments of one call of the chunk."""
     devices, block = engine.lane_devices, engine.lane_block
@@ -375,37 +356,3 @@ def _has_half(schedule: Schedule, look: int) -> bool:
     """Whether the look `looks_per_doubling` places before is at half the step, to rounding."""
     place = list(schedule.looks).index(look) - schedule.looks_per_doubling
     return bool(schedule.looks_per_doubling) and place >= 0 and abs(2 * schedule.looks[place] - look) <= 1.5
-
-
-def _pieces(schedule: Schedule, done: int) -> Iterator[_Piece]:
-    """The calls that remain after `done` steps."""
-    for look in schedule.looks:
-        start = max(done, 0)
-        while done < look:
-            stop = min(start + schedule.chunk_steps, look)
-            yield _Piece(start, stop, stop == look)
-            done = start = stop
-
-
-def _feed(
-    stream: Stream, pieces: Iterator[_Piece], length: int, sharding: NamedSharding
-) -> Iterator[tuple[_Piece, Batch]]:
-    """Pieces with their batches [length, B, ...] on the devices, made in threads while the piece before runs."""
-
-    def load(piece: _Piece) -> Batch:
-        # A look without steps still needs batches of the right shape; so do places past the last step.
-        steps = [min(step, max(piece.stop - 1, 0)) for step in range(piece.start, piece.start + length)]
-        different = list(dict.fromkeys(steps))
-        rows = dict(zip(different, readers.map(stream.__getitem__, different), strict=True))
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[rows[step] for step in steps])
-        return place(stacked, sharding)
-
-    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for piece in pieces:
-            loading = piece, thread.submit(load, piece)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = loading
-        if waiting:
-            yield waiting[0], waiting[1].result()
