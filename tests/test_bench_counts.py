@@ -14,7 +14,7 @@ from mars_jax.config import load_config
 from mars_jax.flops import evaluation_flops, lane_step_flops
 from mars_jax.probe.leaving import Leaving
 from mars_jax.probe.loop import run_group
-from mars_jax.programs import probe_programs
+from mars_jax.programs import covering_engine, probe_programs
 from mars_jax.rundir import RunDirectory
 from mars_jax.search import planned_lanes
 from mars_jax.workspace import Workspace
@@ -34,7 +34,7 @@ def probed(tmp_path_factory):
     """What two processes compiled for the probes of a tiny job, and the workspace and folder of the first."""
     folder = tmp_path_factory.mktemp("counts")
     base, train = tiny_job.checkpoint(folder / "base"), tiny_job.records(folder, 48)
-    probe = {"num_samples": [8, 32], "steps": 8, "patience": None, "lanes_per_program": 5}
+    probe = {"num_samples": [8, 32], "steps": 8, "patience": None, "lanes_per_program": 5, "validation_samples": 3}
     config = tiny_job.config(folder / "job.yaml", base, train, folder / "first", probe=probe)
     found = b2.two_processes(folder, [], config, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     workspace = Workspace(load_config(config), own.Warnings())
@@ -54,6 +54,21 @@ def test_a_second_process_compiles_nothing(probed):
     (first, second), _, _ = probed
     assert (second["compiles"], second["misses"]) == (0, 0)
     assert second["hits"] == first["compiles"]
+
+
+def test_a_short_final_run_takes_the_program_of_the_probes_and_a_long_one_its_own(probed):
+    _, workspace, _ = probed
+    programs = probe_programs(workspace, planned_lanes(workspace.config), workspace.default_lane_block)
+    ranks = {"vision": 2, "projector": 2, "llm": 4}
+    assert covering_engine(workspace, programs, [ranks], steps=16) is programs[0].engine
+    own_engine = covering_engine(workspace, programs, [ranks], steps=10**9)
+    assert (own_engine.layout.ranks, own_engine.num_slots, own_engine.lane_block) == (ranks, 1, 1)
+    # Both looks get the same arrays, or the program would be compiled again; each reads its own samples.
+    batches = workspace.validation_batches(4)
+    everything = len(workspace.search.validation)
+    assert (workspace.look_batches(3, 4), workspace.look_batches(256, 4), len(batches["tokens"])) == (1, 2, 2)
+    real = batches["target_weights"].any(-1)
+    assert (real[0].sum(), real.sum()) == (3, everything)
 
 
 def test_the_cost_of_a_probe_phase_is_that_of_its_events(probed):
