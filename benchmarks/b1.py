@@ -8,8 +8,8 @@ adapters, order of the data, AdamW, horizons and looks are the same on both side
 PEFT runs the 48 cells one after the other, with logits at all positions, as users do. Its seconds are those of adding
 the adapter, steps and looks; fetching batches and turning them into tensors are told apart. Ours switches on one saving
 after the other:
-  one_lane  the same 48 cells, a lane at a time: one slot, blocks of one;
-  blocks    the same 48 cells, the 16 pairs of a D as one group in blocks of lanes;
+  one_lane  the same 48 cells, a lane at a time, whose products the cores share;
+  cores     the same 48 cells, the 16 pairs of a D as one group, a lane on each core at a time;
   nested    the same 48 cells from 16 lanes of the largest D, which are read at every D;
   cross     as nested, but only the pairs of the laws' design (each module's ranks in turn, and the corners), so FEWER
             cells: the statistics that the performance law is fitted to, not the same grid. The rule `loss_fraction`
@@ -62,10 +62,10 @@ def main() -> None:
     with Conditions(options.anyway) as conditions:
         grid = Grid(form)
         variants = grid.variants()
-        first_use = {name: grid.first_use(variants[name]) for name in ("one_lane", "blocks")}
-        # These run the programs of "blocks", so they would compile the same.
-        first_use |= dict.fromkeys(("nested", "cross"), first_use["blocks"])
-        steps_gate = gate_steps(grid, variants["blocks"])
+        first_use = {name: grid.first_use(variants[name]) for name in ("one_lane", "cores")}
+        # These run the programs of "cores", so they would compile the same.
+        first_use |= dict.fromkeys(("nested", "cross"), first_use["cores"])
+        steps_gate = gate_steps(grid, variants["cores"])
         check(steps_gate[GATE_RATE])
         grid.peft_lane(grid.lanes[0], [0, 8])  # warm
 
@@ -73,7 +73,7 @@ def main() -> None:
         cell_seconds: list[dict[Cell, float]] = []
         with CompileCounter() as counter:
             for repeat in range(options.repeats):
-                slow = ["one_lane", "blocks"] if repeat < form.slow_rounds else []
+                slow = ["one_lane", "cores"] if repeat < form.slow_rounds else []
                 for name in ["peft", *slow, "nested", "cross"][:: -1 if repeat % 2 else 1]:
                     if name == "peft":
                         ran, seconds = grid.peft_cells()
@@ -108,8 +108,8 @@ def main() -> None:
                 "num_samples": list(form.num_samples),
                 "steps": {size: grid.steps(size) for size in form.num_samples},
                 "looks": grid.looks(form.num_samples[-1]),
-                "lane_block": variants["blocks"].programs[0].engine.lane_block,
-                "programs": [dict(program.bucket.padded_ranks) for program in variants["blocks"].programs],
+                "lane_block": variants["cores"].programs[0].engine.lane_block,
+                "programs": [dict(program.bucket.padded_ranks) for program in variants["cores"].programs],
             },
             "cells": cells,
             "same_cells": ratios["nested"],
@@ -120,7 +120,7 @@ def main() -> None:
                 "with the one-module lanes that loss_fraction needs": len(planned_lanes(grid.workspace.config)),
             },
             "sides": {name: summary(of_side) for name, of_side in sides.items()},
-            "first_use": {name: first_use[name] for name in ("one_lane", "blocks")},
+            "first_use": {name: first_use[name] for name in ("one_lane", "cores")},
             "compiles_while_timed": counter.programs,
             "gate": {"tolerance": TOLERANCE, "steps_by_rate_factor": steps_gate, "cells": cells_gate},
             "backend": jax.default_backend(),

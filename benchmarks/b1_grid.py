@@ -174,24 +174,28 @@ class Grid:
 
     def variants(self) -> dict[str, Variant]:
         """Each saving on top of those before."""
-        blocks = probe_programs(self.workspace, self.lanes, self.workspace.default_lane_block)
+        together = probe_programs(self.workspace, self.lanes, self.workspace.default_lane_block)
         alone = [
             replace(
                 program,
                 groups=lane_groups(program.bucket.lanes, 1),
                 engine=self.workspace.engine(
-                    program.bucket.padded_ranks, 1, 1, cached_encoder=program.bucket.cached_encoder
+                    program.bucket.padded_ranks,
+                    1,
+                    1,
+                    cached_encoder=program.bucket.cached_encoder,
+                    mesh=self.workspace.single_lane_mesh,
                 ),
             )
-            for program in blocks
+            for program in together
         ]
         everyone = frozenset(lane.name for lane in self.lanes)
         design = frozenset(lane.name for lane in plan_lanes(self.workspace.grids, self.form.num_samples[-1:], 1))
         return {
             "one_lane": Variant(alone, everyone, separate=True),
-            "blocks": Variant(blocks, everyone, separate=True),
-            "nested": Variant(blocks, everyone, separate=False),
-            "cross": Variant(blocks, design, separate=False),
+            "cores": Variant(together, everyone, separate=True),
+            "nested": Variant(together, everyone, separate=False),
+            "cross": Variant(together, design, separate=False),
         }
 
     def run(
@@ -213,7 +217,7 @@ class Grid:
                         run_group(
                             lanes,
                             wrap(program.engine),
-                            self.workspace.base,
+                            self.workspace.base_on(program.engine.mesh),
                             self.stream,
                             self.validation,
                             self.rates,

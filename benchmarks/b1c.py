@@ -2,11 +2,11 @@
 
 Both sides train from the same drawn adapter on the same batch of the demo (16 samples), with the same AdamW, in float32
 on two threads. A round times ten steps of every side, forwards and backwards in turn. Ours is a call of the probe
-engine's compiled chunk, transfers from the host included, with one lane or two in a block, without padding (the lanes
-have the program's ranks); its compile isn't in it. PEFT runs its steps with logits at all positions, as users do, or at
+engine's compiled chunk, transfers from the host included, without padding (the lanes have the program's ranks): a lane
+on each core, as probes run, or one lane or a block of two whose products the cores share; its compile isn't in it. PEFT runs its steps with logits at all positions, as users do, or at
 the supervised ones only; adding the adapter, four steps to warm up and turning the batch into tensors aren't in it.
 
-figure = milliseconds of a PEFT step (all positions) / milliseconds of our lane-step at the default block, medians.
+figure = milliseconds of a PEFT step (all positions) / milliseconds of our lane-step, a lane on each core, medians.
 
     python benchmarks/b1c.py [--short] [--anyway] [--repeats N] [--out FOLDER]
 """
@@ -29,6 +29,7 @@ from demo_job import (
 from own import publish
 from peft_side import Head
 
+from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane
 from mars_jax.workspace import Workspace
 
@@ -46,13 +47,16 @@ def main() -> None:
         workspace = demo_workspace()
         lane = Lane(rank_vector(RANK, RANK), max(workspace.config.probe.num_samples), seed=0)
         batch = workspace.probe_stream(lane, cached_encoder=False)[0]
-        default = workspace.default_lane_block
+        cores = workspace.mesh.size
         sides: dict[str, Side] = {}
         losses: dict[str, np.ndarray] = {}
         first_use_seconds: dict[str, float] = {}
-        for block in sorted({1, 2, default}):
-            name = f"ours_block_{block}"
-            sides[name], losses[name], first_use_seconds[name] = our_side(workspace, lane, batch, block)
+        engines = {
+            f"ours_block_{n}": workspace.engine(lane.ranks, n, n, mesh=workspace.single_lane_mesh) for n in (1, 2)
+        }
+        engines["ours"] = workspace.engine(lane.ranks, cores, workspace.default_lane_block)
+        for name, engine in engines.items():
+            sides[name], losses[name], first_use_seconds[name] = our_side(workspace, lane, batch, engine)
         for head in get_args(Head):
             name = f"peft_head_{head}"
             sides[name], losses[name] = peft_side(workspace, lane, batch, head)
@@ -71,8 +75,8 @@ def main() -> None:
     publish(
         options,
         "b1c",
-        ratios[f"peft_head_all / ours_block_{default}"]["median"],
-        f"ms of a PEFT step / ms of our lane-step in blocks of {default}",
+        ratios["peft_head_all / ours"]["median"],
+        f"ms of a PEFT step / ms of our lane-step, {cores} lanes side by side, one a core",
         "above 1",
         {
             "repeats": options.repeats,
@@ -91,23 +95,22 @@ def main() -> None:
 
 
 def our_side(
-    workspace: Workspace, lane: Lane, batch: Mapping[str, np.ndarray], block: int
+    workspace: Workspace, lane: Lane, batch: Mapping[str, np.ndarray], engine: Engine
 ) -> tuple[Side, np.ndarray, float]:
-    """The side of a program whose blocks hold copies of one lane; its losses; seconds its first use took longer."""
-    engine = workspace.engine(lane.ranks, block, block)
-    fixed = FixedBatch(workspace, batch, STEPS)
+    """The side of a program whose slots hold copies of one lane; its losses; seconds its first use took longer."""
+    fixed, lanes = FixedBatch(workspace, batch, STEPS), engine.num_slots
     state = fixed.fresh(engine, [lane])
 
     def side() -> float:
         nonlocal state
         start = time.perf_counter()
-        state, _ = fixed.train(engine, state, block)
-        return (time.perf_counter() - start) / (STEPS * block)
+        state, _ = fixed.train(engine, state, lanes)
+        return (time.perf_counter() - start) / (STEPS * lanes)
 
     start = time.perf_counter()
-    state, losses = fixed.train(engine, state, block)
+    state, losses = fixed.train(engine, state, lanes)
     first = time.perf_counter() - start
-    return side, losses[0], first - STEPS * block * side()
+    return side, losses[0], first - STEPS * lanes * side()
 
 
 def peft_side(workspace: Workspace, lane: Lane, batch: Mapping[str, np.ndarray], head: Head) -> tuple[Side, np.ndarray]:

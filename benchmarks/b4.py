@@ -1,17 +1,17 @@
 """B4: what K lanes in one program gain over K lanes trained one after the other, by number of lanes and token load.
 
-Lanes of the demo at its largest ranks train on one batch of 2, 8 or 16 samples of 43 tokens, in float32 on two threads;
+Lanes of the demo at its largest ranks train on one batch of 2 or 16 samples of 43 tokens, in float32 on two threads;
 a time is that of a lane-step. The lanes differ in nothing that matters for time, and no side's compile is in it.
   sequential   each lane by calls of its own to a program of one lane: the yardstick
-  vmap         the K lanes in one block of K, vectorised
-  loop         the K lanes in one call, in blocks of one
-  blocks       the K lanes in one call, in blocks of the default size: what the probe phase does (from that size on)
+  vmap         the K lanes in one block of K, vectorised, whose products the cores share
+  loop         the K lanes in one call, in blocks of one, likewise
+  cores        the K lanes in one call, one a core at a time: what the probe phase does
   torch_vmap   torch.func's vmap of grad over stacked adapters (K up to 4), logits at all positions
   peft_loop    PEFT, one lane after the other, logits at all positions; its batch is cut to its longest sample
 `sequential` and `peft_loop` are the same for any number of lanes, and stand at the most and at one. A few tokens keep a
-CPU busy, so about 1 is to be expected of all our rows; those below 1 are losses, and are listed.
+CPU busy, so about 1 is to be expected of `vmap` and `loop`; those of our rows below 1 are losses, and are listed.
 
-figure = sequential / blocks, seconds of a lane-step at most lanes and the demo's batch, medians.
+figure = sequential / cores, seconds of a lane-step at most lanes and the demo's batch, medians.
 
     python benchmarks/b4.py [--short] [--anyway] [--repeats N] [--out FOLDER]
 """
@@ -58,7 +58,7 @@ class Form:
     torch_lanes: int
 
 
-FULL = Form(lanes=(1, 2, 4, 8), batch_sizes=(2, 8, 16), torch_lanes=4)
+FULL = Form(lanes=(1, 2, 4, 8), batch_sizes=(2, 16), torch_lanes=4)
 SHORT = Form(lanes=(1, 2), batch_sizes=(2,), torch_lanes=2)
 
 
@@ -77,13 +77,13 @@ def main() -> None:
         for batch_size, load in loads.items()
         for lanes, ratios in load["sequential_over"].items()
         for row, ratio in ratios.items()
-        if ratio < 1.0 and row in ("vmap", "loop", "blocks")
+        if ratio < 1.0 and row in ("vmap", "loop", "cores")
     ]
     publish(
         options,
         "b4",
-        loads[form.batch_sizes[-1]]["sequential_over"][largest]["blocks"],
-        f"s of a lane-step, {largest} lanes in turn / s of it in blocks of the default size",
+        loads[form.batch_sizes[-1]]["sequential_over"][largest]["cores"],
+        f"s of a lane-step, {largest} lanes in turn / s of it side by side, a lane on each core",
         "at least 1: lanes together are never slower",
         {
             "repeats": options.repeats,
@@ -102,14 +102,17 @@ def measure(workspace: Workspace, form: Form, repeats: int) -> dict[str, Any]:
     lanes = [Lane(ranks, max(workspace.config.probe.num_samples), seed) for seed in range(most)]
     batch = workspace.probe_stream(lanes[0], cached_encoder=False)[0]
     fixed = FixedBatch(workspace, batch, STEPS)
-    engines = {block: workspace.engine(ranks, most, block) for block in sorted({1, default, *form.lanes})}
-    sides: dict[tuple[str, int], Side] = {("sequential", most): sequential(fixed, workspace.engine(ranks, 1, 1), lanes)}
+    one_device = workspace.single_lane_mesh
+    engines = {block: workspace.engine(ranks, most, block, mesh=one_device) for block in sorted({1, *form.lanes})}
+    tuned = workspace.engine(ranks, most, default)
+    alone = workspace.engine(ranks, 1, 1, mesh=one_device)
+    sides: dict[tuple[str, int], Side] = {("sequential", most): sequential(fixed, alone, lanes)}
     for count in form.lanes:
         if count > 1:
             sides["vmap", count] = together(fixed, engines[count], lanes[:count])
             sides["loop", count] = together(fixed, engines[1], lanes[:count])
-        if count >= default:
-            sides["blocks", count] = together(fixed, engines[default], lanes[:count])
+        if count >= workspace.mesh.size:
+            sides["cores", count] = together(fixed, tuned, lanes[:count])
 
     grid = peft_grid(workspace, "all")
     encoded, rates = grid.encode(batch), workspace.learning_rates()

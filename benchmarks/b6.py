@@ -1,7 +1,7 @@
 """B6: peak memory of K lanes in one process of ours, against K concurrent PEFT processes, and against one.
 
 Fresh processes each: the demo's base and data at its largest ranks, batches of 16 samples. Ours runs two calls of the
-compiled chunk and a look over K lanes, in blocks of two. It is measured twice: with an empty compile cache, so with
+compiled chunk and a look over K lanes, one a core at a time. It is measured twice: with an empty compile cache, so with
 XLA's own memory while it compiles, and with the programs on disk. A PEFT process imports transformers, PEFT and torch
 (no JAX), trains four steps at logits of all positions and waits until all have; then the kernel is asked for each one's
 peak resident set (VmHWM), and for its proportional share of what they have in common (Pss). The slope per lane is set

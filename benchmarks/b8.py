@@ -1,7 +1,7 @@
 """B8: how much of the probe phase of the demo is useful, and what the host adds to it.
 
 The lanes of configs/demo.yaml run as `mars probe` runs them, patience, checkpoints and all, in one process. Told are:
-lane-steps against the steps that the compiled blocks had room for (a block of two with one lane left is half empty);
+lane-steps against the steps that the compiled blocks had room for;
 seconds in the convergence rule and the records, and in the fits of both laws, against those of the probe phase without
 compiling; how often the host waits for the device (it reads results after each call of the chunk, and nowhere else);
 how long the device waits for batches (a call's batches that were ready only after the call before had ended), and how

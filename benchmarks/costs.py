@@ -5,7 +5,7 @@ program pads to, and with the empty places of its blocks. XLA's count is within 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,19 +53,19 @@ def group_cost(
     looks: Sequence[int],
     *,
     padded_ranks: Ranks,
-    block: int = 1,
+    places: Callable[[int], int] = int,
     batch_size: int,
     look_samples: int,
     cached_encoder: bool = False,
 ) -> Cost:
-    """Lanes that run together on one device.
+    """Lanes that run together.
 
     Args:
         workspace: of the run.
         ends: step at which each lane left or ended, one of `looks`.
         looks: steps of the looks, rising from 0, at which one lane is looked at for all.
         padded_ranks: module -> columns of the program.
-        block: lanes in one vectorised step.
+        places: lanes that are computed when some number of them is run.
         batch_size: samples a step, and a batch of a look.
         look_samples: validation samples of a look.
         cached_encoder: whether the program reads the vision encoder's output.
@@ -77,13 +77,12 @@ def group_cost(
     look_batches = workspace.look_batches(look_samples, batch_size)
 
     lane_steps = executed_steps = 0
-    executed_looks = block  # step 0
+    executed_looks = places(1)  # step 0
     for before, look in pairwise(looks):
         active = sum(end >= look for end in ends)
-        places = block * math.ceil(active / block)
         lane_steps += active * (look - before)
-        executed_steps += places * (look - before)
-        executed_looks += places
+        executed_steps += places(active) * (look - before)
+        executed_looks += places(active)
     return Cost(
         lane_steps,
         executed_steps,
@@ -105,7 +104,7 @@ def probes(workspace: Workspace, programs: Sequence[Program], directory: RunDire
                 event["steps"],
                 looks,
                 padded_ranks=program.bucket.padded_ranks,
-                block=program.engine.lane_block,
+                places=program.engine.places,
                 batch_size=settings.batch_size,
                 look_samples=settings.validation_samples,
                 cached_encoder=program.bucket.cached_encoder,
@@ -186,7 +185,7 @@ def _in_engine(
         ends,
         looks,
         padded_ranks=engine.layout.ranks,
-        block=engine.lane_block,
+        places=engine.places,
         batch_size=batch_size,
         look_samples=workspace.config.finetune.validation_samples,
         cached_encoder=engine.cached_encoder,

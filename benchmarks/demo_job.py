@@ -4,7 +4,6 @@ It measures nothing by itself. Both sides run in one process, on the same two co
 """
 
 import argparse
-import math
 import os
 import statistics
 import sys
@@ -14,16 +13,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
+from mars_jax.environment import cpu_device_for_each_core
+
+# Read when JAX and XLA are loaded.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ |= cpu_device_for_each_core()
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from peft_side import Head, PeftGrid
 from PIL import Image
 from results import MAX_FOREIGN_CORES, foreign_load, require_quiet
 
 from mars_jax.config import load_config
-from mars_jax.probe.engine import Engine, LaneState, Work
+from mars_jax.probe.engine import Engine, LaneState
+from mars_jax.probe.feed import Piece
+from mars_jax.probe.loop import Schedule, chunk_work, lane_slots
 from mars_jax.probe.plan import Lane
 from mars_jax.progress import ConsoleReporter
 from mars_jax.sharding import chunk_sharding, place
@@ -166,13 +172,15 @@ class FixedBatch:
     def __init__(self, workspace: Workspace, batch: Mapping[str, np.ndarray], steps: int) -> None:
         """`steps` is the number of steps of a call; validation is one batch, which isn't read."""
         self._workspace, self._steps = workspace, steps
-        by_sample = chunk_sharding(workspace.mesh)
-        self._batches = place({name: np.stack([leaf] * steps) for name, leaf in batch.items()}, by_sample)
-        self._validation = place({name: leaf[None] for name, leaf in batch.items()}, by_sample)
+        self._schedule = Schedule(np.ones(steps, np.float32), [0, steps], looks_per_doubling=0, chunk_steps=steps)
+        self._batches = {name: np.stack([leaf] * steps) for name, leaf in batch.items()}
+        self._validation = {name: leaf[None] for name, leaf in batch.items()}
+        self._placed: dict[Mesh, Any] = {}
 
     def fresh(self, engine: Engine, lanes: Sequence[Lane]) -> LaneState:
-        """The state of lanes in the engine's first slots, and of copies of the last lane in the others."""
-        filled = [lanes[min(slot, len(lanes) - 1)] for slot in range(engine.num_slots)]
+        """The state of lanes in their slots, and of copies of the last lane in the others."""
+        by_slot = dict(zip(lane_slots(len(lanes), engine), lanes, strict=True))
+        filled = [by_slot.get(slot, lanes[-1]) for slot in range(engine.num_slots)]
         rates = self._workspace.learning_rates()
         return engine.init(
             np.asarray([lane.seed for lane in filled], np.int32),
@@ -181,18 +189,12 @@ class FixedBatch:
         )
 
     def train(self, engine: Engine, state: LaneState, lanes: int) -> tuple[LaneState, np.ndarray]:
-        """Trains the lanes in the first slots; returns the state and their losses [lanes, steps]."""
-        block, slots = engine.lane_block, np.arange(-(-engine.num_slots // engine.lane_block) * engine.lane_block)
-        work = Work(
-            slots=np.where(slots < lanes, slots, engine.num_slots).astype(np.int32),
-            num_blocks=np.asarray([math.ceil(lanes / block)], np.int32),
-            batches=self._batches,
-            multipliers=np.ones(self._steps, np.float32),
-            num_steps=np.int32(self._steps),
-            look=np.bool_(False),
-            step=np.int32(self._steps),
-            half=np.bool_(False),
-            look_batches=np.int32(1),
-        )
-        state, losses, _ = engine.chunk(state, self._workspace.base_on(engine.mesh), self._validation, work)
-        return state, np.asarray(losses)[:lanes]
+        """Trains some number of lanes; returns the state and their losses [lanes, steps]."""
+        if engine.mesh not in self._placed:
+            batches = place((self._batches, self._validation), chunk_sharding(engine.mesh))
+            self._placed[engine.mesh] = (*batches, self._workspace.base_on(engine.mesh))
+        batches, validation, base = self._placed[engine.mesh]
+        slots, piece = lane_slots(lanes, engine), Piece(0, self._steps, look=False)
+        work = chunk_work(engine, slots, batches, piece, self._schedule, look_batches=1)
+        state, losses, _ = engine.chunk(state, base, validation, work)
+        return state, np.asarray(losses)[slots]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from results import RESULTS, write_result
 
+from mars_jax.environment import cpu_device_for_each_core
 from mars_jax.jsonfiles import dump_json
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def start_child(script: str, spec: Mapping[str, Any], **environment: str) -> sub
 
 
 def quiet_environment() -> dict[str, str]:
-    """Of a process on the CPU whose XLA doesn't log a false error for each program read from disk."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    """Of a process on the CPU, a device for each core as `mars` has it, whose XLA logs no false error (see cli.py)."""
+    quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    return {**os.environ, **cpu_device_for_each_core(), **quiet}
 
 
 def read_answer(process: subprocess.Popen[str]) -> Document:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mars_jax
+from mars_jax.environment import cpu_device_for_each_core
 from mars_jax.errors import ConfigError, DoesNotFitError, MarsError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def main() -> None:
     # XLA logs an error, a false one, for each program for a CPU with AVX-512 that comes from the compile cache
     # (openxla/xla#44565). Its true errors are exceptions too.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ |= cpu_device_for_each_core()
     app()
 
 

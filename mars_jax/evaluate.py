@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from mars_jax import lora
 from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, subset
@@ -23,6 +24,7 @@ from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
 from mars_jax.data.records import Record
 from mars_jax.jsonfiles import append_jsonl, write_json
 from mars_jax.rundir import RunDirectory
+from mars_jax.sharding import place, row_sharding
 from mars_jax.workspace import Workspace
 
 Tree = Any
@@ -94,6 +96,7 @@ class Evaluator:
         batch_size: int,
         controls: bool,
         seed: int,
+        rows: NamedSharding | None = None,
     ) -> None:
         """Plans the shapes of every condition.
 
@@ -106,9 +109,13 @@ class Evaluator:
             batch_size: B; all candidates follow the record in one sequence.
             controls: whether to measure without pictures and with shuffled ones too.
             seed: of the shuffled pictures.
+            rows: how the samples of a batch are split over the devices that the base lies on.
         """
+        if rows is not None:
+            parts = rows.num_devices
+            batch_size = parts * -(-batch_size // parts)
         self._base, self._preprocessor, self._batch_size = base, preprocessor, batch_size
-        self._controls = controls
+        self._controls, self._rows = controls, rows
         self.candidates = tuple(candidates)
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and len({record.group for record in records if record.images}) > 1:
@@ -165,12 +172,15 @@ class Evaluator:
         self, adapters: Tree, batch: Mapping[str, Any], answers: Mapping[str, Any] | None
     ) -> tuple[np.ndarray, ...]:
         """Losses, supervised tokens and likeliest candidates of a batch, each [B] (candidates [0] when not scored)."""
-        losses = np.asarray(self._losses(self._base, adapters, batch))
+        losses = np.asarray(self._losses(self._base, adapters, self._on_devices(batch)))
         choices = np.zeros(0, np.int64)
         if answers is not None:
-            scores = self._candidate_losses(self._base, adapters, answers)
+            scores = self._candidate_losses(self._base, adapters, self._on_devices(answers))
             choices = np.asarray(jnp.argmin(scores, axis=0))
         return losses, batch["target_weights"].sum(axis=1), choices
+
+    def _on_devices(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return place(dict(batch), self._rows) if self._rows else batch
 
     def _outcome(self, chunks: Sequence[tuple[np.ndarray, ...]]) -> Outcome:
         losses, tokens, choices = (np.concatenate(column) for column in zip(*chunks, strict=True))
@@ -219,6 +229,7 @@ def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) 
         batch_size=settings.batch_size,
         controls=settings.controls,
         seed=workspace.config.seed,
+        rows=row_sharding(workspace.mesh),
     )
     trainable, scales = lora.split_trainable(adapters)
     untrained = lora.join_trainable(jax.tree.map(jnp.zeros_like, trainable), scales)

@@ -13,6 +13,7 @@ from mars_jax.flops import lane_step_flops
 from mars_jax.probe.buckets import Bucket, plan_buckets
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane, Ranks
+from mars_jax.sharding import share_cores
 from mars_jax.workspace import Workspace, physical_memory_bytes
 
 # FLOPs done in the time of one compile: 15 to 30 seconds at what each kind of device reaches on small models.
@@ -85,7 +86,7 @@ def covering_engine(
     """
     needed = {module: max(ranks[module] for ranks in rank_vectors) for module in rank_vectors[0]}
     count = len(rank_vectors)
-    # One lane can't be split over lane devices: its samples are.
+    # One lane can't be split over lane devices: its samples are, and on a CPU its products.
     mesh = workspace.mesh if count > 1 else workspace.single_lane_mesh
     devices = mesh.shape["lane"]
     slots = devices * -(-count // devices)
@@ -94,10 +95,10 @@ def covering_engine(
     chosen = None
     for program in programs:
         engine, padded = program.engine, program.bucket.padded_ranks
-        fits = engine.mesh == mesh and engine.num_slots >= count and not engine.cached_encoder
+        fits = engine.num_slots >= count and not engine.cached_encoder
+        fits &= engine.mesh == mesh or share_cores(engine.mesh)
         if fits and all(padded[module] >= rank for module, rank in needed.items()):
-            room = devices * engine.lane_block * -(-count // (devices * engine.lane_block))
-            cost = steps * room * step_flops(workspace, padded)
+            cost = steps * engine.places(count) * step_flops(workspace, padded)
             if cost <= best:
                 best, chosen = cost, engine
     return chosen or workspace.engine(needed, slots, block, mesh=mesh)

@@ -81,6 +81,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def share_cores(mesh: Mesh) -> bool:
+    """Whether the devices are cores of this machine that split nothing but lanes: an idle one leaves room to others."""
+    return mesh.devices.flat[0].platform == "cpu" and mesh.shape["lane"] == mesh.size
+
+
 def base_shardings(abstract_base: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """The sharding of every parameter of a base.
 
@@ -125,6 +130,11 @@ def base_shardings(abstract_base: Mapping[str, Any], mesh: Mesh) -> dict[str, An
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the samples of a batch [B, ...] over data and fsdp; see `check_batch`."""
     return NamedSharding(mesh, PartitionSpec(_BATCH_AXES))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the rows of an array [B, ...] over every axis but `tensor`, for work that has no lanes."""
+    return NamedSharding(mesh, PartitionSpec(("lane", *_BATCH_AXES)))
 
 
 def chunk_sharding(mesh: Mesh) -> NamedSharding:

@@ -32,7 +32,7 @@ from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
 from mars_jax.progress import Reporter
-from mars_jax.sharding import base_shardings, check_batch, make_mesh, place
+from mars_jax.sharding import REST, base_shardings, check_batch, make_mesh, place, share_cores
 
 if TYPE_CHECKING:
     import grain
@@ -40,10 +40,12 @@ if TYPE_CHECKING:
 _UNLIMITED = 2**31
 # Of a device's memory, what a step may plan for; the rest is for batches and for what a plan misses.
 _MEMORY_SHARE = 0.8
-# Tokens in flight at which an accelerator is busy. CPUs always are, but two lanes hide what a step costs besides
-# products.
+# Of the machine's memory, what copies of the base may take, of which every core that runs lanes has one.
+_COPIES_SHARE = 0.25
+# Tokens in flight at which an accelerator is busy. A core always is; of cores that share a lane's products, two lanes
+# hide what a step costs besides them.
 _SATURATED_TOKENS = 4096
-_CPU_LANE_BLOCK = 2
+_SHARED_CORES_LANE_BLOCK = 2
 
 
 class Workspace:
@@ -159,7 +161,7 @@ class Workspace:
         asked = self.config.model.remat
         if asked != "auto":
             return asked
-        needed, there = self.step_bytes("none"), _MEMORY_SHARE * device_memory_bytes()
+        needed, there = self.step_bytes("none"), _MEMORY_SHARE * device_memory_bytes(self.mesh)
         if needed <= there:
             return "none"
         self.reporter.notice(
@@ -172,7 +174,7 @@ class Workspace:
     def default_lane_block(self) -> int:
         """Lanes in one vectorised step of a device, where nothing was measured."""
         if jax.default_backend() == "cpu":
-            return _CPU_LANE_BLOCK
+            return 1 if self.mesh.size > 1 else _SHARED_CORES_LANE_BLOCK
         return math.ceil(_SATURATED_TOKENS / (self.config.probe.batch_size * self.shapes.max_tokens))
 
     def step_bytes(self, remat: str) -> int:
@@ -202,16 +204,33 @@ class Workspace:
         Raises:
             ConfigError: sizes that don't fit the devices, or a base or batch that they don't divide.
         """
-        mesh = make_mesh(self.config.mesh.model_dump())
+        mesh = make_mesh(self.config.mesh.model_dump(), self._devices)
         for batch_size in (self.config.probe.batch_size, self.config.finetune.batch_size):
             check_batch(batch_size, mesh)
         base_shardings(self.abstract_base, mesh)
         return mesh
 
+    @property
+    def _devices(self) -> list[jax.Device]:
+        """Those to use: of the cores of a CPU as many as lanes, and as copies of the base, are to be in memory."""
+        devices = jax.devices()
+        sizes = self.config.mesh.model_dump()
+        cores = jax.default_backend() == "cpu" and jax.process_count() == 1
+        if not cores or sizes.pop("lane") != REST or any(size != 1 for size in sizes.values()):
+            return devices
+        base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_base))
+        copies = int(_COPIES_SHARE * physical_memory_bytes() / base)
+        return devices[: max(1, min(copies, self.config.probe.lanes_per_program))]
+
     @cached_property
     def single_lane_mesh(self) -> Mesh:
-        """The same devices for one lane: its samples are split over those that lanes were, where they divide."""
+        """The same devices for one lane: its samples are split over those that lanes were, where they divide.
+
+        Cores need no splitting: they share the products of a lane.
+        """
         sizes = dict(self.mesh.shape)
+        if share_cores(self.mesh):
+            return make_mesh({}, list(self.mesh.devices.flat[:1]))
         if sizes["lane"] == 1 or self.config.finetune.batch_size % (sizes["lane"] * sizes["data"] * sizes["fsdp"]):
             return self.mesh
         return make_mesh({**sizes, "lane": 1, "data": sizes["lane"] * sizes["data"]}, list(self.mesh.devices.flat))
@@ -315,7 +334,8 @@ class Workspace:
     def _encode(self) -> Callable[[Any], Any]:
         apply = jax.jit(lambda base, pixels: self.model.apply({"params": base}, pixels, method="encode"))
         dtype = jnp.dtype(self.config.model.dtype)
-        return lambda pixels: jax.device_get(apply(self.base, pixels.astype(dtype)))
+        base = self.base_on(self.single_lane_mesh)
+        return lambda pixels: jax.device_get(apply(base, pixels.astype(dtype)))
 
     @cached_property
     def _feature_source(self) -> FeatureSource:
@@ -391,10 +411,10 @@ class Workspace:
                 )
 
 
-def device_memory_bytes() -> int:
-    """Memory of one device: an accelerator's own, or that of this machine."""
+def device_memory_bytes(mesh: Mesh) -> int:
+    """Memory of one device of a mesh: an accelerator's own, or its part of this machine's."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", physical_memory_bytes())
+    return stats.get("bytes_limit", physical_memory_bytes() // mesh.local_mesh.size)
 
 
 def physical_memory_bytes() -> int:

@@ -36,7 +36,7 @@ def probed(tmp_path_factory):
     base, train = tiny_job.checkpoint(folder / "base"), tiny_job.records(folder, 48)
     probe = {"num_samples": [8, 32], "steps": 8, "patience": None, "lanes_per_program": 5, "validation_samples": 3}
     config = tiny_job.config(folder / "job.yaml", base, train, folder / "first", probe=probe)
-    found = b2.two_processes(folder, [], config, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    found = b2.two_processes(folder, [], config, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_NUM_CPU_DEVICES="1")
     workspace = Workspace(load_config(config), own.Warnings())
     workspace.mesh = tiny_lanes.mesh({"lane": 1})  # as it was in those processes
     return found, workspace, RunDirectory(folder / "first")
@@ -87,7 +87,13 @@ def test_lanes_that_leave_cost_no_more_and_half_a_block_costs_a_whole_one(probed
     _, workspace, _ = probed
     sizes = {"batch_size": 4, "tokens": workspace.shapes.max_tokens}
     sizes |= {"tiles": workspace.shapes.max_tiles, "supervised": workspace.shapes.max_supervised}
-    cost = costs.group_cost(workspace, [8, 4, 4], [0, 4, 8], padded_ranks=SIX, block=2, batch_size=4, look_samples=256)
+
+    def pairs(lanes):
+        return 2 * -(-lanes // 2)
+
+    cost = costs.group_cost(
+        workspace, [8, 4, 4], [0, 4, 8], padded_ranks=SIX, places=pairs, batch_size=4, look_samples=256
+    )
     assert (cost.lane_steps, cost.executed_lane_steps) == (8 + 4 + 4, 4 * 4 + 4 * 2)
     looks = (2 + 4 + 2) * -(-len(workspace.search.validation) // 4)  # batches: one lane's at step 0, then as steps
     model = (workspace.model_config, workspace.targets, SIX)

@@ -4,7 +4,7 @@ A lane's ranks, seed, learning rates and schedule are data, never attributes: on
 The final fine-tune and the local sweep are lanes too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mars_jax import lora
 from mars_jax.models.llava_onevision import Batch
 from mars_jax.probe.layout import Layout
+from mars_jax.sharding import share_cores
 
 Tree = Any
 _LANES = PartitionSpec("lane")
@@ -91,6 +92,20 @@ class Engine:
     def lane_devices(self) -> int:
         """L, devices along the mesh's lane axis."""
         return self.mesh.shape["lane"]
+
+    def blocks(self, counts: Sequence[int]) -> list[int]:
+        """Blocks that each lane device runs in a call, from the lanes that it is to run.
+
+        The same number on every device, since those that share a base wait for one another at every product, and the
+        others would wait at the end; but cores do what is left to do.
+        """
+        blocks = [-(-count // self.lane_block) for count in counts]
+        return blocks if share_cores(self.mesh) else [max(blocks)] * len(blocks)
+
+    def places(self, lanes: int) -> int:
+        """Lanes that a call computes when it is to run some number of them, dealt out over the devices."""
+        counts = [len(range(device, lanes, self.lane_devices)) for device in range(self.lane_devices)]
+        return sum(self.blocks(counts)) * self.lane_block
 
 
 def mean_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch) -> Array:

@@ -150,7 +150,7 @@ def run_group(
         NoValidResultError: the loss before the first step is not finite.
         Interrupted: a signal asked to stop; a checkpoint was saved where there is a place for it.
     """
-    slots = _slots(len(lanes), engine)
+    slots = lane_slots(len(lanes), engine)
     by_sample = chunk_sharding(engine.mesh)
     look_batches = look_batches or len(jax.tree.leaves(validation)[0])
     validation = place(validation, by_sample)
@@ -181,7 +181,7 @@ def run_group(
         # Where lanes start from, all compute the same: the base.
         shown = active if piece.stop else active[:1]
         places = [slots[k] for k in shown]
-        work = _work(engine, places, batches, piece, schedule, look_batches)
+        work = chunk_work(engine, places, batches, piece, schedule, look_batches)
         state, *results = engine.chunk(state, base, validation, work)
         losses, seen = jax.device_get(results)
         group.take_steps(active, losses[places], piece, work, engine)
@@ -230,7 +230,7 @@ class _Group:
         steps = piece.stop - piece.start
         for k, lane_losses in zip(active, losses, strict=False):
             self.train_losses[k] += map(float, lane_losses[:steps])
-        room = int(work.num_blocks.max()) * engine.lane_block * engine.lane_devices
+        room = int(work.num_blocks.sum()) * engine.lane_block
         self.lane_steps = [self.lane_steps[0] + steps * len(active), self.lane_steps[1] + steps * room]
 
     def look(self, k: int, seen: Look, place: int, schedule: Schedule) -> None:
@@ -315,18 +315,18 @@ def _with_first_loss(state: LaneState, row: Row, engine: Engine) -> LaneState:
     return state._replace(best_loss=place(losses, lane_sharding(engine.mesh)))
 
 
-def _slots(lanes: int, engine: Engine) -> list[int]:
-    """Slots of the lanes, dealt out over the devices."""
+def lane_slots(lanes: int, engine: Engine) -> list[int]:
+    """Slots of some number of lanes, dealt out over the engine's devices."""
     if lanes > engine.num_slots:
         raise ConfigError(f"{lanes} lanes were given to an engine of {engine.num_slots} slots. Run fewer at once.")
     local = engine.num_slots // engine.lane_devices
     return [(k % engine.lane_devices) * local + k // engine.lane_devices for k in range(lanes)]
 
 
-def _work(
+def chunk_work(
     engine: Engine, slots: Sequence[int], batches: Batch, piece: Piece, schedule: Schedule, look_batches: int
 ) -> Work:
-    """The arguments of one call of the chunk."""
+    """The arguments of one call of the chunk, for the lanes in some slots."""
     devices, block = engine.lane_devices, engine.lane_block
     local = engine.num_slots // devices
     lists = np.full((devices, -(-local // block) * block), local, np.int32)
@@ -339,9 +339,7 @@ def _work(
     multipliers[: piece.stop - piece.start] = schedule.multipliers[piece.start : piece.stop]
     return Work(
         slots=lists.reshape(-1),
-        # The same number on every device: those that share a base wait for one another at every product, and the others
-        # would wait at the end.
-        num_blocks=np.full(devices, -(-counts.max() // block), np.int32),
+        num_blocks=np.asarray(engine.blocks(counts.tolist()), np.int32),
         batches=batches,
         multipliers=multipliers,
         num_steps=np.int32(piece.stop - piece.start),
