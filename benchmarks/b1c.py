@@ -3,8 +3,9 @@
 Both sides train from the same drawn adapter on the same batch of the demo (16 samples), with the same AdamW, in float32
 on two threads. A round times ten steps of every side, forwards and backwards in turn. Ours is a call of the probe
 engine's compiled chunk, transfers from the host included, without padding (the lanes have the program's ranks): a lane
-on each core, as probes run, or one lane or a block of two whose products the cores share; its compile isn't in it. PEFT runs its steps with logits at all positions, as users do, or at
-the supervised ones only; adding the adapter, four steps to warm up and turning the batch into tensors aren't in it.
+on each core, as probes run, or one lane or a block of two whose products the cores share; its compile isn't in it. PEFT
+runs its steps with logits at all positions, as users do, or at the supervised ones only; adding the adapter, four steps
+to warm up and turning the batch into tensors aren't in it.
 
 figure = milliseconds of a PEFT step (all positions) / milliseconds of our lane-step, a lane on each core, medians.
 

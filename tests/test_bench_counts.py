@@ -1,5 +1,6 @@
 """The benchmarks' counts that no machine changes: compiles (B2), costs of search and grid (B5), utilisation (B8)."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -63,6 +64,12 @@ def test_a_short_final_run_takes_the_program_of_the_probes_and_a_long_one_its_ow
     assert covering_engine(workspace, programs, [ranks], steps=16) is programs[0].engine
     own_engine = covering_engine(workspace, programs, [ranks], steps=10**9)
     assert (own_engine.layout.ranks, own_engine.num_slots, own_engine.lane_block) == (ranks, 1, 1)
+    # Of a CPU's cores, those without a lane do nothing, so this holds for more than one as well.
+    many = copy.copy(workspace)
+    many.mesh = tiny_lanes.mesh({"lane": 4})
+    programs = probe_programs(many, planned_lanes(many.config), 1)
+    assert covering_engine(many, programs, [ranks], steps=16) is programs[0].engine
+    assert [programs[0].engine.places(lanes) for lanes in (1, 4, 5)] == [1, 4, 5]
     # Both looks get the same arrays, or the program would be compiled again; each reads its own samples.
     batches = workspace.validation_batches(4)
     everything = len(workspace.search.validation)

@@ -19,6 +19,7 @@ from mars_jax.data.records import Record, Turn, load_records
 from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.sharding import make_mesh, row_sharding
 
 LETTERS = {"red": "A", "green": "B", "blue": "C"}
 
@@ -149,6 +150,19 @@ def truth(records) -> str:
 
 def test_every_model_is_seen_under_every_condition(outcomes):
     assert list(outcomes) == ["right", "wrong", "right_blind", "wrong_blind", "right_shuffled", "wrong_shuffled"]
+
+
+def test_samples_split_over_devices_score_the_same(outcomes, preprocessor, lettered):
+    mesh = make_mesh({"lane": 4, "data": 2})
+    letters = tuple(preprocessor.tokenizer.convert_tokens_to_ids(letter) for letter in "ABC")
+    model = ColourReader(letters, len(preprocessor.tokenizer))
+    options = {"candidates": ("C", "A", "B"), "batch_size": 4, "controls": True, "seed": 3}
+    evaluator = Evaluator(model, {}, lettered, preprocessor, rows=row_sharding(mesh), **options)
+    found = evaluator.evaluate({"right": {"shift": np.int32(0)}, "wrong": {"shift": np.int32(1)}})
+    assert found.keys() == outcomes.keys()
+    for name, outcome in found.items():
+        assert responses(outcome) == responses(outcomes[name])
+        np.testing.assert_allclose(outcome.losses, outcomes[name].losses, rtol=1e-6)
 
 
 def test_accuracy_is_of_the_likeliest_candidate(outcomes, lettered):

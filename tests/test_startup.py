@@ -1,8 +1,11 @@
 """What importing costs: seconds, no torch, no device."""
 
+import os
 import subprocess
 import sys
 import time
+
+from mars_jax.environment import cpu_device_for_each_core
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -16,6 +19,17 @@ def test_the_package_is_imported_in_under_two_seconds():
         python("import mars_jax")
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 2
+
+
+def test_every_core_becomes_a_device_unless_the_user_has_chosen(monkeypatch):
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    assert cpu_device_for_each_core() == {"JAX_NUM_CPU_DEVICES": str(len(os.sched_getaffinity(0)))}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    assert cpu_device_for_each_core() == {}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    assert cpu_device_for_each_core() == {}
 
 
 def test_no_module_of_ours_imports_torch_or_starts_a_device():
