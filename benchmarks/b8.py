@@ -21,7 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
+from mars_jax.environment import cpu_device_for_each_core
+
+# Read when JAX and XLA are loaded.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ |= cpu_device_for_each_core()
 
 import jax
 from costs import Cost, chunk_calls
