@@ -212,11 +212,16 @@ class Workspace:
 
     @property
     def _devices(self) -> list[jax.Device]:
-        """Those to use: of the cores of a CPU as many as lanes, and as copies of the base, are to be in memory."""
-        devices = jax.devices()
-        sizes = self.config.mesh.model_dump()
-        cores = jax.default_backend() == "cpu" and jax.process_count() == 1
-        if not cores or sizes.pop("lane") != REST or any(size != 1 for size in sizes.values()):
+        """Those to use: all, but of a CPU's cores as many as the config asks for.
+
+        Where it leaves that open, as many as lanes, and as copies of the base, are to be in memory.
+        """
+        devices, sizes = jax.devices(), self.config.mesh.model_dump()
+        if jax.default_backend() != "cpu" or jax.process_count() > 1:
+            return devices
+        if REST not in sizes.values():
+            return devices[: math.prod(sizes.values())]
+        if sizes.pop("lane") != REST or any(size != 1 for size in sizes.values()):
             return devices
         base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_base))
         copies = int(_COPIES_SHARE * physical_memory_bytes() / base)

@@ -140,6 +140,18 @@ def test_the_programs_of_a_job_hold_every_lane_once_in_slots_enough(workspace):
         assert all(len(group) <= workspace.config.probe.lanes_per_program for group in program.groups)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "number"),
+    # Of eight; a program of this job has six lanes at most.
+    [({}, 6), ({"lane": 1}, 1), ({"lane": 2, "data": 2}, 4), ({"data": 2}, 8), ({"lane": 4, "tensor": -1}, 8)],
+)
+def test_of_a_cpus_cores_as_many_are_used_as_the_config_asks_for(workspace, sizes, number):
+    config = workspace.config.model_copy(update={"mesh": workspace.config.mesh.model_copy(update=sizes)})
+    mesh = Workspace(config, ConsoleReporter()).mesh
+    assert mesh.size == number
+    assert all(mesh.shape[axis] == size for axis, size in sizes.items() if size > 0)
+
+
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LLM_ONLY = Lane({"vision": 0, "projector": 0, "llm": 4}, 16, 1)
 
