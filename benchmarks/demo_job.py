@@ -13,11 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from mars_jax.environment import cpu_device_for_each_core
-
-# Read when JAX and XLA are loaded.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ |= cpu_device_for_each_core()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
 
 import jax
 import numpy as np
@@ -80,6 +76,7 @@ class Conditions:
         jax.config.update("jax_enable_compilation_cache", False)
         self._cores = sorted(os.sched_getaffinity(0))[:THREADS]
         os.sched_setaffinity(0, self._cores)  # what XLA takes its number of threads from
+        jax.config.update("jax_num_cpu_devices", len(self._cores))  # as `mars` has it: a device for each core
         self._anyway, self._loads = anyway, [require_quiet(anyway)]
         self._over, self._stopped_seconds = threading.Event(), 0.0
 
