@@ -1,17 +1,21 @@
 """Law-C and Law-P: planted laws come back, SciPy in float64 agrees, the paper's points give the paper's slopes."""
 
 import json
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from paper_points import RANKS, convergence_points, performance_points
 from scipy import optimize
 
 from mars_jax.convergence_law import ConvergenceLaw, fit_convergence_law, fit_data_exponent
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.laws import Laws, fit_laws
 from mars_jax.performance_law import choose_form, fit_performance_law
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from paper_points import RANKS, convergence_points, performance_points
 
 GRID_RANK, GRID_SAMPLES = (
     column.reshape(-1) for column in np.meshgrid([4, 8, 16, 32, 64], [128, 256, 512, 1024, 2048])

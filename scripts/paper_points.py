@@ -1,6 +1,9 @@
 """The published points of Figure 2 of MARS (arXiv 2603.00720), LLaVA-OneVision 0.5B, by rank of the LLM."""
 
 import numpy as np
+from numpy.typing import NDArray
+
+Points = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
 RANKS = (64, 32, 16, 8)
 
@@ -20,11 +23,11 @@ _PERPLEXITY = (
 )
 
 
-def convergence_points():
+def convergence_points() -> Points:
     """(rank, num_samples, steps), each [28]."""
     return np.repeat(RANKS, 7), np.tile(2 ** np.arange(4, 11), 4), np.array(_STEPS, float).reshape(-1)
 
 
-def performance_points():
+def performance_points() -> Points:
     """(rank, num_samples, perplexity), each [28]."""
     return np.repeat(RANKS, 7), np.tile(2 ** np.arange(8, 15), 4), np.array(_PERPLEXITY).reshape(-1)
