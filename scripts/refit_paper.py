@@ -23,6 +23,7 @@ BOOTSTRAPS = 1000
 LARGEST = (2**11, 2**12, 2**13, 2**14)
 """Largest D of the points that Law-P is fitted to; the paper's own range ends at the first."""
 TARGETS = (2**12, 2**13, 2**14)
+DASHES: tuple[tuple[float, Sequence[float]], ...] = ((0, ()), (0, (1, 1.5)))
 
 Fits = dict[int, tuple[PerformanceLaw, PerformanceLaw]]
 
@@ -160,16 +161,17 @@ def picture(law: ConvergenceLaw, fits: Fits) -> str:
         line = np.geomspace(samples.min(), samples.max(), 60)
         for r in RANKS:
             right.plot(samples[rank == r], perplexity[rank == r], "o", color=colours[r])
-            for form, style in zip(fits[LARGEST[0]], ("-", ":"), strict=True):
-                right.plot(line, [np.exp(form.loss([{"llm": r}], d)[0]) for d in line], style, color=colours[r])
+            for form, dashes in zip(fits[LARGEST[0]], DASHES, strict=True):
+                fitted = [np.exp(form.loss([{"llm": r}], d)[0]) for d in line]
+                right.plot(line, fitted, color=colours[r], linestyle=dashes)
         right.axvline(LARGEST[0], color=LIGHT["muted"], linewidth=0.8)
         plain_log_axis(right, "x", sorted(set(samples.tolist())))
         plain_log_axis(right, "y", [2.5, 3, 3.5, 4, 4.5])
         right.set_ylim(2.4, 5)
         right.set(title=f"Law-P, fitted left of D = {LARGEST[0]}", xlabel="samples D", ylabel="perplexity")
         forms = [
-            Line2D([], [], color=LIGHT["muted"], linestyle=style, label=label)
-            for style, label in (("-", "power"), (":", "with over-fitting term"))
+            Line2D([], [], color=LIGHT["muted"], linestyle=dashes, label=label)
+            for dashes, label in zip(DASHES, ("power", "with over-fitting term"), strict=True)
         ]
         left.legend(handles=rank_handles("LLM rank", colours))
         right.legend(handles=forms)
