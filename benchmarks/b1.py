@@ -56,7 +56,7 @@ SHORT = Form((8, 32), (128, 256), gate_steps=16, slow_rounds=1)
 
 
 def main() -> None:
-    """Writes results/b1.json; about twenty-five minutes on two quiet cores."""
+    """Writes results/b1.json; about thirty-five minutes on two quiet cores."""
     options = arguments(__doc__, repeats=5, short_repeats=1)
     form = SHORT if options.short else FULL
     with Conditions(options.anyway) as conditions:

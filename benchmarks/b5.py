@@ -58,7 +58,7 @@ SHORT: Form = (
 
 
 def main() -> None:
-    """Writes results/b5.json; about 35 minutes on two cores."""
+    """Writes results/b5.json; about 20 minutes on two cores."""
     options = arguments(__doc__)
     if options.child:
         return answer(options.child, measure)
