@@ -131,11 +131,10 @@ def swept(workspace: "Workspace", directory: Any) -> tuple["Ranks", ...]:
 
 def full_grid(found: Found) -> Document:
     """A final run of every pair, all as lanes of one program; and what one after the other would cost."""
-    from costs import engine_grid, final_looks, grid_of, sequential_grid
+    from costs import engine_grid, grid_of, sequential_grid
 
     from mars_jax.compile_cache import CompileCounter
-    from mars_jax.probe.leaving import Leaving, ceiling_of
-    from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
+    from mars_jax.finetune import run_finals
     from mars_jax.probe.plan import Lane
     from mars_jax.sweep import best_loss
 
@@ -144,25 +143,9 @@ def full_grid(found: Found) -> Document:
     lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in grid_of(workspace.grids)]
     widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
     engine = workspace.engine(widest, len(lanes), workspace.default_lane_block)
-    schedule = Schedule(
-        warmup_multipliers(settings.steps, settings.warmup_steps, settings.schedule),
-        final_looks(workspace, settings.steps),
-        looks_per_doubling=0,
-        chunk_steps=workspace.config.probe.chunk_steps,
-        leaving=Leaving(ceiling=ceiling_of(workspace.model_config.text.vocab_size)),
-    )
     start = time.perf_counter()
     with CompileCounter() as counter:
-        result = run_group(
-            lanes,
-            engine,
-            workspace.base_on(engine.mesh),
-            workspace.stream(lanes[0], settings.batch_size),
-            workspace.validation_batches(settings.batch_size),
-            workspace.learning_rates(settings.learning_rate),
-            schedule,
-            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
-        )
+        result = run_finals(workspace, engine, lanes, workspace.learning_rates(settings.learning_rate))
     seconds = time.perf_counter() - start
     vectors = [lane.ranks for lane in lanes]
     return {

@@ -31,13 +31,18 @@ Document = dict[str, Any]
 
 
 def arguments(document: str | None) -> argparse.Namespace:
+    """The options of a benchmark that has no others."""
+    return parser(document).parse_args()
+
+
+def parser(document: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a small form that is only printed")
     parser.add_argument("--anyway", action="store_true", help="run on a busy machine too")
     parser.add_argument("--out", type=Path, help="write the result to this folder")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
 def publish(

@@ -1,9 +1,9 @@
-"""Writes docs/performance.md from benchmarks/results/*.json and the prose of performance.md.j2. It measures nothing.
+"""Writes docs/performance.md and docs/evidence.md from benchmarks/results/*.json and templates. It measures nothing.
 
 What a benchmark measures is told by the docstring of its script. Its tables are `detail.tables`, a mapping of titles to
 rows; where a result has none, every number of its detail is listed.
 
-    python benchmarks/tables.py [--results FOLDER] [--out FILE]
+    python benchmarks/tables.py [--results FOLDER] [--out FOLDER]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import jinja2
 from mars_jax.jsonfiles import read_json, write_text
 
 HERE = Path(__file__).parent
+EVIDENCE = ("planted", "evidence")
 ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "kills")
 
 Row = Mapping[str, Any]
@@ -27,22 +28,24 @@ def main() -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md", help="the page")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder of the pages")
     options = parser.parse_args()
     documents = {file.stem: read_json(file) for file in sorted(options.results.glob("*.json"))}
-    write_text(options.out, page(documents))
-    print(f"wrote {options.out} from {len(documents)} results")
+    for name in ("performance", "evidence"):
+        shown = {key: value for key, value in documents.items() if (key in EVIDENCE) == (name == "evidence")}
+        write_text(options.out / f"{name}.md", page(shown, name))
+        print(f"wrote {options.out / name}.md from {len(shown)} results")
 
 
-def page(documents: Mapping[str, Row]) -> str:
+def page(documents: Mapping[str, Row], name: str = "performance") -> str:
     """The page of some results, by id; those of `ORDER` come first."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["number"] = number
-    template = environment.from_string((HERE / "performance.md.j2").read_text(encoding="utf-8"))
-    ids = [*(name for name in ORDER if name in documents), *(name for name in documents if name not in ORDER)]
+    template = environment.from_string((HERE / f"{name}.md.j2").read_text(encoding="utf-8"))
+    ids = [*(key for key in ORDER if key in documents), *(key for key in documents if key not in ORDER)]
     text = template.render(
         results=[shown(documents[name]) for name in ids],
-        missing=[name for name in ORDER if name not in documents],
+        missing=[key for key in ORDER if key not in documents],
         losses=losses(documents),
         floor=floor(documents["b3"]["detail"]["demo"]["minimum_flops"]) if "b3" in documents else "",
     )

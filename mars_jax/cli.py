@@ -143,6 +143,12 @@ def export(
 
 
 @app.command()
+def compare(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
+    """Train the pick and its alternatives side by side."""
+    _call("compare", config, overrides, json_output)
+
+
+@app.command()
 def report(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
     """Write the HTML page on what the run found."""
     _call("report", config, overrides, json_output)

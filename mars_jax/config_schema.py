@@ -219,7 +219,9 @@ class ProbeConfig(_Section):
 class ConvergenceConfig(_Section):
     """When a module counts as converged. With `loss_fraction`, lanes that adapt one module only are planned too."""
 
-    rule: Literal["loss_fraction", "drift"] = Field(default="loss_fraction", description="the signal that is followed")
+    rule: Literal["loss_fraction", "splice", "drift"] = Field(
+        default="loss_fraction", description="the signal that is followed"
+    )
     epsilon: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         default=None, description="its threshold; null: the rule's own"
     )

@@ -20,7 +20,10 @@ from jax.typing import ArrayLike
 
 from mars_jax.errors import ConfigError
 
-RuleName = Literal["loss_fraction", "drift"]
+# Of the loss that all modules take away, what a module must to be said to converge.
+_INACTIVE = 0.02
+
+RuleName = Literal["loss_fraction", "splice", "drift"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class ConvergenceRule:
     """Which rule, and its two numbers.
 
     Attributes:
-      name: `loss_fraction` (lanes that adapt one module) or `drift` (per module, online).
-      epsilon: threshold, in (0, 1): share of the lane's own drop (loss_fraction) or relative change (drift).
+      name: `loss_fraction` (lanes that adapt one module), `splice` (per module, after the run) or `drift` (per module,
+        online).
+      epsilon: threshold, in (0, 1): share of the lane's own drop (loss_fraction), of the module's share of it (splice),
+        or relative change (drift).
       sustain: looks, from the convergence time to the end of the curve, that must exist before it counts.
     """
 
@@ -49,7 +54,7 @@ class ConvergenceRule:
 
 
 class Convergence(NamedTuple):
-    """What a rule found. Both arrays are [K] (loss_fraction) or [K, M] (drift).
+    """What a rule found. Both arrays are [K] (loss_fraction) or [K, M] (splice, drift).
 
     Attributes:
       steps: optimizer steps, float32; the horizon where censored, NaN where undefined.
@@ -68,7 +73,8 @@ def converge(
     Args:
       rule: which rule and its threshold.
       steps: [N] optimizer steps of the looks, strictly increasing, N >= 2.
-      curves: [K, N] validation losses in nats (`loss_fraction`) or [K, M, N] relative drifts (`drift`).
+      curves: [K, N] validation losses in nats (`loss_fraction`), [K, M, N] shares of the loss that remains above the
+        best look's, in nats, NaN after that look (`splice`), or [K, M, N] relative drifts (`drift`).
       num_looks: int [K], looks at which each curve ends, at least 2; what comes after isn't read. None: N.
 
     Returns:
@@ -119,11 +125,49 @@ def _loss_fraction(
         time = steps[last_above] + part * (steps[first_below] - steps[last_above])
         early = (steps <= 0.9 * horizon) & read
         fallen = jnp.min(jnp.where(early, loss, jnp.inf)) - loss[best]
-        tenths = 10.0 * (1.0 - jnp.max(jnp.where(early, steps, 0.0)) / horizon)
-        censored = (fallen > 0.01 * drop * tenths) | (end - first_below < sustain)
+        censored = (fallen > _late_fall(steps, early, horizon) * drop) | (end - first_below < sustain)
         return Convergence(jnp.where(defined, jnp.where(censored, horizon, time), jnp.nan), censored & defined)
 
     return jax.vmap(one_lane)(losses, num_looks)
+
+
+@jax.jit
+def _splice(
+    steps: jax.Array, shares: jax.Array, num_looks: jax.Array, epsilon: jax.Array, sustain: jax.Array
+) -> Convergence:
+    """First step after which a module's share of the remaining loss stays at or below `epsilon` of its first.
+
+    The crossing is interpolated in log step, as the grid is log-spaced. Censored when the share still falls, over the
+    looks of the last tenth of the horizon or more, by over 1 % of its first in a tenth, or when fewer than `sustain`
+    looks lie after the crossing. Undefined when there is nothing to converge to: the lane's best look is its first, a
+    loss is not finite, or the module's first share is under 2 % of all modules' together.
+    """
+    looks = jnp.arange(steps.size)
+
+    def one_module(share: jax.Array, total: jax.Array, end: jax.Array) -> Convergence:
+        horizon = steps[end - 1]
+        read = (looks < end) & jnp.isfinite(share)
+        best = jnp.max(jnp.where(read, looks, 0))
+        defined = jnp.all(read | (looks > best)) & (total > 0) & (share[0] > _INACTIVE * total)
+        remaining = jnp.where(read, share, 0.0) / jnp.where(defined, share[0], 1.0)
+        last_above = jnp.max(jnp.where(remaining > epsilon, looks, 0))
+        first_below = jnp.minimum(last_above + 1, end - 1)
+        high, low = remaining[last_above], remaining[first_below]
+        part = jnp.where(high > low, (high - epsilon) / jnp.where(high > low, high - low, 1.0), 1.0)
+        left, right = steps[last_above], steps[first_below]
+        between = jnp.where(left > 0, left * (right / jnp.maximum(left, 1e-30)) ** part, part * right)
+        early = (steps <= 0.9 * horizon) & (looks < end)
+        late = remaining[jnp.max(jnp.where(early, looks, 0))] > _late_fall(steps, early, horizon)
+        censored = late | (end - first_below < sustain)
+        return Convergence(jnp.where(defined, jnp.where(censored, horizon, between), jnp.nan), censored & defined)
+
+    totals = jnp.nansum(shares[:, :, 0], axis=1)
+    return jax.vmap(jax.vmap(one_module, in_axes=(0, None, None)))(shares, totals, num_looks)
+
+
+def _late_fall(steps: jax.Array, early: jax.Array, horizon: jax.Array) -> jax.Array:
+    """What may fall after the last early look: 1 % of the whole for each tenth of the horizon that is left then."""
+    return 0.1 * (1.0 - jnp.max(jnp.where(early, steps, 0.0)) / horizon)
 
 
 @jax.jit
@@ -163,5 +207,6 @@ def _drift(
 _Rule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike], Convergence]
 _RULES: dict[str, tuple[_Rule, tuple[str, ...]]] = {
     "loss_fraction": (_loss_fraction, ("K", "N")),
+    "splice": (_splice, ("K", "M", "N")),
     "drift": (_drift, ("K", "M", "N")),
 }

@@ -203,6 +203,32 @@ class Evaluator:
 
 def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) -> dict[str, Any]:
     """Base and fine-tuned model on the test split; also one line a sample."""
+    evaluator, records = held_out_evaluator(workspace, controls=workspace.config.evaluate.controls)
+    candidates = evaluator.candidates
+    trainable, scales = lora.split_trainable(adapters)
+    untrained = lora.join_trainable(jax.tree.map(jnp.zeros_like, trainable), scales)
+    with workspace.reporter.progress("evaluate", evaluator.num_reads, "samples") as advance:
+        outcomes = evaluator.evaluate({"base": untrained, "finetuned": adapters}, advance)
+    document = {
+        "split": "test",
+        "num_samples": len(records),
+        "conditions": {name: outcome.to_json() for name, outcome in outcomes.items()},
+        "scoring": scoring_name(candidates) if candidates else None,
+        "num_candidates": len(candidates),
+    }
+    directory.samples_file.unlink(missing_ok=True)
+    for i, record in enumerate(records):
+        line: dict[str, Any] = {"id": record.id, "prompt": record.turns[-2].text, "target": record.turns[-1].text}
+        for name, outcome in outcomes.items():
+            response = candidates[outcome.choices[i]] if candidates else None
+            line[name] = {"loss": float(outcome.losses[i] / outcome.tokens[i]), "response": response}
+        append_jsonl(directory.samples_file, line)
+    write_json(directory.evaluation_file, document)
+    return document
+
+
+def held_out_evaluator(workspace: Workspace, *, controls: bool) -> tuple[Evaluator, list[Record]]:
+    """The evaluator of the test samples that a config asks for, and those samples."""
     settings = workspace.config.evaluate
     every = workspace.test_records
     # At random: files are often sorted by kind.
@@ -227,30 +253,11 @@ def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) 
         workspace.preprocessor,
         candidates=candidates,
         batch_size=settings.batch_size,
-        controls=settings.controls,
+        controls=controls,
         seed=workspace.config.seed,
         rows=row_sharding(workspace.mesh),
     )
-    trainable, scales = lora.split_trainable(adapters)
-    untrained = lora.join_trainable(jax.tree.map(jnp.zeros_like, trainable), scales)
-    with workspace.reporter.progress("evaluate", evaluator.num_reads, "samples") as advance:
-        outcomes = evaluator.evaluate({"base": untrained, "finetuned": adapters}, advance)
-    document = {
-        "split": "test",
-        "num_samples": len(records),
-        "conditions": {name: outcome.to_json() for name, outcome in outcomes.items()},
-        "scoring": scoring_name(candidates) if candidates else None,
-        "num_candidates": len(candidates),
-    }
-    directory.samples_file.unlink(missing_ok=True)
-    for i, record in enumerate(records):
-        line: dict[str, Any] = {"id": record.id, "prompt": record.turns[-2].text, "target": record.turns[-1].text}
-        for name, outcome in outcomes.items():
-            response = candidates[outcome.choices[i]] if candidates else None
-            line[name] = {"loss": float(outcome.losses[i] / outcome.tokens[i]), "response": response}
-        append_jsonl(directory.samples_file, line)
-    write_json(directory.evaluation_file, document)
-    return document
+    return evaluator, records
 
 
 def _answer(record: Record) -> str:

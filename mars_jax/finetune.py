@@ -16,7 +16,7 @@ from mars_jax.interrupts import Interrupts
 from mars_jax.jsonfiles import append_jsonl, write_json
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.leaving import Leaving, ceiling_of
-from mars_jax.probe.loop import Row, Schedule, best_adapters, run_group, warmup_multipliers
+from mars_jax.probe.loop import GroupResult, Rates, Row, Schedule, best_adapters, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane
 from mars_jax.programs import Program, covering_engine
 from mars_jax.rundir import RunDirectory
@@ -43,30 +43,18 @@ def finetune(
     settings = workspace.config.finetune
     lane = Lane(ranks, workspace.target_num_samples(), seed=0)
     engine = covering_engine(workspace, programs, [ranks], settings.steps)
-    multipliers = warmup_multipliers(settings.steps, settings.warmup_steps, settings.schedule)
     rates = workspace.learning_rates(settings.learning_rate)
-    schedule = Schedule(
-        multipliers,
-        sorted({*range(0, settings.steps, settings.look_every), settings.steps}),
-        looks_per_doubling=0,
-        chunk_steps=workspace.config.probe.chunk_steps,
-        leaving=Leaving(ceiling=ceiling_of(workspace.model_config.text.vocab_size)),
-    )
     start = _probe_to_start_from(workspace, ranks, directory)
     with (
         Checkpoints(directory.finetune_checkpoints / lane.name, workspace.reporter.warn) as checkpoints,
         workspace.reporter.progress("fine-tune", settings.steps, "steps") as advance,
         Interrupts() as interrupts,
     ):
-        result = run_group(
-            [lane],
+        result = run_finals(
+            workspace,
             engine,
-            workspace.base_on(engine.mesh),
-            workspace.stream(lane, settings.batch_size),
-            workspace.validation_batches(settings.batch_size),
+            [lane],
             rates,
-            schedule,
-            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
             checkpoints=checkpoints,
             initial=_initial(engine, directory, start) if start else None,
             interrupts=interrupts,
@@ -85,7 +73,7 @@ def finetune(
             f"nats), so it changed nothing. Lower finetune.learning_rate (now {rates}) or raise finetune.steps."
         )
     write_adapters(directory.finetune_adapters_file, best_adapters(engine, result, 0, lane))
-    _write_metrics(directory, rows, multipliers, rates)
+    _write_metrics(directory, rows, final_schedule(workspace).multipliers, rates)
     summary = {
         "steps": settings.steps,
         "best_step": best["step"],
@@ -98,6 +86,36 @@ def finetune(
     }
     write_json(directory.finetune_summary_file, summary)
     return summary
+
+
+def run_finals(
+    workspace: Workspace, engine: Engine, lanes: Sequence[Lane], rates: Rates | Sequence[Rates], **options: Any
+) -> GroupResult:
+    """Runs lanes of the target D as final runs; `options` are others of `run_group`."""
+    settings = workspace.config.finetune
+    return run_group(
+        lanes,
+        engine,
+        workspace.base_on(engine.mesh),
+        workspace.stream(lanes[0], settings.batch_size),
+        workspace.validation_batches(settings.batch_size),
+        rates,
+        final_schedule(workspace),
+        look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
+        **options,
+    )
+
+
+def final_schedule(workspace: Workspace) -> Schedule:
+    """Steps, looks and learning-rate factors of a final run."""
+    settings = workspace.config.finetune
+    return Schedule(
+        warmup_multipliers(settings.steps, settings.warmup_steps, settings.schedule),
+        sorted({*range(0, settings.steps, settings.look_every), settings.steps}),
+        looks_per_doubling=0,
+        chunk_steps=workspace.config.probe.chunk_steps,
+        leaving=Leaving(ceiling=ceiling_of(workspace.model_config.text.vocab_size)),
+    )
 
 
 def _probe_to_start_from(workspace: Workspace, ranks: Mapping[str, int], directory: RunDirectory) -> str | None:

@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with _named(path), temporary.open("w", encoding="utf-8") as file:
+        with naming(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -57,7 +57,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one record as a line. The torn last line of a killed writer is cut off first, so it can't spoil this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = dump_json(record).encode() + b"\n"
-    with _named(path), path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         end = file.tell()
         if end:
             file.seek(end - 1)
@@ -103,7 +103,7 @@ def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Says which file it was: an error of a write, unlike one of an opening, doesn't know."""
     try:
         yield

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from mars_jax import lora
 from mars_jax.adapterfiles import read_adapters
+from mars_jax.compare import compare_run
 from mars_jax.config import Config
-from mars_jax.data.examples import ExampleSource
+from mars_jax.data.preview import shown
 from mars_jax.errors import ConfigError
 from mars_jax.evaluate import evaluate_run
 from mars_jax.finetune import finetune as run_finetune
@@ -28,7 +28,7 @@ from mars_jax.programs import Program, probe_programs
 from mars_jax.progress import Reporter
 from mars_jax.rundir import RunDirectory, hash_inputs
 from mars_jax.search import lane_costs, planned_lanes, run_probes
-from mars_jax.selection import candidates_for_sweep, decide_by_sweep
+from mars_jax.selection import Selection, candidates_for_sweep, decide_by_sweep
 from mars_jax.selection import select as choose
 from mars_jax.sweep import run_sweep
 from mars_jax.tuning import lane_block, tune_lane_block
@@ -72,7 +72,11 @@ def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
         for path, t in workspace.targets.items()
     ]
-    return {"data": summary, "targets": rows, "samples": _shown(workspace, show)}
+    return {
+        "data": summary,
+        "targets": rows,
+        "samples": shown(workspace.search.train[:show], workspace.preprocessor, workspace.shapes),
+    }
 
 
 def plan(config: Config, reporter: Reporter) -> Document:
@@ -121,6 +125,18 @@ def export(config: Config, reporter: Reporter, *, verify: bool = False, merged: 
     with RunDirectory.open(config) as directory:
         session = _Session(config, reporter, directory)
         return session.export(verify=verify, merged=merged or config.export.merged)
+
+
+def compare(config: Config, reporter: Reporter) -> Document:
+    """The pick beside its alternatives, each trained to the end; searches first where that isn't done."""
+    with RunDirectory.open(config) as directory:
+        session = _Session(config, reporter, directory)
+        session.data()
+        session.plan()
+        session.probe()
+        session.fit()
+        session.select()
+        return session.compare()
 
 
 def report(config: Config, reporter: Reporter) -> Document:
@@ -308,6 +324,17 @@ class _Session:
 
         return self._skip_or_run("evaluate", inputs, self.directory.evaluation_file, work)
 
+    def compare(self) -> Document:
+        """The comparison; runs that are recorded are not run again."""
+        sections = self._sections("seed", "finetune", "optimizer", "evaluate")
+        inputs = hash_inputs(self.directory.selection_file, sections)
+
+        def work() -> Document:
+            selection = Selection.from_json(read_json(self.directory.selection_file))
+            return compare_run(self.workspace, self._programs, selection, self.directory)
+
+        return self._skip_or_run("compare", inputs, self.directory.comparison_file, work)
+
     def export(self, *, verify: bool, merged: bool) -> Document:
         """Adapter, merged checkpoint, and the proof that PyTorch sees the same."""
         self._need(self.directory.finetune_summary_file, "finetune")
@@ -352,28 +379,6 @@ class _Session:
     def _need(self, path: Path, phase: str) -> None:
         if not path.exists():
             raise ConfigError(f"{path} is missing: run `mars {phase}` first, or `mars run` for every phase.")
-
-
-def _shown(workspace: Workspace, number: int) -> list[Document]:
-    """The first training samples as the model sees them: text, supervised part, image tokens."""
-    records = workspace.search.train[:number]
-    source = ExampleSource(records, workspace.preprocessor, workspace.shapes, cache_bytes=0)
-    tokenizer = workspace.preprocessor.tokenizer
-    shown = []
-    for record, example in zip(records, (source[i] for i in range(len(records))), strict=True):
-        image_tokens = int((example["image_index"][:, 0] >= 0).sum())
-        supervised = example["targets"][example["target_weights"] > 0]
-        used = np.flatnonzero(example["tokens"] != tokenizer.pad_token_id)[-1] + 1
-        text = str(tokenizer.decode(example["tokens"][:used]))
-        image = str(tokenizer.decode([workspace.preprocessor.image_token_id]))
-        shown.append(
-            {
-                "id": record.id,
-                "text": text.replace(image * image_tokens, f"[{image_tokens} image tokens]") if image_tokens else text,
-                "supervised": tokenizer.decode(supervised),
-            }
-        )
-    return shown
 
 
 def _without_draws(laws: Mapping[str, Any]) -> Document:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import jax
 
+from mars_jax.devices import physical_memory_bytes
 from mars_jax.flops import lane_step_flops
 from mars_jax.probe.buckets import Bucket, plan_buckets
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane, Ranks
 from mars_jax.sharding import share_cores
-from mars_jax.workspace import Workspace, physical_memory_bytes
+from mars_jax.workspace import Workspace
 
 # FLOPs done in the time of one compile: 15 to 30 seconds at what each kind of device reaches on small models.
 _COMPILE_FLOPS = {"cpu": 1e12}

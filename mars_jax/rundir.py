@@ -167,6 +167,21 @@ class RunDirectory:
         return self.path / "finetune" / "checkpoints"
 
     @property
+    def trials_file(self) -> Path:
+        """One record a final run of the comparison."""
+        return self.path / "compare" / "trials.jsonl"
+
+    @property
+    def comparison_checkpoints(self) -> Path:
+        """State of the comparison's runs in progress."""
+        return self.path / "compare" / "checkpoints"
+
+    @property
+    def comparison_file(self) -> Path:
+        """The pick beside its alternatives."""
+        return self.path / "compare.json"
+
+    @property
     def evaluation_file(self) -> Path:
         """Measurements on the test samples."""
         return self.path / "evaluation.json"

@@ -6,13 +6,12 @@ The compiled part is `probe.engine`, the loop over one group `probe.loop`; the l
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from mars_jax import lora
@@ -20,18 +19,34 @@ from mars_jax.adapterfiles import write_adapters
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.config import Config
 from mars_jax.convergence import ConvergenceRule
+from mars_jax.devices import physical_memory_bytes
 from mars_jax.errors import DoesNotFitError
 from mars_jax.interrupts import Interrupts
 from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
 from mars_jax.memory import lane_state_bytes
 from mars_jax.probe.leaving import Leaving, ceiling_of
-from mars_jax.probe.loop import GroupResult, Progress, Row, Schedule, best_adapters, run_group, warmup_multipliers
+from mars_jax.probe.loop import (
+    GroupResult,
+    Progress,
+    Rates,
+    Row,
+    Schedule,
+    best_adapters,
+    run_group,
+    warmup_multipliers,
+)
 from mars_jax.probe.plan import Lane, look_steps, plan_lanes
+from mars_jax.probe.reading import Adapters, losses_of
 from mars_jax.probe.records import lane_records
+from mars_jax.probe.snapshots import Snapshots, snapshot_bytes
+from mars_jax.probe.splice import Reading, count_hybrids, remaining_losses
 from mars_jax.programs import Program, step_flops
 from mars_jax.progress import Advance
 from mars_jax.rundir import RunDirectory, memory_bytes
-from mars_jax.workspace import Workspace, physical_memory_bytes
+from mars_jax.workspace import Workspace
+
+# Beside the checkpoints of a group.
+SNAPSHOTS = "adapters.f32"
 
 
 def planned_lanes(config: Config) -> tuple[Lane, ...]:
@@ -57,17 +72,21 @@ def readings(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
 def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
     """What the lanes cost. The floor of memory is base and lanes' states; `step_memory_bytes` estimates all of it.
 
+    `snapshot_bytes` is room on the disk for a group's adapters at every look, which the rule `splice` compares.
+
     Raises:
         DoesNotFitError: the floor is beyond this machine's memory.
     """
     config = workspace.config
     settings = config.probe
     per_rank = lora.parameters_per_rank(workspace.targets)
-    base_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(workspace.abstract_base))
+    base_bytes = workspace.base_bytes
     largest = sum(max(workspace.grids[module]) * count for module, count in per_rank.items())
     lane_bytes = lane_state_bytes(largest, settings.looks_per_doubling)
     together = min(settings.lanes_per_program, len(lanes))
     floor = base_bytes + together * lane_bytes
+    looks = len(look_steps(settings.horizon, settings.looks_per_doubling))
+    snapshots = snapshot_bytes(together, looks, largest) if config.convergence.rule == "splice" else 0
     memory = physical_memory_bytes()
     if floor > memory:
         raise DoesNotFitError(
@@ -90,6 +109,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
         "base_bytes": base_bytes,
         "lane_bytes": lane_bytes,
         "memory_floor_bytes": floor,
+        "snapshot_bytes": snapshots,
         "step_memory_bytes": workspace.step_bytes(workspace.remat),
         "remat": workspace.remat,
         "machine_memory_bytes": memory,
@@ -99,7 +119,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
 def convergence_rule(config: Config) -> ConvergenceRule:
     """The rule of a config; each has its own default threshold."""
     settings = config.convergence
-    epsilon = settings.epsilon or {"loss_fraction": 0.1, "drift": 0.3}[settings.rule]
+    epsilon = settings.epsilon or {"loss_fraction": 0.1, "splice": 0.1, "drift": 0.3}[settings.rule]
     return ConvergenceRule(settings.rule, epsilon, settings.sustain)
 
 
@@ -123,17 +143,23 @@ def run_probes(
     with Interrupts() as interrupts, _following(workspace, len(lanes), done_before, directory) as follow:
         for program, group in remaining:
             checkpoint_directory = directory.probe_checkpoints / group[0].name
-            with Checkpoints(checkpoint_directory, reporter.warn) as checkpoints:
+            with ExitStack() as stack:
+                checkpoints = stack.enter_context(Checkpoints(checkpoint_directory, reporter.warn))
+                snapshots = None
+                if config.convergence.rule == "splice":
+                    file, size = checkpoint_directory / SNAPSHOTS, program.engine.layout.size
+                    snapshots = stack.enter_context(Snapshots(file, schedule.looks, len(group), size))
                 result = run_probe_group(
                     workspace,
                     program,
                     group,
                     schedule,
                     checkpoints=checkpoints,
+                    snapshots=snapshots,
                     interrupts=interrupts,
                     advance=partial(follow, len(group)),
                 )
-            _record_group(workspace, program, group, result, recorded, directory)
+                _record_group(workspace, program, group, result, snapshots, recorded, directory)
             shutil.rmtree(checkpoint_directory)
 
 
@@ -150,9 +176,14 @@ def probe_schedule(workspace: Workspace) -> Schedule:
 
 
 def run_probe_group(
-    workspace: Workspace, program: Program, group: Sequence[Lane], schedule: Schedule, **options: Any
+    workspace: Workspace,
+    program: Program,
+    group: Sequence[Lane],
+    schedule: Schedule,
+    learning_rates: Rates | Sequence[Rates] | None = None,
+    **options: Any,
 ) -> GroupResult:
-    """Runs one group of a program; `options` are those of `run_group`."""
+    """Runs one group of a program, at the config's learning rates unless given; `options` are those of `run_group`."""
     settings = workspace.config.probe
     cached = program.bucket.cached_encoder
     return run_group(
@@ -161,11 +192,64 @@ def run_probe_group(
         workspace.base_on(program.engine.mesh),
         workspace.probe_stream(group[0], cached_encoder=cached),
         workspace.validation_batches(settings.batch_size, cached_encoder=cached),
-        workspace.learning_rates(),
+        learning_rates or workspace.learning_rates(),
         schedule,
         look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
         **options,
     )
+
+
+def splice_probes(
+    workspace: Workspace,
+    program: Program,
+    group: Sequence[Lane],
+    result: GroupResult,
+    snapshots: Snapshots,
+    reads: Sequence[Lane],
+    curves: Sequence[Sequence[Row]],
+) -> list[list[Row]]:
+    """Rows with `remaining`, each module's share of the remaining loss, and `interaction`; uses up the group's state.
+
+    Args:
+        workspace: of the run.
+        program: that ran the group.
+        group: its lanes.
+        result: what it left.
+        snapshots: the adapters of its looks.
+        reads: what is read off its lanes, see `readings`.
+        curves: the rows of each of `reads`.
+    """
+    settings, engine = workspace.config.probe, program.engine
+    cached = program.bucket.cached_encoder
+    places = [k for k, lane in enumerate(group) for _ in readings(workspace.config, lane)]
+    wanted = [Reading(k, read.adapted, rows) for k, read, rows in zip(places, reads, curves, strict=True)]
+    with workspace.reporter.progress("splice", count_hybrids(wanted), "hybrids") as advance:
+
+        def losses(adapters: Iterable[Adapters]) -> list[float]:
+            def told() -> Iterator[Adapters]:
+                for mixed in adapters:
+                    yield mixed
+                    advance(1, "")
+
+            return losses_of(
+                told(),
+                engine,
+                result.state,
+                workspace.base_on(engine.mesh),
+                workspace.probe_stream(group[0], cached_encoder=cached)[0],
+                workspace.validation_batches(settings.batch_size, cached_encoder=cached),
+                chunk_steps=settings.chunk_steps,
+                look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
+            )
+
+        found = remaining_losses(engine, result, snapshots, wanted, losses)
+    return [
+        [
+            {**row, "remaining": {}, "interaction": None} if left is None else {**row, **left.to_json()}
+            for row, left in zip(rows, remaining, strict=True)
+        ]
+        for rows, remaining in zip(curves, found, strict=True)
+    ]
 
 
 @contextmanager
@@ -218,6 +302,7 @@ def _record_group(
     program: Program,
     group: Sequence[Lane],
     result: GroupResult,
+    snapshots: Snapshots | None,
     recorded: set[str],
     directory: RunDirectory,
 ) -> None:
@@ -229,11 +314,13 @@ def _record_group(
         for read, steps in readings(config, lane):
             reads.append(read)
             curves.append([row for row in rows if row["step"] <= steps])
-    _append_curves(directory, reads, curves)
     if config.finetune.warm_start:
         for k, lane in enumerate(group):
             if set(lane.adapted) == {module for module, ranks in workspace.grids.items() if max(ranks)}:
                 write_adapters(directory.probe_adapters(lane.name), best_adapters(program.engine, result, k, lane))
+    if snapshots:
+        curves = splice_probes(workspace, program, group, result, snapshots, reads, curves)
+    _append_curves(directory, reads, curves)
     for record in lane_records(reads, curves, rule, rates):
         if record["lane"] not in recorded:
             append_jsonl(directory.lanes_file, record)

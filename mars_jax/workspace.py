@@ -4,7 +4,6 @@ No phase's logic is here. Search code gets `search`, which has no test split to 
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +23,7 @@ from mars_jax.data.examples import ExampleSource, Preprocessor, ShapePlan, Shape
 from mars_jax.data.features import FeatureSource
 from mars_jax.data.records import Record, load_records
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
+from mars_jax.devices import device_memory_bytes, devices_to_use, single_lane_mesh
 from mars_jax.errors import ConfigError
 from mars_jax.hub import tables
 from mars_jax.hub.read import open_safetensors, read_checkpoint, read_config, weight_files
@@ -32,7 +32,7 @@ from mars_jax.models.llava_onevision import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
 from mars_jax.progress import Reporter
-from mars_jax.sharding import REST, base_shardings, check_batch, make_mesh, place, share_cores
+from mars_jax.sharding import base_shardings, check_batch, make_mesh, place
 
 if TYPE_CHECKING:
     import grain
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 _UNLIMITED = 2**31
 # Of a device's memory, what a step may plan for; the rest is for batches and for what a plan misses.
 _MEMORY_SHARE = 0.8
-# Of the machine's memory, what copies of the base may take, of which every core that runs lanes has one.
-_COPIES_SHARE = 0.25
 # Tokens in flight at which an accelerator is busy. A core always is; of cores that share a lane's products, two lanes
 # hide what a step costs besides them.
 _SATURATED_TOKENS = 4096
@@ -180,7 +178,6 @@ class Workspace:
     def step_bytes(self, remat: str) -> int:
         """Memory of a device for the probes, about: its part of the base, all lanes' states, one step's activations."""
         settings, mesh, grids = self.config.probe, self.mesh.shape, self.grids
-        base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_base))
         largest = sum(max(grids[module]) * count for module, count in lora.parameters_per_rank(self.targets).items())
         block = self.default_lane_block if settings.lane_block == "auto" else settings.lane_block
         activations = activation_bytes(
@@ -195,7 +192,7 @@ class Workspace:
         states = math.ceil(settings.lanes_per_program / mesh["lane"]) * lane_state_bytes(
             largest, settings.looks_per_doubling
         )
-        return base // (mesh["fsdp"] * mesh["tensor"]) + states + activations
+        return self.base_bytes // (mesh["fsdp"] * mesh["tensor"]) + states + activations
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -204,41 +201,18 @@ class Workspace:
         Raises:
             ConfigError: sizes that don't fit the devices, or a base or batch that they don't divide.
         """
-        mesh = make_mesh(self.config.mesh.model_dump(), self._devices)
+        sizes = self.config.mesh.model_dump()
+        devices = devices_to_use(sizes, self.base_bytes, self.config.probe.lanes_per_program)
+        mesh = make_mesh(sizes, devices)
         for batch_size in (self.config.probe.batch_size, self.config.finetune.batch_size):
             check_batch(batch_size, mesh)
         base_shardings(self.abstract_base, mesh)
         return mesh
 
-    @property
-    def _devices(self) -> list[jax.Device]:
-        """Those to use: all, but of a CPU's cores as many as the config asks for.
-
-        Where it leaves that open, as many as lanes, and as copies of the base, are to be in memory.
-        """
-        devices, sizes = jax.devices(), self.config.mesh.model_dump()
-        if jax.default_backend() != "cpu" or jax.process_count() > 1:
-            return devices
-        if REST not in sizes.values():
-            return devices[: math.prod(sizes.values())]
-        if sizes.pop("lane") != REST or any(size != 1 for size in sizes.values()):
-            return devices
-        base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_base))
-        copies = int(_COPIES_SHARE * physical_memory_bytes() / base)
-        return devices[: max(1, min(copies, self.config.probe.lanes_per_program))]
-
     @cached_property
     def single_lane_mesh(self) -> Mesh:
-        """The same devices for one lane: its samples are split over those that lanes were, where they divide.
-
-        Cores need no splitting: they share the products of a lane.
-        """
-        sizes = dict(self.mesh.shape)
-        if share_cores(self.mesh):
-            return make_mesh({}, list(self.mesh.devices.flat[:1]))
-        if sizes["lane"] == 1 or self.config.finetune.batch_size % (sizes["lane"] * sizes["data"] * sizes["fsdp"]):
-            return self.mesh
-        return make_mesh({**sizes, "lane": 1, "data": sizes["lane"] * sizes["data"]}, list(self.mesh.devices.flat))
+        """The same devices for one lane: see `devices.single_lane_mesh`."""
+        return single_lane_mesh(self.mesh, self.config.finetune.batch_size)
 
     @cached_property
     def base(self) -> Any:
@@ -256,6 +230,11 @@ class Workspace:
         dtype = jnp.dtype(self.config.model.dtype)
         parameters = tables.parameters(self.model_config)
         return lora.unflatten({p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters})
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_base))
 
     @cached_property
     def targets(self) -> lora.Targets:
@@ -414,14 +393,3 @@ class Workspace:
                     f"{key} asks for {value} training samples, but the training split has {total}. "
                     f"Choose at most {total}, or give more data."
                 )
-
-
-def device_memory_bytes(mesh: Mesh) -> int:
-    """Memory of one device of a mesh: an accelerator's own, or its part of this machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", physical_memory_bytes() // mesh.local_mesh.size)
-
-
-def physical_memory_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -98,7 +98,7 @@ def test_a_setting_that_cannot_be_used_is_refused_before_any_training(config, tm
         ("{lane: 1, tensor: 8}", "  llm/lm_head/kernel [32, 300]: axis 1 has size 300, mesh axis tensor has size 8"),
         ("{lane: 1, fsdp: 8}", "a batch of 4 samples can't be split evenly over mesh data=1 x fsdp=8, 8 parts. "),
         ("{lane: 1, data: 8}", "a batch of 4 samples can't be split evenly over mesh data=8 x fsdp=1, 8 parts. "),
-        ("{lane: 3}", "mesh lane=3 x data=1 x fsdp=1 x tensor=1: the sizes multiply to 3, and there are 8 devices."),
+        ("{lane: 9}", "mesh lane=9 x data=1 x fsdp=1 x tensor=1: the sizes multiply to 9, and there are 8 devices."),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_by_name(config, mesh, text):

@@ -166,7 +166,8 @@ def test_warm_up_must_end_within_the_pass(tmp_path):
 def test_a_nested_search_records_every_lane_at_every_size(tmp_path):
     base, train = tiny_job.checkpoint(tmp_path / "base"), tiny_job.records(tmp_path / "data", 60)
     probe = {"sampling": "nested", "num_samples": [16, 32], "corners": False}
-    path = tiny_job.config(tmp_path / "a.yaml", base, train, tmp_path / "run", probe=probe)
+    rule = {"rule": "splice", "epsilon": 0.5, "sustain": 1}
+    path = tiny_job.config(tmp_path / "a.yaml", base, train, tmp_path / "run", probe=probe, convergence=rule)
     done = tiny_job.mars("probe", path, "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
 
@@ -181,7 +182,17 @@ def test_a_nested_search_records_every_lane_at_every_size(tmp_path):
     for record in records:
         assert record["steps"] == record["num_samples"] // 4
         assert record["lane"].endswith(f"-D{record['num_samples']}-s0")
-    rows = {name: [{**row, "lane": None} for row in curves if row["lane"] == name] for name in (*small, *large)}
+    own = dict.fromkeys(
+        ("lane", "remaining", "interaction")
+    )  # what remained is told from the best look up to each size
+    rows = {name: [{**row, **own} for row in curves if row["lane"] == name] for name in (*small, *large)}
+    for record in records:
+        at_best = [
+            row["remaining"]
+            for row in curves
+            if (row["lane"], row["step"]) == (record["lane"], record["best_step"]) and record["best_step"]
+        ]
+        assert all(set(shares.values()) == {0.0} for shares in at_best)
     for name in small:
         longer = rows[name.replace("D16", "D32")]
         assert [row["step"] for row in longer] == [0, 4, 6, 8]

@@ -275,6 +275,52 @@ def test_status_and_plan_of_a_finished_run(job):
     assert (code, json.loads(out)["rank_vectors"]) == (0, 6), err
 
 
+# Beside its alternatives.
+
+
+def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, tmp_path):
+    run = copy_of(job, tmp_path / "copy", lambda config: None)
+    found = job.mars("compare", run)
+    rows = {row["method"]: row for row in found["methods"]}
+    assert list(rows)[:3] == ["MARS", "uniform rank 1", "uniform rank 4"]
+    assert [name for name in rows if name not in list(rows)[:3]] == [
+        "largest ranks",
+        "separate learning rates at rank 4",
+        f"random search, {rows['MARS']['compute']:.0f} runs",
+        "random ranks",
+    ]
+    pick = rows["MARS"]
+    # The same run as the one that `mars finetune` did, here as one lane of many.
+    assert pick["validation_loss"] == pytest.approx(read(run / "finetune" / "summary.json")["best_validation_loss"])
+    conditions = read(run / "evaluation.json")["conditions"]["finetuned"]
+    assert pick["test_loss"] == pytest.approx(conditions["loss"], rel=1e-4)
+    assert (pick["test_accuracy"], pick["test_loss_minus_picks"], pick["interval"]) == (
+        conditions["accuracy"],
+        0,
+        [0, 0],
+    )
+    assert pick["search_seconds"] > 0
+    lanes = lines(run / "probes" / "lanes.jsonl")
+    assert pick["compute"] > len(lanes) * 16 / 16 / 4  # lanes have the final run's steps, and smaller ranks
+    assert rows["uniform rank 4"]["ranks"] == {"vision": 4, "projector": 2, "llm": 4}
+    assert rows["uniform rank 4"]["parameters"] > rows["uniform rank 1"]["parameters"]
+    rated = rows["separate learning rates at rank 4"]
+    assert (rated["runs"], rated["compute"]) == (5, pytest.approx(5 * rows["uniform rank 4"]["compute"]))
+    assert rated["validation_loss"] <= rows["uniform rank 4"]["validation_loss"]
+    for row in rows.values():
+        assert row["interval"][0] <= row["test_loss_minus_picks"] <= row["interval"][1]
+    trials = lines(run / "compare" / "trials.jsonl")
+    assert len({trial["trial"] for trial in trials}) == len(trials)
+    drawn = rows[next(name for name in rows if name.startswith("random search"))]
+    assert drawn["validation_loss"] <= rows["random ranks"]["validation_loss"]
+    assert not any((run / "compare" / "checkpoints").iterdir())
+    # Again: nothing is trained, and a lost trial alone is.
+    assert job.mars("compare", run) == found
+    (run / "compare.json").unlink()
+    (run / "compare" / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials[1:]))
+    assert job.mars("compare", run)["methods"][1:3] == found["methods"][1:3]
+
+
 # Stopped and gone on with.
 
 

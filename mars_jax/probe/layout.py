@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,6 +54,15 @@ class Layout:
         """P."""
         return sum(map(math.prod, self.shapes.values()))
 
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """Module -> its part of the vector."""
+        sizes = dict.fromkeys(self.modules, 0)
+        for path, shape in self.shapes.items():
+            sizes[self.targets[path.rpartition("/")[0]].module] += math.prod(shape)
+        ends = list(accumulate(sizes.values(), initial=0))
+        return {module: slice(*ends[i : i + 2]) for i, module in enumerate(sizes)}
+
     def ravel(self, trainable: Tree) -> Array:
         """Leaves `a` and `b` as one vector [P]."""
         flat = lora.flatten(trainable)
@@ -82,7 +92,5 @@ class Layout:
 
     def by_module(self, values: Mapping[str, Array]) -> Array:
         """Spreads one number [] a module over the vector: [P]."""
-        sizes = dict.fromkeys(self.modules, 0)
-        for path, shape in self.shapes.items():
-            sizes[self.targets[path.rpartition("/")[0]].module] += math.prod(shape)
+        sizes = {module: place.stop - place.start for module, place in self.places.items()}
         return jnp.concatenate([jnp.broadcast_to(values[module], (size,)) for module, size in sizes.items()])

@@ -23,9 +23,11 @@ from mars_jax.probe.engine import Engine, LaneState, Look, Work
 from mars_jax.probe.feed import Piece, Stream, feed, pieces
 from mars_jax.probe.leaving import Leaving
 from mars_jax.probe.plan import Lane
+from mars_jax.probe.snapshots import Snapshots
 from mars_jax.sharding import chunk_sharding, lane_sharding, place
 
 Row = dict[str, Any]
+Rates = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,12 @@ def run_group(
     base: Any,
     stream: Stream,
     validation: Batch,
-    learning_rates: Mapping[str, float],
+    learning_rates: Rates | Sequence[Rates],
     schedule: Schedule,
     *,
     look_batches: int | None = None,
     checkpoints: Checkpoints | None = None,
+    snapshots: Snapshots | None = None,
     start: GroupResult | None = None,
     initial: np.ndarray | None = None,
     interrupts: Interrupts | None = None,
@@ -133,10 +136,11 @@ def run_group(
         base: frozen parameters, on the engine's mesh.
         stream: the batches that every lane reads.
         validation: batches [V, B, ...] for looks.
-        learning_rates: module -> learning rate.
+        learning_rates: module -> learning rate, for all lanes or for each.
         schedule: steps, looks and factors.
         look_batches: how many of the validation batches a look reads, from the first; None: all.
         checkpoints: where to save and resume; None for neither.
+        snapshots: where to keep the adapters of every look; None for nowhere.
         start: go on from here, in place of a fresh state or a checkpoint; used up.
         initial: adapters [P] that fresh lanes start from in place of their own draw.
         interrupts: looked at after every chunk.
@@ -188,12 +192,18 @@ def run_group(
         if piece.look:
             for k in active:
                 group.look(k, seen, slots[k] if piece.stop else places[0], schedule)
+            if snapshots:
+                vectors = np.asarray(state.trainable)
+                for k in active:
+                    snapshots.write(piece.stop, k, vectors[slots[k]])
         if not piece.stop:
             state = _with_first_loss(state, group.rows[0][0], engine)
         told = tell()
         stop = interrupts.requested if interrupts else None
         due = time.monotonic() - last_save >= schedule.checkpoint_seconds
         if checkpoints and piece.stop < schedule.horizon and (due or stop):
+            if snapshots:
+                snapshots.flush()
             by_lane = jax.tree.map(lambda leaf: np.asarray(leaf)[slots], state)
             checkpoints.save(piece.stop, by_lane, {"lanes": _names(lanes), **asdict(group)})
             last_save = time.monotonic()
@@ -258,17 +268,19 @@ def _start(
     lanes: Sequence[Lane],
     slots: Sequence[int],
     engine: Engine,
-    learning_rates: Mapping[str, float],
+    learning_rates: Rates | Sequence[Rates],
     checkpoints: Checkpoints | None,
     initial: np.ndarray | None,
 ) -> tuple[LaneState, _Group]:
     """The newest checkpoint of these lanes, or a fresh state; slots without a lane hold a copy of the last one."""
-    by_slot = dict(zip(slots, lanes, strict=True))
-    filled = [by_slot.get(slot, lanes[-1]) for slot in range(engine.num_slots)]
+    by_slot = dict(zip(slots, range(len(lanes)), strict=True))
+    filled = [lanes[by_slot.get(slot, -1)] for slot in range(engine.num_slots)]
+    of_lanes = [learning_rates] * len(lanes) if isinstance(learning_rates, Mapping) else learning_rates
+    rates = [of_lanes[by_slot.get(slot, -1)] for slot in range(engine.num_slots)]
     state = engine.init(
         np.asarray([lane.seed for lane in filled], np.int32),
         {m: np.asarray([lane.ranks[m] for lane in filled], np.int32) for m in lanes[0].ranks},
-        {m: np.full(len(filled), learning_rates[m], np.float32) for m in lanes[0].ranks},
+        {m: np.asarray([lane_rates[m] for lane_rates in rates], np.float32) for m in lanes[0].ranks},
     )
     if initial is not None:
         spread = np.ascontiguousarray(np.broadcast_to(initial, state.trainable.shape))

@@ -24,7 +24,8 @@ def lane_records(
     Args:
         lanes: K lanes.
         rows: by lane, one row a look; lanes that left have fewer, of the same steps.
-        rule: `loss_fraction` speaks of lanes that adapt one module, `drift` of every adapted module.
+        rule: `loss_fraction` speaks of lanes that adapt one module, `splice` and `drift` of every adapted module;
+            `splice` reads what remained from the rows.
         learning_rates: module -> learning rate.
 
     Raises:
@@ -54,9 +55,10 @@ def _convergence_times(
             for k, lane in enumerate(lanes)
         ]
     modules = list(lanes[0].ranks)
+    signal = {"splice": "remaining", "drift": "drift"}[rule.name]
     curves = np.full((len(rows), len(modules), len(steps)), np.nan, np.float32)
     for k, lane_rows in enumerate(rows):
-        curves[k, :, : ends[k]] = [[row["drift"].get(module, np.nan) for row in lane_rows] for module in modules]
+        curves[k, :, : ends[k]] = [[row[signal].get(module, np.nan) for row in lane_rows] for module in modules]
     found = jax.device_get(converge(rule, steps, curves, ends))
     return [
         {m: (float(found.steps[k, i]), bool(found.censored[k, i])) for i, m in enumerate(modules) if m in lane.adapted}
@@ -91,6 +93,8 @@ def _record(
         # The lane stood still from then on, which a rule takes for convergence.
         times = {module: (math.nan, False) for module in times}
     best = min(finite, key=lambda row: row["validation_loss"], default=last)
+    drop = rows[0]["validation_loss"] - best["validation_loss"]
+    interaction = rows[0].get("interaction")
     return {
         "lane": lane.name,
         "ranks": dict(lane.ranks),
@@ -104,6 +108,7 @@ def _record(
         "best_loss": best["validation_loss"],
         "best_step": best["step"],
         "update_norm": norms,
+        **({} if interaction is None else {"interaction": interaction / drop}),
         "status": status,
         "reason": reason,
     }

@@ -1,0 +1,167 @@
+"""The lanes behind `evidence.py`: probes, every final run of the grid, and separate rates, of a task and seed.
+
+What each row means and what follows from it is in `evidence_methods.py`. Lanes are run once and kept in files.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from costs import grid_of
+from trials import Rows, make_data, one_program, probe_rows, task_workspace
+
+from mars_jax.data.batches import eval_batches
+from mars_jax.data.examples import ExampleSource, plan_shapes
+from mars_jax.finetune import run_finals
+from mars_jax.jsonfiles import read_json, write_json
+from mars_jax.probe.loop import GroupResult, Rates, Row
+from mars_jax.probe.plan import Lane, plan_lanes
+from mars_jax.probe.reading import Adapters, losses_of
+from mars_jax.workspace import Workspace
+
+UNIFORM_RANK = 8
+RATE_FACTORS = {"vision": (1 / 3, 3.0), "llm": (1 / 3, 3.0)}
+
+
+class Form(NamedTuple):
+    """How much is run in a cell."""
+
+    ranks: Sequence[int]
+    num_samples: Sequence[int]  # of the probes
+    probe_steps: int
+    train: int  # samples of a final run
+    final_steps: int
+    test: int
+
+
+FULL = Form((2, 4, 8, 16, 32), (384, 768, 1536), 96, 6144, 768, 256)
+SHORT = Form((2, 8, 16), (64, 128, 256), 24, 512, 48, 32)
+
+
+class Run(NamedTuple):
+    """A lane that ran to its end: looks as (step, validation loss), and the test loss of its best look, nats."""
+
+    ranks: dict[str, int]
+    curve: list[tuple[int, float]]
+    test_loss: float
+
+    @property
+    def loss(self) -> float:
+        """The lowest validation loss."""
+        return min(loss for _, loss in self.curve)
+
+
+class Cell(NamedTuple):
+    """All lanes of a task and seed."""
+
+    workspace: Workspace
+    lanes: list[Lane]
+    rows: Rows
+    grid: list[Run]
+    rates: list[tuple[dict[str, float], Run]]  # with the factors on the learning rates
+
+
+def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Callable[[str], None]) -> Cell:
+    """Runs what isn't there yet.
+
+    Args:
+        folder: of the task; cells of its seeds have folders in it.
+        form: how much is run.
+        shift: arguments of scripts/make_demo_data.py.
+        seed: the config's: of the choice of samples, their order and the adapters.
+        tell: told what has been run, and in how many seconds.
+    """
+    data = make_data(folder / "data", [*shift, "--train", str(form.train), "--test", str(form.test)])
+    workspace = task_workspace(
+        data,
+        f"seed={seed}",
+        *(f"lora.modules.{module}.ranks={list(form.ranks)}" for module in ("vision", "llm")),
+        f"probe.num_samples={list(form.num_samples)}",
+        f"probe.steps={form.probe_steps}",
+        f"finetune.steps={form.final_steps}",
+        f"finetune.look_every={max(1, form.final_steps // 16)}",
+        f"evaluate.max_samples={form.test}",
+        "convergence.rule=splice",
+    )
+    place = folder / f"seed{seed}"
+
+    def timed(name: str, work: Callable[[Path], Any]) -> Any:
+        start = time.perf_counter()
+        found = work(place / f"{name}.json")
+        tell(f"{folder.name}, seed {seed}: {name}, {time.perf_counter() - start:.0f} s")
+        return found
+
+    # Not more than one seed of a D: seeds of the experiment are other configs.
+    planned = plan_lanes(workspace.grids, form.num_samples, 1, corners=True, single_module=True)
+    lanes, rows = [], []
+    for size in form.num_samples:
+        group = [lane for lane in planned if lane.num_samples == size]
+        lanes += group
+        rows += timed(f"probes-D{size}", partial(probe_rows, workspace=workspace, lanes=group))
+    vectors = grid_of(workspace.grids)
+    grid = timed("grid", partial(final_runs, workspace=workspace, vectors=vectors))
+    uniform = {module: UNIFORM_RANK for module in workspace.grids}
+    factors = [
+        {other: factor if other == module else 1.0 for other in workspace.grids}
+        for module, some in RATE_FACTORS.items()
+        for factor in some
+    ]
+    base = workspace.learning_rates(workspace.config.finetune.learning_rate)
+    rates = [{module: base[module] * factor for module, factor in those.items()} for those in factors]
+    runs = timed("rates", partial(final_runs, workspace=workspace, vectors=[uniform] * len(rates), rates=rates))
+    return Cell(workspace, lanes, rows, grid, list(zip(factors, runs, strict=True)))
+
+
+def final_runs(
+    file: Path, workspace: Workspace, vectors: Sequence[dict[str, int]], rates: Sequence[Rates] | None = None
+) -> list[Run]:
+    """Final runs as `mars finetune` does them, as lanes of one program, with the test loss of each one's best look."""
+    if not file.exists():
+        settings = workspace.config.finetune
+        lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in vectors]
+        engine = one_program(workspace, lanes).engine
+        result = run_finals(workspace, engine, lanes, rates or workspace.learning_rates(settings.learning_rate))
+        test = test_batches(workspace, settings.batch_size)
+        losses = losses_of(
+            best_of(result),
+            engine,
+            result.state,
+            workspace.base_on(engine.mesh),
+            workspace.stream(lanes[0], settings.batch_size)[0],
+            test,
+            chunk_steps=workspace.config.probe.chunk_steps,
+            look_batches=len(test["tokens"]),
+        )
+        runs = [
+            {"ranks": lane.ranks, "curve": [seen(row) for row in rows], "test_loss": loss}
+            for lane, rows, loss in zip(lanes, result.rows, losses, strict=True)
+        ]
+        write_json(file, runs)
+    return [
+        Run(run["ranks"], [(step, math.inf if loss is None else loss) for step, loss in run["curve"]], run["test_loss"])
+        for run in read_json(file)
+    ]
+
+
+def best_of(result: GroupResult) -> list[Adapters]:
+    """The adapters of every lane at its best look."""
+    best, scales = jax.device_get((result.state.best, result.state.scales))
+    return [Adapters(best[slot], {module: values[slot] for module, values in scales.items()}) for slot in result.slots]
+
+
+def seen(row: Row) -> tuple[int, float]:
+    """Step and validation loss of a look."""
+    return row["step"], row["validation_loss"] if row["alive"] else math.inf
+
+
+def test_batches(workspace: Workspace, batch_size: int) -> dict[str, np.ndarray]:
+    """Test samples [V, B, ...] in the shapes of training batches; longer ones are left out."""
+    kept = plan_shapes(workspace.test_records, workspace.preprocessor, workspace.shapes.max_tokens).kept
+    source = ExampleSource(kept, workspace.preprocessor, workspace.shapes, cache_bytes=0)
+    batches = [batch for batch, _ in eval_batches(source, batch_size)]
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

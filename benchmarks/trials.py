@@ -1,0 +1,83 @@
+"""Lanes of the demo's model on a task, run once and kept in files: what the experiments on rules and ranks share.
+
+Nothing is judged here. A file that is there is read in place of running its lanes again, so an experiment that was
+stopped goes on when it is started again.
+"""
+
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from own import ROOT, Warnings, demo_config
+
+from mars_jax.convergence import ConvergenceRule
+from mars_jax.jsonfiles import read_json, write_json
+from mars_jax.probe.buckets import Bucket
+from mars_jax.probe.loop import Rates, Row
+from mars_jax.probe.plan import Lane
+from mars_jax.probe.records import lane_records
+from mars_jax.probe.snapshots import Snapshots
+from mars_jax.programs import Program
+from mars_jax.search import probe_schedule, run_probe_group, splice_probes
+from mars_jax.workspace import Workspace
+
+Rows = list[list[Row]]
+
+
+def make_data(folder: Path, shift: Sequence[str]) -> Path:
+    """Data of a task, by scripts/make_demo_data.py with some arguments."""
+    if not (folder / "test.json").exists():
+        script = str(ROOT / "scripts" / "make_demo_data.py")
+        subprocess.run([sys.executable, script, "--out", str(folder), *shift], check=True, stdout=sys.stderr)
+    return folder
+
+
+def task_workspace(data: Path, *overrides: str) -> Workspace:
+    """The demo's job on other data and with some settings changed; lanes never leave early."""
+    files = [f"data.{name}={data / name}.json" for name in ("train", "validation", "test")]
+    return Workspace(demo_config(data / "run", [*files, "probe.patience=null", *overrides]), Warnings())
+
+
+def probe_rows(file: Path, workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None = None) -> Rows:
+    """Rows of probes that read the same data, with what remained for each module at every look.
+
+    Args:
+        file: of the rows.
+        workspace: of the task.
+        lanes: to run together.
+        rates: learning rates of each; None: the config's.
+    """
+    if file.exists():
+        return [[_with_nan(row) for row in rows] for rows in read_json(file)]
+    program = one_program(workspace, lanes)
+    schedule = probe_schedule(workspace)
+    with TemporaryDirectory() as folder:
+        size = program.engine.layout.size
+        with Snapshots(Path(folder) / "adapters", schedule.looks, len(lanes), size) as snapshots:
+            result = run_probe_group(workspace, program, lanes, schedule, rates, snapshots=snapshots)
+            rows = splice_probes(workspace, program, lanes, result, snapshots, lanes, result.rows)
+    write_json(file, rows)
+    return rows
+
+
+def one_program(workspace: Workspace, lanes: Sequence[Lane]) -> Program:
+    """A program that runs the lanes as one group."""
+    widest = {module: max(lane.ranks[module] for lane in lanes) for module in workspace.grids}
+    devices = workspace.mesh.shape["lane"]
+    engine = workspace.engine(widest, devices * math.ceil(len(lanes) / devices), workspace.default_lane_block)
+    return Program(Bucket(tuple(lanes), widest, cached_encoder=False), (tuple(lanes),), engine)
+
+
+def records_by(rule: ConvergenceRule, workspace: Workspace, lanes: Sequence[Lane], rows: Rows) -> list[dict[str, Any]]:
+    """Records of the lanes as a rule tells their times."""
+    return lane_records(lanes, rows, rule, workspace.learning_rates())
+
+
+def _with_nan(row: Mapping[str, Any]) -> Row:
+    """A row read from JSON, which has null where a drift was not a number."""
+    drift = {module: math.nan if value is None else value for module, value in row["drift"].items()}
+    return {**row, "drift": drift}

@@ -1,0 +1,65 @@
+"""Losses of adapters that are given, not trained: an engine's own look without steps, so nothing more is compiled."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mars_jax.data.batches import Batch
+from mars_jax.probe.engine import Engine, LaneState
+from mars_jax.probe.feed import Piece
+from mars_jax.probe.loop import Schedule, chunk_work, lane_slots
+from mars_jax.sharding import chunk_sharding, lane_sharding, place
+
+
+class Adapters(NamedTuple):
+    """A lane's adapters as an engine has them."""
+
+    vector: np.ndarray  # float32 [P]
+    scales: Mapping[str, float]  # of each module in the engine's layout
+
+
+def losses_of(
+    adapters: Iterable[Adapters],
+    engine: Engine,
+    state: LaneState,
+    base: Any,
+    batch: Batch,
+    validation: Batch,
+    *,
+    chunk_steps: int,
+    look_batches: int,
+) -> list[float]:
+    """Mean loss over the supervised tokens, nats, of each of the adapters; NaN or infinite where it isn't finite.
+
+    Args:
+        adapters: taken as many at a time as the engine has slots.
+        engine: compiled functions.
+        state: of lanes of that engine, which is used up.
+        base: frozen parameters, on the engine's mesh.
+        batch: a training batch, for its shapes.
+        validation: batches [V, B, ...] to read.
+        chunk_steps: C of the engine's calls.
+        look_batches: how many of the validation batches to read, from the first.
+    """
+    by_sample, by_lane = chunk_sharding(engine.mesh), lane_sharding(engine.mesh)
+    validation = place(validation, by_sample)
+    batches = place(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (chunk_steps, *leaf.shape)), batch), by_sample)
+    schedule = Schedule(np.zeros(0, np.float32), [0], looks_per_doubling=0, chunk_steps=chunk_steps)
+    alive = np.ones(engine.num_slots, bool)
+    remaining, losses = iter(adapters), []
+    while some := list(islice(remaining, engine.num_slots)):
+        slots = lane_slots(len(some), engine)
+        vectors = np.zeros((engine.num_slots, engine.layout.size), np.float32)
+        scales = {module: np.ones(engine.num_slots, np.float32) for module in engine.layout.modules}
+        for slot, (vector, of_modules) in zip(slots, some, strict=True):
+            vectors[slot] = vector
+            for module, values in scales.items():
+                values[slot] = of_modules[module]
+        state = state._replace(**place({"trainable": vectors, "scales": scales, "alive": alive}, by_lane))
+        work = chunk_work(engine, slots, batches, Piece(0, 0, look=True), schedule, look_batches)
+        state, _, seen = engine.chunk(state, base, validation, work)
+        losses += np.asarray(seen.validation_loss)[slots].tolist()
+    return losses

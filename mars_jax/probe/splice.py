@@ -1,0 +1,145 @@
+"""What each module has still to take off a lane's loss: the Shapley split of the remaining loss over hybrid adapters.
+
+A hybrid takes some modules from the lane's best look and the others from an earlier one. What follows for convergence
+times is in `mars_jax.convergence`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import jax
+
+from mars_jax.probe.engine import Engine
+from mars_jax.probe.loop import GroupResult, Row
+from mars_jax.probe.reading import Adapters
+from mars_jax.probe.snapshots import Snapshots
+
+Modules = frozenset[str]
+
+
+class Reading(NamedTuple):
+    """What is read off a lane: its place in the group, its adapted modules, its rows up to where the reading ends."""
+
+    lane: int
+    modules: Sequence[str]
+    rows: Sequence[Row]
+
+
+class Remaining(NamedTuple):
+    """What remained at a look, in nats.
+
+    Attributes:
+        shares: module -> its part of the loss that is still above the best look's; they add up to it.
+        interaction: what the modules' parts one by one, each with all others at the best, exceed it by.
+    """
+
+    shares: dict[str, float]
+    interaction: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys of a row of curves.jsonl."""
+        return {"remaining": self.shares, "interaction": self.interaction}
+
+
+def hybrids(modules: Sequence[str]) -> list[Modules]:
+    """The modules that each hybrid takes from the best look: neither none nor all."""
+    return [frozenset(some) for number in range(1, len(modules)) for some in combinations(modules, number)]
+
+
+def split_remaining(losses: Mapping[Modules, float]) -> Remaining:
+    """Shapley values of the modules in the fall from an earlier look's loss to the best one's.
+
+    phi_m = mean over orders in which the modules are switched to the best look, of what the switch of m takes off
+    (Shapley 1953). For two modules the interaction is L(t,T) + L(T,t) - L(t,t) - L(T,T).
+
+    Args:
+        losses: modules taken from the best look -> loss; every subset of the modules, the empty one included.
+    """
+    modules = max(losses, key=len)
+    count = len(modules)
+    shares = {
+        module: math.fsum(
+            (losses[some] - losses[some | {module}]) / (count * math.comb(count - 1, len(some)))
+            for some in losses
+            if module not in some
+        )
+        for module in sorted(modules)
+    }
+    best, before = losses[modules], losses[frozenset()]
+    alone = math.fsum(losses[modules - {module}] - best for module in modules)
+    return Remaining(shares, alone - (before - best))
+
+
+def remaining_losses(
+    engine: Engine,
+    result: GroupResult,
+    snapshots: Snapshots,
+    readings: Sequence[Reading],
+    losses_of: Callable[[Iterable[Adapters]], list[float]],
+) -> list[list[Remaining | None]]:
+    """Splits what remained at every look up to the best one, for every reading.
+
+    A lane that diverged, or whose best look is the first, has nothing to split. Forward passes only:
+    2^M - 2 hybrids a look.
+
+    Args:
+        engine: that ran the group.
+        result: of the group.
+        snapshots: adapters of every lane at every look.
+        readings: what to read.
+        losses_of: `reading.losses_of` with the validation batches of the looks; may use up the group's state.
+
+    Returns:
+        For every reading and each of its rows what remained; None past the best look.
+    """
+    best = [_best_look(reading.rows) for reading in readings]
+    wanted = [
+        (r, look, some)
+        for r, reading in enumerate(readings)
+        for look in range(best[r])
+        for some in hybrids(reading.modules)
+    ]
+    layout, scales = engine.layout, jax.device_get(result.state.scales)
+
+    def mixed(r: int, look: int, some: Modules) -> Adapters:
+        lane, _, rows = readings[r]
+        vector = snapshots.read(rows[look]["step"], lane).copy()
+        last = snapshots.read(rows[best[r]]["step"], lane)
+        for module in some:
+            vector[layout.places[module]] = last[layout.places[module]]
+        return Adapters(vector, {module: values[result.slots[lane]] for module, values in scales.items()})
+
+    found = losses_of(mixed(*hybrid) for hybrid in wanted)
+    losses = [
+        {(look, frozenset[str]()): row["validation_loss"] for look, row in enumerate(reading.rows)}
+        for reading in readings
+    ]
+    for (r, look, some), loss in zip(wanted, found, strict=True):
+        losses[r][look, some] = loss
+    return [_split(reading, last, known) for reading, last, known in zip(readings, best, losses, strict=True)]
+
+
+def count_hybrids(readings: Sequence[Reading]) -> int:
+    """Hybrids whose losses `remaining_losses` reads."""
+    return sum(_best_look(reading.rows) * len(hybrids(reading.modules)) for reading in readings)
+
+
+def _best_look(rows: Sequence[Row]) -> int:
+    """The place of the look with the lowest loss; 0 for a lane that diverged."""
+    losses = [row["validation_loss"] for row in rows]
+    return losses.index(min(losses)) if rows[-1]["alive"] else 0
+
+
+def _split(reading: Reading, best: int, losses: Mapping[tuple[int, Modules], float]) -> list[Remaining | None]:
+    rows = reading.rows
+    if best == 0:
+        return [None] * len(rows)
+    every = frozenset(reading.modules)
+    found: list[Remaining | None] = []
+    for look in range(best):
+        of_look = {some: losses[look, some] for some in (frozenset(), *hybrids(reading.modules))}
+        found.append(split_remaining({**of_look, every: losses[best, frozenset()]}))
+    found.append(Remaining(dict.fromkeys(sorted(every), 0.0), 0.0))
+    return found + [None] * (len(rows) - len(found))
