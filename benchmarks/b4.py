@@ -33,7 +33,7 @@ from demo_job import (
     spread,
 )
 from own import publish
-from peft_side import repeat_step_vmapped
+from peft_vmapped import repeat_step_vmapped
 
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane

@@ -18,7 +18,7 @@ import jinja2
 from mars_jax.jsonfiles import read_json, write_text
 
 HERE = Path(__file__).parent
-EVIDENCE = ("planted", "evidence")
+EVIDENCE = ("laws", "planted", "evidence")
 ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "kills")
 
 Row = Mapping[str, Any]

@@ -22,6 +22,7 @@ from mars_jax.probe.engine import mean_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import peft_side
+import peft_vmapped
 
 # peft 0.21 reads an attribute that transformers 5.23 has renamed; torch says where vmap loops.
 pytestmark = [
@@ -170,7 +171,7 @@ def test_repeated_steps_equal_vmapped_ones(job):
     grid = job.grid()
     batch = grid.encode(job.batches[0])
     alone = [grid.repeat_step(*lane, batch, RATES, 4) for lane in LANES.values()]
-    together = peft_side.repeat_step_vmapped(grid, list(LANES.values()), batch, RATES, 4)
+    together = peft_vmapped.repeat_step_vmapped(grid, list(LANES.values()), batch, RATES, 4)
     assert np.ptp(alone[0].losses) > 0.1
     np.testing.assert_allclose(together.losses, np.hstack([a.losses for a in alone]), rtol=0, atol=TOLERANCE)
     assert len(together.seconds) == len(alone[0].seconds) == 4
@@ -182,4 +183,4 @@ def test_refuses_other_picture_sizes_and_scales_that_differ(job):
     with pytest.raises(ValueError, match=r"image tokens that are not the \d+ of height and width \(28, 56\)"):
         wrong.encode(job.batches[0])
     with pytest.raises(ValueError, match="'rslora' gives ranks different scales"):
-        peft_side.repeat_step_vmapped(wrong, list(LANES.values()), grid.encode(job.batches[0]), RATES, 1)
+        peft_vmapped.repeat_step_vmapped(wrong, list(LANES.values()), grid.encode(job.batches[0]), RATES, 1)

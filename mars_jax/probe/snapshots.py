@@ -59,8 +59,8 @@ class Snapshots:
             DataError: they were never written: the file is not the one that the checkpoints beside it were saved with.
         """
         content = os.pread(self._file, 4 * self._size, self._place(step, lane))
-        if len(content) == 4 * self._size and any(content):
-            return np.frombuffer(content, np.float32)
+        if len(content) == 4 * self._size and (vector := np.frombuffer(content, np.float32)).any():
+            return vector
         raise DataError(
             f"{self.path} doesn't hold the adapters of lane {lane} at step {step}. Delete {self.path.parent} and run "
             "the same command again: the lanes of this group start anew."
