@@ -64,7 +64,7 @@ def main() -> None:
 def lanes(seed: int) -> list[dict[str, Any]]:
     """Records of joint lanes with planted times and losses."""
     rng = np.random.default_rng(seed)
-    found = []
+    found: list[dict[str, Any]] = []
     for vision, llm, samples in itertools.product(RANKS, RANKS, SAMPLES):
         ranks = {"vision": vision, "llm": llm}
         times = {

@@ -6,7 +6,7 @@ One module at a time; what joins several modules is in `laws.py`, and convergenc
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,11 +161,11 @@ def fit_convergence_law(
         censored=_device(hidden) > 0,
     )
     rows = pad_points(np.concatenate([np.ones((1, len(time))), resamples]).T, 0.0).T
-    # E is at most the shortest measured time; an upper bound of 0 is the form without E.
-    largest = np.exp(np.log(time[~hidden]).min() - time_mean)
-    forms = [in_blocks(partial(_fit_rows, points, jnp.float32(bound)), rows) for bound in (0.0, largest)]
-    plain, with_offset = forms
-    chosen = with_offset if with_offset[0, 4] < plain[0, 4] - _AICC_MARGIN else plain
+    # E is at most the shortest measured time.
+    largest = jnp.float32(np.exp(np.log(time[~hidden]).min() - time_mean))
+    with_offset, plain = partial(_fit_rows, points, largest), partial(_fit_rows_without_offset, points)
+    aicc = [in_blocks(fit, rows[:1])[0, 4] for fit in (with_offset, plain)]
+    chosen = in_blocks(with_offset if aicc[0] < aicc[1] - _AICC_MARGIN else plain, rows)
 
     intercept, gamma, delta, scaled_offset = chosen[:, :4].T
     log_k = intercept + time_mean - gamma * (rank_mean + math.log(_RANK_UNIT))
@@ -247,9 +247,28 @@ def _fit_rows(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> 
     return jax.vmap(partial(_fit_row, points, largest_offset))(counts)
 
 
+@jax.jit
+def _fit_rows_without_offset(points: _Points, counts: jax.Array) -> jax.Array:
+    """The same with E = 0: every refit is linear, and has a closed form."""
+    return jax.vmap(partial(_fit_row_without_offset, points))(counts)
+
+
+def _fit_row_without_offset(points: _Points, counts: jax.Array) -> jax.Array:
+    weight = points.weight * counts
+
+    def refit(theta: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        theta = jnp.append(_linear_fit(points.x, points.d, target, weight), 0.0)
+        return theta, jnp.sum(weight * (target - _log_time(theta, points)) ** 2)
+
+    measured = jnp.where(points.censored, 0.0, weight)
+    theta = jnp.append(_linear_fit(points.x, points.d, points.y, measured), 0.0)
+    cost = jnp.sum(measured * (points.y - _log_time(theta, points)) ** 2)
+    theta, log_likelihood = _expectation_maximisation(points, counts, theta, cost, refit)
+    return jnp.append(theta, _aicc(log_likelihood, jnp.sum(counts), 4.0))
+
+
 def _fit_row(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> jax.Array:
     weight = points.weight * counts
-    total = jnp.sum(counts)
     measured = jnp.where(points.censored, 0.0, weight)
 
     # Start: the closed form on log(t - E) of the measured points at each E of a grid, judged on log t.
@@ -260,10 +279,29 @@ def _fit_row(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> j
         return theta, jnp.sum(measured * (points.y - _log_time(theta, points)) ** 2)
 
     starts, costs = jax.vmap(at_offset)(jnp.linspace(0.0, 0.98, _OFFSETS) * largest_offset)
-    theta = starts[jnp.argmin(costs)]
-    spread = jnp.sqrt(jnp.min(costs) / jnp.sum(jnp.where(points.censored, 0.0, counts)))
     lower = jnp.array([-jnp.inf, -jnp.inf, -jnp.inf, 0.0])
     upper = jnp.array([jnp.inf, jnp.inf, jnp.inf, 1.0]) * jnp.where(jnp.arange(4) == 3, largest_offset, 1.0)
+
+    def refit(theta: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def residual(theta: jax.Array) -> jax.Array:
+            return jnp.sqrt(weight) * (target - _log_time(theta, points))
+
+        return levenberg_marquardt(residual, theta, lower, upper, _INNER_ITERATIONS)
+
+    start = starts[jnp.argmin(costs)]
+    theta, log_likelihood = _expectation_maximisation(points, counts, start, jnp.min(costs), refit)
+    return jnp.append(theta, _aicc(log_likelihood, jnp.sum(counts), 5.0))
+
+
+def _expectation_maximisation(
+    points: _Points,
+    counts: jax.Array,
+    theta: jax.Array,
+    cost: jax.Array,
+    refit: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
+    """Parameters [4] and log-likelihood, from a start whose weighted sum of squares over measured points is `cost`."""
+    weight = points.weight * counts
     noise = 1.0 / jnp.sqrt(jnp.maximum(points.weight, 1e-12))
 
     def em(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -273,23 +311,23 @@ def _fit_row(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> j
         hazard = jnp.exp(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-z))
         target = jnp.where(points.censored, mean + sigma * hazard, points.y)
         left_over = jnp.where(points.censored, sigma**2 * jnp.clip(1.0 + z * hazard - hazard**2, 0.0, 1.0), 0.0)
-
-        def residual(theta: jax.Array) -> jax.Array:
-            return jnp.sqrt(weight) * (target - _log_time(theta, points))
-
-        theta, cost = levenberg_marquardt(residual, theta, lower, upper, _INNER_ITERATIONS)
-        spread = jnp.sqrt((cost + jnp.sum(weight * left_over)) / total)
+        theta, cost = refit(theta, target)
+        spread = jnp.sqrt((cost + jnp.sum(weight * left_over)) / jnp.sum(counts))
         return (theta, jnp.maximum(spread, _SMALLEST_SPREAD)), None
 
+    spread = jnp.sqrt(cost / jnp.sum(jnp.where(points.censored, 0.0, counts)))
     start = (theta, jnp.maximum(spread, _SMALLEST_SPREAD))
     (theta, spread), _ = jax.lax.scan(em, start, None, length=_EM_ITERATIONS)
     z = (points.y - _log_time(theta, points)) / (spread * noise)
     log_density = -0.5 * z**2 - jnp.log(spread * noise) - 0.5 * jnp.log(2 * jnp.pi)
-    log_likelihood = jnp.sum(counts * jnp.where(points.censored, log_ndtr(-z), log_density))
-    number = jnp.where(largest_offset > 0, 5.0, 4.0)  # with the spread
-    room = total - number - 1.0
-    aicc = 2 * number - 2 * log_likelihood + 2 * number * (number + 1) / jnp.maximum(room, 1e-9)
-    return jnp.append(theta, jnp.where((largest_offset > 0) & (room <= 0), jnp.inf, aicc))
+    return theta, jnp.sum(counts * jnp.where(points.censored, log_ndtr(-z), log_density))
+
+
+def _aicc(log_likelihood: jax.Array, points: jax.Array, parameters: float) -> jax.Array:
+    """The corrected AIC of some number of parameters, the spread among them; infinite where an offset has no room."""
+    room = points - parameters - 1.0
+    aicc = 2 * parameters - 2 * log_likelihood + 2 * parameters * (parameters + 1) / jnp.maximum(room, 1e-9)
+    return jnp.where((parameters > 4) & (room <= 0), jnp.inf, aicc)
 
 
 def _linear_fit(x: jax.Array, d: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:

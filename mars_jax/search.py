@@ -245,7 +245,7 @@ def splice_probes(
         found = remaining_losses(engine, result, snapshots, wanted, losses)
     return [
         [
-            {**row, "remaining": {}, "interaction": None} if left is None else {**row, **left.to_json()}
+            {**row, "remaining": {}, "interaction": None, "hybrids": {}} if left is None else {**row, **left.to_json()}
             for row, left in zip(rows, remaining, strict=True)
         ]
         for rows, remaining in zip(curves, found, strict=True)

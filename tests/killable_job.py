@@ -36,8 +36,6 @@ class Job:
             self.folder / "data" / "train.json",
             run,
             probe={"num_samples": [8, 16], "chunk_steps": 2},
-            # The rule that has more to lose than curves.
-            convergence={"rule": "splice", "epsilon": 0.5},
             finetune={"warm_start": True},
             evaluate={"controls": False},
         )

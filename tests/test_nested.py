@@ -183,7 +183,7 @@ def test_a_nested_search_records_every_lane_at_every_size(tmp_path):
         assert record["steps"] == record["num_samples"] // 4
         assert record["lane"].endswith(f"-D{record['num_samples']}-s0")
     own = dict.fromkeys(
-        ("lane", "remaining", "interaction")
+        ("lane", "remaining", "interaction", "hybrids")
     )  # what remained is told from the best look up to each size
     rows = {name: [{**row, **own} for row in curves if row["lane"] == name] for name in (*small, *large)}
     for record in records:

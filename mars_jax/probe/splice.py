@@ -33,14 +33,17 @@ class Remaining(NamedTuple):
     Attributes:
         shares: module -> its part of the loss that is still above the best look's; they add up to it.
         interaction: what the modules' parts one by one, each with all others at the best, exceed it by.
+        losses: modules taken from the best look -> loss, so that it can be split in other ways later.
     """
 
     shares: dict[str, float]
     interaction: float
+    losses: Mapping[Modules, float]
 
     def to_json(self) -> dict[str, Any]:
         """Keys of a row of curves.jsonl."""
-        return {"remaining": self.shares, "interaction": self.interaction}
+        hybrids = {"+".join(sorted(some)): loss for some, loss in self.losses.items()}
+        return {"remaining": self.shares, "interaction": self.interaction, "hybrids": hybrids}
 
 
 def hybrids(modules: Sequence[str]) -> list[Modules]:
@@ -69,7 +72,7 @@ def split_remaining(losses: Mapping[Modules, float]) -> Remaining:
     }
     best, before = losses[modules], losses[frozenset()]
     alone = math.fsum(losses[modules - {module}] - best for module in modules)
-    return Remaining(shares, alone - (before - best))
+    return Remaining(shares, alone - (before - best), losses)
 
 
 def remaining_losses(
@@ -141,5 +144,5 @@ def _split(reading: Reading, best: int, losses: Mapping[tuple[int, Modules], flo
     for look in range(best):
         of_look = {some: losses[look, some] for some in (frozenset(), *hybrids(reading.modules))}
         found.append(split_remaining({**of_look, every: losses[best, frozenset()]}))
-    found.append(Remaining(dict.fromkeys(sorted(every), 0.0), 0.0))
+    found.append(split_remaining(dict.fromkeys((*of_look, every), losses[best, frozenset()])))
     return found + [None] * (len(rows) - len(found))
