@@ -33,8 +33,9 @@ def main() -> None:
     documents = {file.stem: read_json(file) for file in sorted(options.results.glob("*.json"))}
     for name in ("performance", "evidence"):
         shown = {key: value for key, value in documents.items() if (key in EVIDENCE) == (name == "evidence")}
-        write_text(options.out / f"{name}.md", page(shown, name))
-        print(f"wrote {options.out / name}.md from {len(shown)} results")
+        if shown:
+            write_text(options.out / f"{name}.md", page(shown, name))
+            print(f"wrote {options.out / name}.md from {len(shown)} results")
 
 
 def page(documents: Mapping[str, Row], name: str = "performance") -> str:

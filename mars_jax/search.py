@@ -85,8 +85,6 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
     lane_bytes = lane_state_bytes(largest, settings.looks_per_doubling)
     together = min(settings.lanes_per_program, len(lanes))
     floor = base_bytes + together * lane_bytes
-    looks = len(look_steps(settings.horizon, settings.looks_per_doubling))
-    snapshots = snapshot_bytes(together, looks, largest) if config.convergence.rule == "splice" else 0
     memory = physical_memory_bytes()
     if floor > memory:
         raise DoesNotFitError(
@@ -94,6 +92,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
             f"a lane {lane_bytes / 2**30:.2f} GiB), and this machine has {memory / 2**30:.1f} GiB. Lower "
             f"probe.lanes_per_program or the largest ranks, or use model.dtype: bfloat16."
         )
+    looks = len(look_steps(settings.horizon, settings.looks_per_doubling)) if config.convergence.rule == "splice" else 0
     grid_size = int(np.prod([len(ranks) for ranks in workspace.grids.values()]))
     lane_steps = len(lanes) * settings.horizon
     return {
@@ -109,7 +108,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
         "base_bytes": base_bytes,
         "lane_bytes": lane_bytes,
         "memory_floor_bytes": floor,
-        "snapshot_bytes": snapshots,
+        "snapshot_bytes": snapshot_bytes(together, looks, largest),
         "step_memory_bytes": workspace.step_bytes(workspace.remat),
         "remat": workspace.remat,
         "machine_memory_bytes": memory,

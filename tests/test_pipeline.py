@@ -286,7 +286,7 @@ def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, 
     assert [name for name in rows if name not in list(rows)[:3]] == [
         "largest ranks",
         "separate learning rates at rank 4",
-        f"random search, {rows['MARS']['compute']:.0f} runs",
+        "random search, 6 runs",  # the search cost more than the whole grid has pairs
         "random ranks",
     ]
     pick = rows["MARS"]

@@ -170,7 +170,7 @@ def test_every_place_is_inside_and_has_its_own_name(tmp_path):
     run = RunDirectory(tmp_path)
     places = [getattr(run, name) for name, value in vars(RunDirectory).items() if isinstance(value, property)]
     places.append(run.probe_adapters("vision8-llm2-D256-s0"))
-    assert len({*places}) == len(places) == 22 + 1
+    assert len({*places}) == len(places) == 25 + 1
     assert all(tmp_path in place.parents for place in places)
 
 
