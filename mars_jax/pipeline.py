@@ -42,11 +42,7 @@ def run(config: Config, reporter: Reporter) -> Document:
     """Every phase, from plan to report."""
     with RunDirectory.open(config) as directory:
         session = _Session(config, reporter, directory)
-        session.data()
-        session.plan()
-        session.probe()
-        session.fit()
-        selection = session.select()
+        selection = session.search()
         session.finetune()
         evaluation = session.evaluate()
         session.export(verify=False, merged=config.export.merged)
@@ -131,11 +127,7 @@ def compare(config: Config, reporter: Reporter) -> Document:
     """The pick beside its alternatives, each trained to the end; searches first where that isn't done."""
     with RunDirectory.open(config) as directory:
         session = _Session(config, reporter, directory)
-        session.data()
-        session.plan()
-        session.probe()
-        session.fit()
-        session.select()
+        session.search()
         return session.compare()
 
 
@@ -172,6 +164,14 @@ class _Session:
     def _sections(self, *names: str) -> str:
         """Config sections as text, for the hash of a phase's inputs."""
         return repr([getattr(self.config, name) for name in names])
+
+    def search(self) -> Document:
+        """All that leads to the pick."""
+        self.data()
+        self.plan()
+        self.probe()
+        self.fit()
+        return self.select()
 
     def data(self) -> Document:
         """Checks checkpoint and targets, then reads and checks every record; writes data.json."""
