@@ -179,7 +179,7 @@ def test_rules_can_be_jitted_and_returned_as_a_pytree():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("slope", 0.1, 3), "name is 'slope'; allowed: loss_fraction, drift"),
+        (("slope", 0.1, 3), "name is 'slope'; allowed: loss_fraction, splice, drift"),
         (("drift", 0.0, 3), "epsilon is 0.0; allowed: between 0 and 1"),
         (("drift", 1.5, 3), "epsilon is 1.5"),
         (("drift", 0.1, 0), "sustain is 0; allowed: 1 or more"),
