@@ -27,20 +27,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evidence_methods import (
-    RULES,
-    Document,
-    Grid,
-    Prices,
-    balance,
-    cross_exponents,
-    order,
-    others,
-    ours,
-)
+from evidence_claims import balance, cross_exponents, order
+from evidence_methods import Document, Grid, Prices, others, ours
 from evidence_runs import FULL, SHORT, Cell, Form, run_cell
 from own import parser as own_parser
 from own import publish
+from trials import RULES
 
 from mars_jax import compile_cache
 

@@ -5,7 +5,6 @@ the same numbers. Compute is counted in FLOPs (closed form, own ranks, no paddin
 mean of the grid's.
 """
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from evidence_runs import UNIFORM_RANK, Cell, Run
-from trials import records_by
+from trials import RULES, records_by
 
 from mars_jax import lora
-from mars_jax.convergence import ConvergenceRule
 from mars_jax.errors import NoValidResultError
 from mars_jax.flops import evaluation_flops
 from mars_jax.laws import Laws, fit_laws
@@ -28,11 +26,6 @@ from mars_jax.selection import Selection, candidates_for_sweep, halving_schedule
 
 Document = dict[str, Any]
 
-RULES = {
-    "loss_fraction": ConvergenceRule("loss_fraction", 0.1, 3),
-    "splice": ConvergenceRule("splice", 0.1, 3),
-    "drift": ConvergenceRule("drift", 0.3, 3),
-}
 SEARCHED = ("vision", "llm")
 REPLAYS = 20  # of methods that draw
 
@@ -88,13 +81,13 @@ class Prices:
         looks = settings.steps / settings.look_every
         return share * self._price(ranks, settings.steps, looks, settings.validation_samples)
 
-    def probes(self, cell: Cell, rule: str, most: int | None = None) -> float:
-        """The probes that a rule needs, of at most some D, with their looks and hybrids."""
+    def probes(self, cell: Cell, rule: str) -> float:
+        """The probes that a rule needs, with their looks and hybrids."""
         settings = self._workspace.config.probe
         total = 0.0
         for lane, rows in zip(cell.lanes, cell.rows, strict=True):
             joint = len(lane.adapted) == len(lane.ranks)
-            if (most and lane.num_samples > most) or not (joint or rule == "loss_fraction"):
+            if not (joint or rule == "loss_fraction"):
                 continue
             extra = len(hybrids(lane.adapted)) * sum(any(row["remaining"].values()) for row in rows)
             looks = len(rows) - 1 + (extra if rule == "splice" else 0)
@@ -141,10 +134,9 @@ def ours(cell: Cell, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str
     return found + _without_balance(cell, laws_of, grid, prices), laws_of
 
 
-def fitted(cell: Cell, rule: str, most: int | None = None) -> Laws | None:
-    """The laws by a rule, of lanes of at most some D; None where the lanes don't determine them."""
+def fitted(cell: Cell, rule: str) -> Laws | None:
+    """The laws by a rule; None where the lanes don't determine them."""
     records = records_by(RULES[rule], cell.workspace, cell.lanes, cell.rows)
-    records = [record for record in records if not most or record["num_samples"] <= most]
     looks = cell.workspace.config.probe.looks_per_doubling
     try:
         return fit_laws(records, key=jax.random.key(0), num_bootstraps=200, measuring_interval=2 ** (1 / looks) - 1)
@@ -353,64 +345,3 @@ def tpe(grid: Grid, prices: Prices) -> list[Method]:
 
 def _mean(regrets: Sequence[Document]) -> Document:
     return {name: statistics.mean(regret[name] for regret in regrets) for name in ("regret", "test_regret")}
-
-
-# Claims.
-
-
-def balance(cell: Cell, laws: Laws, grid: Grid) -> Document:
-    """Whether balanced pairs end better: correlation of log imbalance and loss over the grid, also given the ranks."""
-    selection = selected(cell, laws, "chosen form")
-    rows = [(c.imbalance, grid.runs[key(c.ranks)].loss, c) for c in selection.candidates]
-    imbalance, loss = (np.asarray([row[i] for row in rows], float) for i in (0, 1))
-    ranks = np.log([[c.ranks[module] for module in SEARCHED] for *_, c in rows])
-    given = np.column_stack([np.ones(len(rows)), ranks, np.log([c.parameters for *_, c in rows])])
-    return {"correlation": _correlation(imbalance, loss), "partial": _correlation(*_residuals(given, imbalance, loss))}
-
-
-def _residuals(given: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
-    return [column - given @ np.linalg.lstsq(given, column, rcond=None)[0] for column in columns]
-
-
-def _correlation(left: np.ndarray, right: np.ndarray) -> float | None:
-    spread = np.std(left) * np.std(right)
-    return float(np.mean((left - left.mean()) * (right - right.mean())) / spread) if spread > 1e-12 else None
-
-
-def order(cell: Cell, laws: Laws, grid: Grid) -> Document:
-    """Kendall tau of predicted and true order of the grid at the target D, by each form."""
-    from scipy.stats import kendalltau
-
-    vectors = [run.ranks for run in grid.runs.values()]
-    true = [run.loss for run in grid.runs.values()]
-    target = cell.workspace.target_num_samples()
-    predictions = {
-        "chosen form": laws.performance.loss(vectors, target),
-        "power form": laws.multiplicative.loss(vectors, target),
-        "quadratic surface": surface_draws(cell, vectors, target).mean(axis=0),
-    }
-    return {
-        name: None if np.ptp(predicted) == 0 else float(kendalltau(predicted, true).statistic)
-        for name, predicted in predictions.items()
-    }
-
-
-def cross_exponents(cell: Cell, rule: str) -> Document:
-    """Exponent of the other module's rank in a module's time, given its own rank and D, over joint lanes."""
-    records = records_by(RULES[rule], cell.workspace, cell.lanes, cell.rows)
-    found: Document = {}
-    for module, other in itertools.permutations(SEARCHED):
-        points = [
-            (math.log(r["ranks"][module]), math.log(r["ranks"][other]), math.log(r["num_samples"]), math.log(steps))
-            for r in records
-            if len(r["adapted"]) == len(r["ranks"]) and not r["censored"].get(module, True)
-            for steps in [r["convergence_steps"].get(module)]
-            if steps
-        ]
-        if len(points) < 6:
-            continue
-        data = np.asarray(points)
-        design = np.column_stack([np.ones(len(data)), data[:, :3]])
-        solution = np.linalg.lstsq(design, data[:, 3], rcond=None)[0]
-        found[module] = {"points": len(points), "own": float(solution[1]), "other": float(solution[2])}
-    return found

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from costs import grid_of
 from trials import Rows, make_data, one_program, probe_rows, task_workspace
@@ -19,9 +18,9 @@ from mars_jax.data.batches import eval_batches
 from mars_jax.data.examples import ExampleSource, plan_shapes
 from mars_jax.finetune import run_finals
 from mars_jax.jsonfiles import read_json, write_json
-from mars_jax.probe.loop import GroupResult, Rates, Row
+from mars_jax.probe.loop import Rates, Row
 from mars_jax.probe.plan import Lane, plan_lanes
-from mars_jax.probe.reading import Adapters, losses_of
+from mars_jax.probe.reading import best_of, losses_of
 from mars_jax.workspace import Workspace
 
 UNIFORM_RANK = 8
@@ -146,12 +145,6 @@ def final_runs(
         Run(run["ranks"], [(step, math.inf if loss is None else loss) for step, loss in run["curve"]], run["test_loss"])
         for run in read_json(file)
     ]
-
-
-def best_of(result: GroupResult) -> list[Adapters]:
-    """The adapters of every lane at its best look."""
-    best, scales = jax.device_get((result.state.best, result.state.scales))
-    return [Adapters(best[slot], {module: values[slot] for module, values in scales.items()}) for slot in result.slots]
 
 
 def seen(row: Row) -> tuple[int, float]:

@@ -35,21 +35,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from own import Document, publish
 from own import parser as own_parser
-from trials import Rows, make_data, probe_rows, records_by, task_workspace
+from trials import RULES, Rows, make_data, probe_rows, records_by, task_workspace
 
 from mars_jax import compile_cache
-from mars_jax.convergence import ConvergenceRule
 from mars_jax.flops import evaluation_flops
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.splice import hybrids
 from mars_jax.programs import step_flops
 from mars_jax.workspace import Workspace
 
-RULES = {
-    "loss_fraction": ConvergenceRule("loss_fraction", 0.1, 3),
-    "splice": ConvergenceRule("splice", 0.1, 3),
-    "drift": ConvergenceRule("drift", 0.3, 3),
-}
 SEARCHED = ("vision", "llm")
 OTHER = {"vision": "llm", "llm": "vision"}
 ALPHA_RULES = {

@@ -22,10 +22,12 @@ from mars_jax.probe.plan import Lane
 from mars_jax.probe.records import lane_records
 from mars_jax.probe.snapshots import Snapshots
 from mars_jax.programs import Program
-from mars_jax.search import probe_schedule, run_probe_group, splice_probes
+from mars_jax.search import EPSILONS, probe_schedule, run_probe_group, splice_probes
 from mars_jax.workspace import Workspace
 
 Rows = list[list[Row]]
+
+RULES: dict[str, ConvergenceRule] = {name: ConvergenceRule(name, epsilon) for name, epsilon in EPSILONS.items()}
 
 
 def make_data(folder: Path, shift: Sequence[str]) -> Path:

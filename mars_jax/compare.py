@@ -21,6 +21,7 @@ from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.loop import GroupResult
 from mars_jax.probe.plan import Lane
+from mars_jax.probe.reading import best_of
 from mars_jax.programs import Program, covering_engine, step_flops
 from mars_jax.rundir import RunDirectory
 from mars_jax.selection import Ranks, Selection, candidates_for_sweep, halving_schedule
@@ -164,7 +165,8 @@ def _train(workspace: Workspace, programs: Sequence[Program], trials: Sequence[T
     if not remaining:
         return
     most = workspace.config.probe.lanes_per_program
-    engine = covering_engine(workspace, programs, [trial.ranks for trial in remaining][:most], settings.steps)
+    widest = {module: max(trial.ranks[module] for trial in remaining) for module in workspace.grids}
+    engine = covering_engine(workspace, programs, [widest] * min(most, len(remaining)), settings.steps)
     most = min(most, engine.num_slots)
     evaluator, _ = held_out_evaluator(workspace, controls=False)
     base = workspace.learning_rates(settings.learning_rate)
@@ -196,11 +198,9 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """One record a trial, with the loss and the answer of every test sample."""
     steps = workspace.config.finetune.steps
-    for k, (trial, rows) in enumerate(zip(group, result.rows, strict=True)):
-        state = result.lane_state(k)
+    for trial, rows, (vector, scales) in zip(group, result.rows, best_of(result), strict=True):
         # Padded, so that one compiled program scores them all.
-        adapters = engine.layout.adapters(state.best, state.scales)
-        outcome = evaluator.evaluate({"": adapters})[""]
+        outcome = evaluator.evaluate({"": engine.layout.adapters(vector, scales)})[""]
         yield {
             "trial": trial.name,
             "ranks": trial.ranks,
@@ -221,9 +221,8 @@ def _row(
     per_rank = lora.parameters_per_rank(workspace.targets)
     trained = [records[trial.name] for trial in method.trials]
     finished = [record for record in trained if record["validation_loss"] is not None]
+    finished.sort(key=lambda record: record["validation_loss"])
     taken = finished if method.takes == "mean" else finished[:1]
-    if method.takes == "best" and finished:
-        taken = [min(finished, key=lambda record: record["validation_loss"])]
     costs = [final_flops(workspace, trial.ranks) for trial in method.trials]
     compute = method.search_flops + (np.mean(costs) if method.takes == "mean" else sum(costs))
     row: dict[str, Any] = {

@@ -27,7 +27,9 @@ Form = Literal["power", "power_overfit"]
 
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
 _BOUNDS = {"alpha": (0.0, 1.5), "beta": (0.0, 2.0), "kappa": (0.0, 2.0), "eta": (-1.0, 3.0)}
-_STARTS, _REFINED, _ITERATIONS = 511, 2, 40
+_STARTS = 511
+# Starts that are polished, and steps of it: a resample begins near its end, at the fit of all points.
+_POLISH, _POLISH_OF_RESAMPLES = (4, 60), (2, 40)
 # Two forms whose order agreement (Kendall tau, -1..1) differs by less than this are told apart by their error.
 _TAU_MARGIN = 0.1
 
@@ -173,14 +175,14 @@ def fit_performance_law(
     columns = [jnp.asarray(pad_points(c.astype(np.float32), 0.0)) for c in (log_rank, log_samples, loss)]
     starts = _starts(*_exponent_bounds(form, len(modules)))
 
-    def fit(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def fit(polish: tuple[int, int], first: np.ndarray, counts: np.ndarray) -> np.ndarray:
         with_first = jnp.asarray(np.concatenate([first[None], starts]).astype(np.float32))
-        return in_blocks(partial(_fit_rows, form == "power_overfit", with_first, *columns), counts)
+        return in_blocks(partial(_fit_rows, form == "power_overfit", polish, with_first, *columns), counts)
 
-    scaled = fit(starts[0], rows)
+    scaled = fit(_POLISH, starts[0], rows)
     if len(resamples):
         # Most resamples end near the fit of all points.
-        scaled = np.concatenate([scaled, fit(scaled[0, : starts.shape[1]], resamples)])
+        scaled = np.concatenate([scaled, fit(_POLISH_OF_RESAMPLES, scaled[0, : starts.shape[1]], resamples)])
     parameters = _raw_units(scaled, len(modules))
 
     error, tau = None, None
@@ -301,9 +303,10 @@ def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -
     return jnp.stack(columns, axis=1)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _fit_rows(
     overfit: bool,
+    polish: tuple[int, int],
     starts: jax.Array,
     log_ranks: jax.Array,
     log_samples: jax.Array,
@@ -311,7 +314,7 @@ def _fit_rows(
     counts: jax.Array,
 ) -> jax.Array:
     """[S, N] counts -> [S, n] exponents, then A, E (and C), in the scaled units."""
-    linear = 3 if overfit else 2
+    linear, (refined_starts, iterations) = 3 if overfit else 2, polish
     lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
     below = jnp.concatenate([jnp.asarray(lower), jnp.zeros(linear)])
     above = jnp.concatenate([jnp.asarray(upper), jnp.full(linear, jnp.inf)])
@@ -321,14 +324,14 @@ def _fit_rows(
 
     def one_row(count: jax.Array) -> jax.Array:
         coefficients, costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, count)
-        best = jax.lax.top_k(-costs, _REFINED)[1]
+        best = jax.lax.top_k(-costs, refined_starts)[1]
         thetas = jnp.concatenate([starts[best], coefficients[best]], axis=1)
 
         def residual(theta: jax.Array) -> jax.Array:
             predicted = jnp.sum(_basis(theta[:-linear], log_ranks, log_samples) * theta[None, -linear:], axis=1)
             return jnp.sqrt(count) * (predicted - losses)
 
-        refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, _ITERATIONS))(thetas)
+        refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
         return refined[jnp.argmin(costs)]
 
     return jax.vmap(one_row)(counts)

@@ -18,7 +18,7 @@ from mars_jax import lora
 from mars_jax.adapterfiles import write_adapters
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.config import Config
-from mars_jax.convergence import ConvergenceRule
+from mars_jax.convergence import ConvergenceRule, RuleName
 from mars_jax.devices import physical_memory_bytes
 from mars_jax.errors import DoesNotFitError
 from mars_jax.interrupts import Interrupts
@@ -45,6 +45,8 @@ from mars_jax.progress import Advance
 from mars_jax.rundir import RunDirectory, memory_bytes
 from mars_jax.workspace import Workspace
 
+# The threshold of each rule, where the config has none.
+EPSILONS: dict[RuleName, float] = {"loss_fraction": 0.1, "splice": 0.1, "drift": 0.3}
 # Beside the checkpoints of a group.
 SNAPSHOTS = "adapters.f32"
 
@@ -118,8 +120,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
 def convergence_rule(config: Config) -> ConvergenceRule:
     """The rule of a config; each has its own default threshold."""
     settings = config.convergence
-    epsilon = settings.epsilon or {"loss_fraction": 0.1, "splice": 0.1, "drift": 0.3}[settings.rule]
-    return ConvergenceRule(settings.rule, epsilon, settings.sustain)
+    return ConvergenceRule(settings.rule, settings.epsilon or EPSILONS[settings.rule], settings.sustain)
 
 
 def run_probes(

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
+import evidence_claims
 import evidence_methods
 import planted
 from evidence_methods import Grid, sweep
@@ -145,8 +146,8 @@ def test_a_correlation_that_the_ranks_explain_vanishes_given_them():
     given = np.column_stack([np.ones(50), rng.normal(size=(50, 2))])
     left, right = given @ [1.0, 2.0, -1.0], given @ [0.0, 1.0, 3.0]
     noise = rng.normal(size=50)
-    assert evidence_methods._correlation(left, left + 1e-3 * noise) == pytest.approx(1.0, abs=1e-3)
-    assert evidence_methods._correlation(*evidence_methods._residuals(given, left, right)) is None
-    both = evidence_methods._residuals(given, left + noise, right - noise)
-    assert evidence_methods._correlation(*both) == pytest.approx(-1.0)
-    assert math.isclose(evidence_methods._correlation(noise, noise), 1.0)
+    assert evidence_claims._correlation(left, left + 1e-3 * noise) == pytest.approx(1.0, abs=1e-3)
+    assert evidence_claims._correlation(*evidence_claims._residuals(given, left, right)) is None
+    both = evidence_claims._residuals(given, left + noise, right - noise)
+    assert evidence_claims._correlation(*both) == pytest.approx(-1.0)
+    assert math.isclose(evidence_claims._correlation(noise, noise), 1.0)

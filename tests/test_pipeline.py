@@ -321,6 +321,22 @@ def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, 
     assert job.mars("compare", run)["methods"][1:3] == found["methods"][1:3]
 
 
+def test_larger_ranks_in_a_later_group_of_the_comparison_did_not_fit_the_program_of_the_first(job, tmp_path):
+    def change(config: dict[str, Any]) -> None:
+        config["probe"]["lanes_per_program"] = 1
+        config["finetune"].update(steps=2, look_every=1)
+        config["evaluate"]["max_samples"] = 3
+
+    run = copy_of(job, tmp_path / "copy", change)
+    selection = read(run / "selection.json")
+    smallest = min((c["ranks"] for c in selection["candidates"]), key=lambda ranks: sum(ranks.values()))
+    (run / "selection.json").write_text(json.dumps({**selection, "pick": smallest}))
+    rows = {row["method"]: row for row in job.mars("compare", run)["methods"]}
+    assert rows["MARS"]["ranks"] == smallest
+    assert rows["largest ranks"]["ranks"] == {"vision": 4, "projector": 2, "llm": 4}
+    assert rows["largest ranks"]["diverged"] == 0
+
+
 # Stopped and gone on with.
 
 

@@ -10,15 +10,21 @@ import numpy as np
 from mars_jax.data.batches import Batch
 from mars_jax.probe.engine import Engine, LaneState
 from mars_jax.probe.feed import Piece
-from mars_jax.probe.loop import Schedule, chunk_work, lane_slots
+from mars_jax.probe.loop import GroupResult, Schedule, chunk_work, lane_slots
 from mars_jax.sharding import chunk_sharding, lane_sharding, place
 
 
 class Adapters(NamedTuple):
-    """A lane's adapters as an engine has them."""
+    """A lane's adapters as an engine has them, in arrays of numpy or JAX."""
 
-    vector: np.ndarray  # float32 [P]
-    scales: Mapping[str, float]  # of each module in the engine's layout
+    vector: Any  # float32 [P]
+    scales: Mapping[str, Any]  # float32 [], of each module in the engine's layout
+
+
+def best_of(result: GroupResult) -> list[Adapters]:
+    """The adapters of every lane at its lowest validation loss."""
+    best, scales = jax.device_get((result.state.best, result.state.scales))
+    return [Adapters(best[slot], {module: values[slot] for module, values in scales.items()}) for slot in result.slots]
 
 
 def losses_of(
