@@ -2,9 +2,9 @@
 
 Tasks shift easy-VQA for the demo's base: "eye" negates pictures and keeps answers, "tongue" keeps pictures and puts all
 answers into German, "both" rotates hues and puts five of thirteen answers into German. For each task and seed every
-pair of five ranks is trained to the end (768 steps of 16, two passes over 6144 samples, cosine): the oracle. Regret is
+pair of five ranks is trained to the end (384 steps of 16, two passes over 3072 samples, cosine): the oracle. Regret is
 the validation loss of a method's final run over the grid's lowest, minus one; test regret the same of test losses,
-each run being read at its best validation look. Probes have 384, 768 and 1536 samples, 96 steps at a constant rate, so
+each run being read at its best validation look. Probes have 192, 384 and 768 samples, 96 steps at a constant rate, so
 the laws are extrapolated by 4 in D. All methods see validation losses only.
 
 Compute is counted in final runs, the winner's own included. "sweep" is successive halving over the final runs' own
