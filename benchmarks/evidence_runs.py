@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from costs import grid_of
-from trials import Rows, make_data, one_program, probe_rows, task_workspace
+from trials import Rows, by_width, make_data, one_program, probe_rows, task_workspace
 
 from mars_jax.data.batches import eval_batches
 from mars_jax.data.examples import ExampleSource, plan_shapes
@@ -121,29 +121,39 @@ def final_runs(
 ) -> list[Run]:
     """Final runs as `mars finetune` does them, as lanes of one program, with the test loss of each one's best look."""
     if not file.exists():
-        settings = workspace.config.finetune
-        lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in vectors]
-        engine = one_program(workspace, lanes).engine
-        result = run_finals(workspace, engine, lanes, rates or workspace.learning_rates(settings.learning_rate))
-        test = test_batches(workspace, settings.batch_size)
-        losses = losses_of(
-            best_of(result),
-            engine,
-            result.state,
-            workspace.base_on(engine.mesh),
-            workspace.stream(lanes[0], settings.batch_size)[0],
-            test,
-            chunk_steps=workspace.config.probe.chunk_steps,
-            look_batches=len(test["tokens"]),
-        )
-        runs = [
-            {"ranks": lane.ranks, "curve": [seen(row) for row in rows], "test_loss": loss}
-            for lane, rows, loss in zip(lanes, result.rows, losses, strict=True)
-        ]
-        write_json(file, runs)
+        found: dict[int, dict[str, Any]] = {}
+        for places in by_width(vectors, wide=lambda over: tuple(over.values())):
+            some = [vectors[place] for place in places]
+            their_rates = None if rates is None else [rates[place] for place in places]
+            found |= zip(places, _run_group(workspace, some, their_rates), strict=True)
+        write_json(file, [found[place] for place in range(len(vectors))])
     return [
         Run(run["ranks"], [(step, math.inf if loss is None else loss) for step, loss in run["curve"]], run["test_loss"])
         for run in read_json(file)
+    ]
+
+
+def _run_group(
+    workspace: Workspace, vectors: Sequence[dict[str, int]], rates: Sequence[Rates] | None
+) -> list[dict[str, Any]]:
+    settings = workspace.config.finetune
+    lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in vectors]
+    engine = one_program(workspace, lanes).engine
+    result = run_finals(workspace, engine, lanes, rates or workspace.learning_rates(settings.learning_rate))
+    test = test_batches(workspace, settings.batch_size)
+    losses = losses_of(
+        best_of(result),
+        engine,
+        result.state,
+        workspace.base_on(engine.mesh),
+        workspace.stream(lanes[0], settings.batch_size)[0],
+        test,
+        chunk_steps=workspace.config.probe.chunk_steps,
+        look_batches=len(test["tokens"]),
+    )
+    return [
+        {"ranks": lane.ranks, "curve": [seen(row) for row in rows], "test_loss": loss}
+        for lane, rows, loss in zip(lanes, result.rows, losses, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ stopped goes on when it is started again.
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,7 @@ from mars_jax.search import EPSILONS, probe_schedule, run_probe_group, splice_pr
 from mars_jax.workspace import Workspace
 
 Rows = list[list[Row]]
+NARROW = 8  # ranks up to this are run apart from wider ones
 
 RULES: dict[str, ConvergenceRule] = {name: ConvergenceRule(name, epsilon) for name, epsilon in EPSILONS.items()}
 
@@ -55,15 +56,37 @@ def probe_rows(file: Path, workspace: Workspace, lanes: Sequence[Lane], rates: S
     """
     if file.exists():
         return [[_with_nan(row) for row in rows] for rows in read_json(file)]
+    found: dict[int, list[Row]] = {}
+    for places in by_width([lane.ranks for lane in lanes], wide=lambda over: any(over.values())):
+        some = [lanes[place] for place in places]
+        their_rates = None if rates is None else [rates[place] for place in places]
+        found |= zip(places, _group_rows(workspace, some, their_rates), strict=True)
+    rows = [found[place] for place in range(len(lanes))]
+    write_json(file, rows)
+    return rows
+
+
+def _group_rows(workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None) -> Rows:
     program = one_program(workspace, lanes)
     schedule = probe_schedule(workspace)
     with TemporaryDirectory() as folder:
         size = program.engine.layout.size
         with Snapshots(Path(folder) / "adapters", schedule.looks, len(lanes), size) as snapshots:
             result = run_probe_group(workspace, program, lanes, schedule, rates, snapshots=snapshots)
-            rows = splice_probes(workspace, program, lanes, result, snapshots, lanes, result.rows)
-    write_json(file, rows)
-    return rows
+            return splice_probes(workspace, program, lanes, result, snapshots, lanes, result.rows)
+
+
+def by_width(vectors: Sequence[Mapping[str, int]], wide: Callable[[dict[str, bool]], Hashable]) -> list[list[int]]:
+    """Places of rank vectors, grouped so that few are padded from a narrow rank to a wide one.
+
+    Args:
+        vectors: module -> rank.
+        wide: the group of a vector, given which of its modules have a rank over `NARROW`.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place, ranks in enumerate(vectors):
+        groups.setdefault(wide({module: rank > NARROW for module, rank in ranks.items()}), []).append(place)
+    return list(groups.values())
 
 
 def one_program(workspace: Workspace, lanes: Sequence[Lane]) -> Program:
