@@ -27,9 +27,11 @@ Form = Literal["power", "power_overfit"]
 
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
 _BOUNDS = {"alpha": (0.0, 1.5), "beta": (0.0, 2.0), "kappa": (0.0, 2.0), "eta": (-1.0, 3.0)}
-_STARTS = 511
-# Starts that are polished, and steps of it: a resample begins near its end, at the fit of all points.
-_POLISH, _POLISH_OF_RESAMPLES = (4, 60), (2, 40)
+_STARTS, _STARTS_OF_RESAMPLES = 511, 63
+# Starts that are polished, and steps of it. A resample begins near its end, at the fit of all points; but what the
+# over-fitting form predicts far out hangs on exponents that its cost hardly feels, so they are followed for longer.
+_POLISH: dict[Form, tuple[int, int]] = {"power": (4, 60), "power_overfit": (8, 120)}
+_POLISH_OF_RESAMPLES: dict[Form, tuple[int, int]] = {"power": (2, 20), "power_overfit": (4, 80)}
 # Two forms whose order agreement (Kendall tau, -1..1) differs by less than this are told apart by their error.
 _TAU_MARGIN = 0.1
 
@@ -166,7 +168,7 @@ def fit_performance_law(
     resamples = np.zeros((0, len(loss))) if counts is None else np.asarray(counts, np.float64)
     log_rank, log_samples = np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)
 
-    # Rows of counts: all points, all but the largest D, then the bootstraps. One compiled program does them all.
+    # Rows of counts: all points, all but the largest D, then the bootstraps.
     held_out = samples == samples.max()
     can_hold_out = _number_of_cells(rank[~held_out], samples[~held_out]) >= len(parameter_names(form, modules))
     can_hold_out &= len(np.unique(samples[~held_out])) > 1
@@ -175,14 +177,17 @@ def fit_performance_law(
     columns = [jnp.asarray(pad_points(c.astype(np.float32), 0.0)) for c in (log_rank, log_samples, loss)]
     starts = _starts(*_exponent_bounds(form, len(modules)))
 
-    def fit(polish: tuple[int, int], first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        with_first = jnp.asarray(np.concatenate([first[None], starts]).astype(np.float32))
-        return in_blocks(partial(_fit_rows, form == "power_overfit", polish, with_first, *columns), counts)
+    def fit(polish: tuple[int, int], starts: np.ndarray, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), *columns, counts)
 
-    scaled = fit(_POLISH, starts[0], rows)
+    fitted, costs = fit(_POLISH[form], starts, jnp.asarray(rows, jnp.float32))
+    scaled = np.asarray(fitted, np.float64)
     if len(resamples):
-        # Most resamples end near the fit of all points.
-        scaled = np.concatenate([scaled, fit(_POLISH_OF_RESAMPLES, scaled[0, : starts.shape[1]], resamples)])
+        # Most resamples end near the fit of all points, the rest where that has its next best starts.
+        near = starts[np.argsort(costs[0])[:_STARTS_OF_RESAMPLES]]
+        near = np.concatenate([scaled[:1, : starts.shape[1]], near]).astype(np.float32)
+        draws = in_blocks(lambda counts: fit(_POLISH_OF_RESAMPLES[form], near, counts)[0], resamples)
+        scaled = np.concatenate([scaled, draws])
     parameters = _raw_units(scaled, len(modules))
 
     error, tau = None, None
@@ -312,8 +317,8 @@ def _fit_rows(
     log_samples: jax.Array,
     losses: jax.Array,
     counts: jax.Array,
-) -> jax.Array:
-    """[S, N] counts -> [S, n] exponents, then A, E (and C), in the scaled units."""
+) -> tuple[jax.Array, jax.Array]:
+    """[S, N] counts -> [S, n] exponents, A, E (and C), in the scaled units; and the costs of the starts, [S, F]."""
     linear, (refined_starts, iterations) = 3 if overfit else 2, polish
     lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
     below = jnp.concatenate([jnp.asarray(lower), jnp.zeros(linear)])
@@ -322,9 +327,9 @@ def _fit_rows(
     # The bases of the starts are the same for every row of counts.
     bases = jax.vmap(_basis, in_axes=(0, None, None))(starts, log_ranks, log_samples)
 
-    def one_row(count: jax.Array) -> jax.Array:
-        coefficients, costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, count)
-        best = jax.lax.top_k(-costs, refined_starts)[1]
+    def one_row(count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, count)
+        best = jax.lax.top_k(-start_costs, refined_starts)[1]
         thetas = jnp.concatenate([starts[best], coefficients[best]], axis=1)
 
         def residual(theta: jax.Array) -> jax.Array:
@@ -332,6 +337,6 @@ def _fit_rows(
             return jnp.sqrt(count) * (predicted - losses)
 
         refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
-        return refined[jnp.argmin(costs)]
+        return refined[jnp.argmin(costs)], start_costs
 
     return jax.vmap(one_row)(counts)
