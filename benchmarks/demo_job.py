@@ -116,8 +116,9 @@ class Conditions:
 
 
 def demo_workspace(*overrides: str) -> Workspace:
-    """The demo with some settings changed; its lanes never leave early, since PEFT's don't."""
-    return Workspace(load_config(CONFIG, ["probe.patience=null", *overrides]), ConsoleReporter())
+    """The demo with some settings changed; its lanes never leave early nor are averaged, since PEFT's aren't."""
+    settings = ["probe.patience=null", "probe.averaging=null", *overrides]
+    return Workspace(load_config(CONFIG, settings), ConsoleReporter())
 
 
 def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa") -> PeftGrid:

@@ -178,6 +178,11 @@ class ProbeConfig(_Section):
         default=4, description="looks at the validation loss each time the step doubles (log-spaced)"
     )
     validation_samples: Count = Field(default=128, description="validation samples in a look")
+    averaging: PositiveOrZero | None = Field(
+        default=2.0,
+        description="looks read the mean of the adapters over the steps t so far, weighted by t^averaging: "
+        "what a constant learning rate shakes then hides no convergence; null: they read the newest adapters",
+    )
     sampling: Literal["separate", "nested"] = Field(
         default="separate", description="a run for each D, or one single pass over the largest D that is read at each D"
     )

@@ -172,6 +172,7 @@ def probe_schedule(workspace: Workspace) -> Schedule:
         settings.looks_per_doubling,
         settings.chunk_steps,
         Leaving(settings.patience, ceiling_of(workspace.model_config.text.vocab_size)),
+        averaging=settings.averaging,
     )
 
 

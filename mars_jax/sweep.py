@@ -60,6 +60,7 @@ def run_sweep(
         looks_per_doubling=0,
         chunk_steps=config.probe.chunk_steps,
         leaving=Halving(ceiling=ceiling_of(workspace.model_config.text.vocab_size), rungs=rungs),
+        averaging=config.probe.averaging,
     )
     lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in candidates]
     engine = covering_engine(workspace, programs, candidates, sum(ends) // len(ends))

@@ -30,10 +30,11 @@ class LaneState(NamedTuple):
     """What a lane carries from step to step; every leaf gains a leading axis of N slots when lanes run together."""
 
     trainable: Array  # float32 [P]: a and b of every adapter, padded to the bucket's ranks
+    average: Array  # float32 [P]: of `trainable` over the steps, see `Work.newest_share`; what looks read
     scales: dict[str, Array]  # module -> float32 []
     optimizer: optax.OptState
-    snapshots: Array  # float32 [n, P]: `trainable` at the last n looks, oldest first
-    best: Array  # float32 [P]: `trainable` at the look with the lowest validation loss
+    snapshots: Array  # float32 [n, P]: `average` at the last n looks, oldest first
+    best: Array  # float32 [P]: `average` at the look with the lowest validation loss
     best_loss: Array  # float32 []
     best_step: Array  # int32 []
     alive: Array  # bool []; False once the loss was not finite: the lane is frozen from then on
@@ -59,6 +60,7 @@ class Work(NamedTuple):
     num_blocks: Any  # int32 [L]: blocks of `lane_block` slots to run on each device
     batches: Any  # Batch of arrays [C, B, ...], read by every lane
     multipliers: Any  # float32 [C], factor on the learning rates
+    newest_share: Any  # float32 [C], share of a step's adapters in the average after it; 1 for no average
     num_steps: Any  # int32 []
     look: Any  # bool []: whether to look at the lanes after these steps
     step: Any  # int32 []: the step after these
@@ -154,6 +156,7 @@ def make_engine(
         vector = layout.ravel(lora.split_trainable(adapters)[0])
         return LaneState(
             trainable=vector,
+            average=vector,
             scales={module: alpha.scale(ranks[module]) for module in layout.modules},
             optimizer=transform.init(vector),
             # The last snapshot is that of step 0, which is not looked at again: see `best_loss` in `probe.loop`.
@@ -166,7 +169,7 @@ def make_engine(
         )
 
     def look(state: LaneState, base: Tree, validation: Batch, work: Work) -> tuple[LaneState, Look]:
-        adapters = layout.adapters(state.trainable, state.scales)
+        adapters = layout.adapters(state.average, state.scales)
 
         def read(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             batch = jax.tree.map(lambda leaf: leaf[i], validation)
@@ -180,8 +183,8 @@ def make_engine(
         alive = state.alive & jnp.isfinite(loss)
         better = alive & (loss < state.best_loss)
         state = state._replace(
-            snapshots=jnp.concatenate([state.snapshots[1:], state.trainable[None]]),
-            best=jnp.where(better, state.trainable, state.best),
+            snapshots=jnp.concatenate([state.snapshots[1:], state.average[None]]),
+            best=jnp.where(better, state.average, state.best),
             best_loss=jnp.where(better, loss, state.best_loss),
             best_step=jnp.where(better, work.step, state.best_step),
             alive=alive,
@@ -198,7 +201,8 @@ def make_engine(
         def body(i: Array, carry: tuple[LaneState, Array]) -> tuple[LaneState, Array]:
             state, losses = carry
             batch = jax.tree.map(lambda leaf: leaf[i], work.batches)
-            state, value = jax.vmap(step, in_axes=(0, None, None, None))(state, base, batch, work.multipliers[i])
+            factors = work.multipliers[i], work.newest_share[i]
+            state, value = jax.vmap(step, in_axes=(0, *[None] * 4))(state, base, batch, *factors)
             return state, losses.at[:, i].set(value)
 
         losses = jnp.full((lane_block, work.multipliers.shape[0]), jnp.nan, jnp.float32)
@@ -222,7 +226,7 @@ def make_engine(
         carry = (state, losses, _unseen(targets, local_slots))
         return jax.lax.fori_loop(0, work.num_blocks[0], body, carry)
 
-    works = Work(_LANES, _LANES, *[_EVERYWHERE] * 7)
+    works = Work(_LANES, _LANES, *[_EVERYWHERE] * 8)
     mapped = jax.shard_map(
         chunk,
         mesh=mesh,
@@ -245,10 +249,12 @@ def make_engine(
 
 def make_step(
     model: nn.Module, layout: Layout, transform: optax.GradientTransformation
-) -> Callable[[LaneState, Tree, Batch, Array], tuple[LaneState, Array]]:
-    """One optimizer step of one lane: (state, base, batch [B, ...], multiplier []) -> (state, loss [])."""
+) -> Callable[[LaneState, Tree, Batch, Array, Array], tuple[LaneState, Array]]:
+    """One step of one lane: (state, base, batch [B, ...], multiplier [], newest_share []) -> (state, loss [])."""
 
-    def step(state: LaneState, base: Tree, batch: Batch, multiplier: Array) -> tuple[LaneState, Array]:
+    def step(
+        state: LaneState, base: Tree, batch: Batch, multiplier: Array, newest_share: Array
+    ) -> tuple[LaneState, Array]:
         def loss(trainable: Tree) -> Array:
             # Derived by leaf: the derivative of slicing a vector would be as many vectors, added up.
             return mean_loss(model, base, layout.with_scales(trainable, state.scales), batch)
@@ -256,7 +262,9 @@ def make_step(
         value, gradients = jax.value_and_grad(loss)(layout.unravel(state.trainable))
         updates, optimizer = transform.update(layout.ravel(gradients), state.optimizer, state.trainable)
         rates = multiplier * layout.by_module(state.learning_rates)
-        stepped = state._replace(trainable=state.trainable - rates * updates, optimizer=optimizer)
+        trainable = state.trainable - rates * updates
+        average = (1.0 - newest_share) * state.average + newest_share * trainable
+        stepped = state._replace(trainable=trainable, average=average, optimizer=optimizer)
         alive = state.alive & jnp.isfinite(value)
         kept = jax.tree.map(partial(jnp.where, alive), stepped, state)
         return kept._replace(alive=alive), value

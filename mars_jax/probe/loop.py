@@ -41,6 +41,7 @@ class Schedule:
         chunk_steps: C, most steps in one call of the compiled chunk.
         leaving: when a lane leaves before the horizon.
         checkpoint_seconds: least time between two checkpoints.
+        averaging: power n of the average of a lane's adapters that looks read; None: they read the newest adapters.
     """
 
     multipliers: np.ndarray
@@ -49,11 +50,22 @@ class Schedule:
     chunk_steps: int
     leaving: Leaving = field(default_factory=Leaving)
     checkpoint_seconds: float = 10.0
+    averaging: float | None = None
 
     @property
     def horizon(self) -> int:
         """The last step."""
         return self.looks[-1]
+
+    def newest_share(self, steps: np.ndarray) -> np.ndarray:
+        """Share that the adapters after each step have in the average there, float32.
+
+        (n + 1) / (t + n), so that weights rise as t^n (polynomial-decay averaging, Shamir and Zhang 2013): the average
+        is of about the last 1/(n + 1) of the steps at any time, as suits looks that are log-spaced.
+        """
+        if self.averaging is None:
+            return np.ones(len(steps), np.float32)
+        return ((self.averaging + 1.0) / (steps + self.averaging)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,7 @@ def run_group(
             for k in active:
                 group.look(k, seen, slots[k] if piece.stop else places[0], schedule)
             if snapshots:
-                vectors = np.asarray(state.trainable)
+                vectors = np.asarray(state.average)
                 for k in active:
                     snapshots.write(piece.stop, k, vectors[slots[k]])
         if not piece.stop:
@@ -286,9 +298,9 @@ def _start(
         spread = np.ascontiguousarray(np.broadcast_to(initial, state.trainable.shape))
         snapshots = np.zeros(state.snapshots.shape, np.float32)
         snapshots[:, -1] = initial
-        # Two copies of the adapters: the chunk takes over every buffer that it is given.
-        copies = place((spread, spread.copy(), snapshots), lane_sharding(engine.mesh))
-        state = state._replace(**dict(zip(("trainable", "best", "snapshots"), copies, strict=True)))
+        # A copy each: the chunk takes over every buffer that it is given.
+        copies = {name: spread.copy() for name in ("trainable", "average", "best")} | {"snapshots": snapshots}
+        state = state._replace(**place(copies, lane_sharding(engine.mesh)))
     if checkpoints:
         # Saved by lane, since slots depend on the mesh.
         abstract = jax.tree.map(lambda leaf: np.empty((len(lanes), *leaf.shape[1:]), leaf.dtype), state)
@@ -347,13 +359,15 @@ def chunk_work(
         device = slot // local
         lists[device, counts[device]] = slot % local
         counts[device] += 1
-    multipliers = np.zeros(schedule.chunk_steps, np.float32)
+    multipliers, newest_share = np.zeros((2, schedule.chunk_steps), np.float32)
     multipliers[: piece.stop - piece.start] = schedule.multipliers[piece.start : piece.stop]
+    newest_share[: piece.stop - piece.start] = schedule.newest_share(np.arange(piece.start, piece.stop) + 1)
     return Work(
         slots=lists.reshape(-1),
         num_blocks=np.asarray(engine.blocks(counts.tolist()), np.int32),
         batches=batches,
         multipliers=multipliers,
+        newest_share=newest_share,
         num_steps=np.int32(piece.stop - piece.start),
         look=np.bool_(piece.look),
         step=np.int32(piece.stop),

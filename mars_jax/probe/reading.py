@@ -64,7 +64,7 @@ def losses_of(
             vectors[slot] = vector
             for module, values in scales.items():
                 values[slot] = of_modules[module]
-        state = state._replace(**place({"trainable": vectors, "scales": scales, "alive": alive}, by_lane))
+        state = state._replace(**place({"average": vectors, "scales": scales, "alive": alive}, by_lane))
         work = chunk_work(engine, slots, batches, Piece(0, 0, look=True), schedule, look_batches)
         state, _, seen = engine.chunk(state, base, validation, work)
         losses += np.asarray(seen.validation_loss)[slots].tolist()
