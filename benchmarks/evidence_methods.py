@@ -89,7 +89,7 @@ class Prices:
             joint = len(lane.adapted) == len(lane.ranks)
             if not (joint or rule == "loss_fraction"):
                 continue
-            extra = len(hybrids(lane.adapted)) * sum(any(row["remaining"].values()) for row in rows)
+            extra = len(hybrids(SEARCHED)) * sum(any(row["remaining"].values()) for row in rows)
             looks = len(rows) - 1 + (extra if rule == "splice" else 0)
             total += self._price(lane.ranks, settings.steps, looks, settings.validation_samples)
         return total

@@ -245,7 +245,7 @@ def _cost(rule: str, workspace: Workspace, rows: Sequence[Mapping[str, Any]], fo
     ).total
     looks = sum(any(row["remaining"].values()) for row in rows)
     batches = workspace.look_batches(form.validation_samples, batch_size)
-    return 1.0 + looks * len(hybrids(["vision", "projector", "llm"])) * batches * read / joint
+    return 1.0 + looks * len(hybrids(SEARCHED)) * batches * read / joint
 
 
 # Judging.

@@ -39,7 +39,7 @@ from mars_jax.probe.plan import Lane, look_steps, plan_lanes
 from mars_jax.probe.reading import Adapters, losses_of
 from mars_jax.probe.records import lane_records
 from mars_jax.probe.snapshots import Snapshots, snapshot_bytes
-from mars_jax.probe.splice import Reading, count_hybrids, remaining_losses
+from mars_jax.probe.splice import Reading, count_hybrids, parties, remaining_losses
 from mars_jax.programs import Program, step_flops
 from mars_jax.progress import Advance
 from mars_jax.rundir import RunDirectory, memory_bytes
@@ -223,7 +223,10 @@ def splice_probes(
     settings, engine = workspace.config.probe, program.engine
     cached = program.bucket.cached_encoder
     places = [k for k, lane in enumerate(group) for _ in readings(workspace.config, lane)]
-    wanted = [Reading(k, read.adapted, rows) for k, read, rows in zip(places, reads, curves, strict=True)]
+    searched = [module for module, ranks in workspace.grids.items() if len(ranks) > 1]
+    wanted = [
+        Reading(k, parties(read.adapted, searched), rows) for k, read, rows in zip(places, reads, curves, strict=True)
+    ]
     with workspace.reporter.progress("splice", count_hybrids(wanted), "hybrids") as advance:
 
         def losses(adapters: Iterable[Adapters]) -> list[float]:

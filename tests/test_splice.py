@@ -23,7 +23,7 @@ from mars_jax.probe.loop import Schedule
 from mars_jax.probe.plan import Lane, look_steps
 from mars_jax.probe.reading import losses_of
 from mars_jax.probe.snapshots import Snapshots
-from mars_jax.probe.splice import Reading, count_hybrids, hybrids, remaining_losses, split_remaining
+from mars_jax.probe.splice import Reading, count_hybrids, hybrids, parties, remaining_losses, split_remaining
 
 RULE = ConvergenceRule("splice", 0.1, 3)
 STEPS = np.concatenate([[0], np.geomspace(4, 1024, 33)])
@@ -133,7 +133,10 @@ def spliced(snapshots, timing: Schedule, rates=RATES, **changes):
     """Rows of the lanes and what remained at them."""
     engine = least_model.engine()
     result = least_model.run(LANES, rates, timing, snapshots=snapshots, **changes)
-    readings = [Reading(k, lane.adapted, rows) for k, (lane, rows) in enumerate(zip(LANES, result.rows, strict=True))]
+    readings = [
+        Reading(k, parties(lane.adapted, RATES), rows)
+        for k, (lane, rows) in enumerate(zip(LANES, result.rows, strict=True))
+    ]
     read = partial(
         losses_of,
         engine=engine,
@@ -209,6 +212,15 @@ def test_shares_of_every_look_add_up_and_end_at_zero(snapshots):
 
 def test_hybrids_are_neither_of_the_two_looks():
     assert [len(hybrids("abcd"[:count])) for count in (1, 2, 3, 4)] == [0, 2, 6, 14]
+
+
+def test_modules_that_are_not_searched_are_switched_with_the_first_that_is():
+    every = ["vision", "projector", "llm"]
+    assert parties(every, ["vision", "llm"]) == {"vision": ["vision", "projector"], "llm": ["llm"]}
+    assert parties(every, ["llm"]) == {"llm": ["llm", "vision", "projector"]}
+    assert parties(["projector", "llm"], ["vision", "llm"]) == {"llm": ["llm", "projector"]}
+    assert parties(["projector"], ["vision", "llm"]) == {"projector": ["projector"]}
+    assert parties(every, every) == {module: [module] for module in every}
 
 
 def test_a_lane_that_diverged_has_nothing_to_split(snapshots):

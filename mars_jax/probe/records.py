@@ -54,8 +54,9 @@ def _convergence_times(
             {lane.adapted[0]: (float(found.steps[k]), bool(found.censored[k]))} if len(lane.adapted) == 1 else {}
             for k, lane in enumerate(lanes)
         ]
-    modules = list(lanes[0].ranks)
     signal = {"splice": "remaining", "drift": "drift"}[rule.name]
+    told = {module for lane_rows in rows for row in lane_rows for module in row[signal]}
+    modules = [module for module in lanes[0].ranks if module in told] or list(lanes[0].ranks)
     curves = np.full((len(rows), len(modules), len(steps)), np.nan, np.float32)
     for k, lane_rows in enumerate(rows):
         curves[k, :, : ends[k]] = [[row[signal].get(module, np.nan) for row in lane_rows] for module in modules]

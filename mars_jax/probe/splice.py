@@ -20,10 +20,17 @@ Modules = frozenset[str]
 
 
 class Reading(NamedTuple):
-    """What is read off a lane: its place in the group, its adapted modules, its rows up to where the reading ends."""
+    """What is read off a lane.
+
+    Attributes:
+        lane: its place in the group.
+        parties: module to tell the share of -> the modules that are switched together, itself among them; with all of
+            the lane's adapted modules.
+        rows: its looks up to where the reading ends.
+    """
 
     lane: int
-    modules: Sequence[str]
+    parties: Mapping[str, Sequence[str]]
     rows: Sequence[Row]
 
 
@@ -49,6 +56,17 @@ class Remaining(NamedTuple):
 def hybrids(modules: Sequence[str]) -> list[Modules]:
     """The modules that each hybrid takes from the best look: neither none nor all."""
     return [frozenset(some) for number in range(1, len(modules)) for some in combinations(modules, number)]
+
+
+def parties(adapted: Sequence[str], searched: Sequence[str]) -> dict[str, list[str]]:
+    """Who is switched together: every searched module by itself, and the others with the first of them.
+
+    A module that isn't searched needs no time of its own, and each further party doubles the hybrids. A projector
+    finishes the path of the encoder, which a config names first.
+    """
+    told = [module for module in adapted if module in searched] or list(adapted[:1])
+    rest = [module for module in adapted if module not in told]
+    return {module: [module, *rest] if module == told[0] else [module] for module in told}
 
 
 def split_remaining(losses: Mapping[Modules, float]) -> Remaining:
@@ -85,7 +103,7 @@ def remaining_losses(
     """Splits what remained at every look up to the best one, for every reading.
 
     A lane that diverged, or whose best look is the first, has nothing to split. Forward passes only:
-    2^M - 2 hybrids a look.
+    2^M - 2 hybrids a look for M parties.
 
     Args:
         engine: that ran the group.
@@ -95,22 +113,22 @@ def remaining_losses(
         losses_of: `reading.losses_of` with the validation batches of the looks; may use up the group's state.
 
     Returns:
-        For every reading and each of its rows what remained; None past the best look.
+        For every reading and each of its rows what remained for its parties; None past the best look.
     """
     best = [_best_look(reading.rows) for reading in readings]
     wanted = [
         (r, look, some)
         for r, reading in enumerate(readings)
         for look in range(best[r])
-        for some in hybrids(reading.modules)
+        for some in hybrids(list(reading.parties))
     ]
     layout, scales = engine.layout, jax.device_get(result.state.scales)
 
     def mixed(r: int, look: int, some: Modules) -> Adapters:
-        lane, _, rows = readings[r]
+        lane, switched, rows = readings[r]
         vector = snapshots.read(rows[look]["step"], lane).copy()
         last = snapshots.read(rows[best[r]]["step"], lane)
-        for module in some:
+        for module in (module for party in some for module in switched[party]):
             vector[layout.places[module]] = last[layout.places[module]]
         return Adapters(vector, {module: values[result.slots[lane]] for module, values in scales.items()})
 
@@ -126,7 +144,7 @@ def remaining_losses(
 
 def count_hybrids(readings: Sequence[Reading]) -> int:
     """Hybrids whose losses `remaining_losses` reads."""
-    return sum(_best_look(reading.rows) * len(hybrids(reading.modules)) for reading in readings)
+    return sum(_best_look(reading.rows) * len(hybrids(list(reading.parties))) for reading in readings)
 
 
 def _best_look(rows: Sequence[Row]) -> int:
@@ -139,10 +157,10 @@ def _split(reading: Reading, best: int, losses: Mapping[tuple[int, Modules], flo
     rows = reading.rows
     if best == 0:
         return [None] * len(rows)
-    every = frozenset(reading.modules)
+    every = frozenset(reading.parties)
     found: list[Remaining | None] = []
     for look in range(best):
-        of_look = {some: losses[look, some] for some in (frozenset(), *hybrids(reading.modules))}
+        of_look = {some: losses[look, some] for some in (frozenset(), *hybrids(list(reading.parties)))}
         found.append(split_remaining({**of_look, every: losses[best, frozenset()]}))
     found.append(split_remaining(dict.fromkeys((*of_look, every), losses[best, frozenset()])))
     return found + [None] * (len(rows) - len(found))
