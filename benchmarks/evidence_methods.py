@@ -130,7 +130,7 @@ def ours(cell: Cell, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str
         swept, cost = sweep(selected(cell, laws, "chosen form"), grid, prices)
         run = grid.runs[key(swept)]
         price = search + cost + prices.final(run.ranks)
-        found.append(Method(f"{rule}, chosen form, sweep", **grid.regret(run), compute=price, ranks=run.ranks))
+        found.append(_of_run(f"{rule}, chosen form, sweep", run, grid, price))
     return found + _without_balance(cell, laws_of, grid, prices), laws_of
 
 
@@ -178,10 +178,14 @@ def _best_until(run: Run, step: int) -> float:
     return min(loss for at, loss in run.curve if at <= step)
 
 
+def _of_run(name: str, run: Run, grid: Grid, compute: float) -> Method:
+    return Method(name, **grid.regret(run), compute=compute, ranks=dict(run.ranks))
+
+
 def _picked(name: str, selection: Selection, grid: Grid, prices: Prices, search: float) -> Method:
     run = grid.runs[key(selection.pick)]
-    compute = search + prices.final(run.ranks)
-    return Method(name, **grid.regret(run), compute=compute, ranks=dict(run.ranks), p_best=selection.p_best)
+    method = _of_run(name, run, grid, search + prices.final(run.ranks))
+    return method._replace(p_best=selection.p_best)
 
 
 def surface_draws(cell: Cell, vectors: Sequence[Mapping[str, int]], target: int) -> np.ndarray:
@@ -227,18 +231,18 @@ def _without_balance(cell: Cell, laws_of: Mapping[str, Laws], grid: Grid, prices
         if rule == "drift":
             predicted = laws.performance.loss_draws(vectors, target).mean(axis=0)
             run = grid.runs[key(vectors[int(np.argmin(predicted))])]
-            found.append(Method("Law-P alone", **grid.regret(run), compute=search + prices.final(run.ranks)))
+            found.append(_of_run("Law-P alone", run, grid, search + prices.final(run.ranks)))
         selection = selected(cell, laws, "chosen form")
         balanced = min(selection.candidates, key=lambda candidate: candidate.imbalance)
         run = grid.runs[key(balanced.ranks)]
         price = prices.probes(cell, rule) + prices.final(run.ranks)
-        found.append(Method(f"{rule}, balance alone", **grid.regret(run), compute=price))
+        found.append(_of_run(f"{rule}, balance alone", run, grid, price))
         kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
         run = grid.runs[key(min(kept, key=lambda ranks: by_surface[key(ranks)]))]
         price = prices.probes(cell, rule) + prices.final(run.ranks)
-        found.append(Method(f"{rule}, quadratic surface", **grid.regret(run), compute=price))
+        found.append(_of_run(f"{rule}, quadratic surface", run, grid, price))
     run = grid.runs[min(by_surface, key=lambda ranks: by_surface[ranks])]
-    found.append(Method("quadratic surface alone", **grid.regret(run), compute=search + prices.final(run.ranks)))
+    found.append(_of_run("quadratic surface alone", run, grid, search + prices.final(run.ranks)))
     largest = max(lane.num_samples for lane in cell.lanes)
     probed = {
         key(lane.ranks): min(row["validation_loss"] for row in rows)
@@ -248,7 +252,7 @@ def _without_balance(cell: Cell, laws_of: Mapping[str, Laws], grid: Grid, prices
     run = grid.runs[min(probed, key=lambda ranks: probed[ranks])]
     # Every D has the same number of steps, so its share of the probes is that of one D.
     price = search / len({lane.num_samples for lane in cell.lanes}) + prices.final(run.ranks)
-    return [*found, Method("best probe of the largest D", **grid.regret(run), compute=price)]
+    return [*found, _of_run("best probe of the largest D", run, grid, price)]
 
 
 # Others.
@@ -259,7 +263,7 @@ def others(cell: Cell, grid: Grid, prices: Prices) -> list[Method]:
     runs = list(grid.runs.values())
     ranks = sorted({run.ranks["llm"] for run in runs})
     found = [
-        Method(f"uniform rank {rank}", **grid.regret(run), compute=prices.final(run.ranks))
+        _of_run(f"uniform rank {rank}", run, grid, prices.final(run.ranks))
         for rank in ranks
         for run in [grid.runs[rank, rank]]
     ]

@@ -141,6 +141,23 @@ def test_share_of_cells_counts_one_without_the_method_against_it():
     assert evidence.share_within(cells, "a") == 0.5
 
 
+def test_expected_regret_is_of_means_over_the_seeds_of_a_task():
+    def cell(task, losses, pick):
+        grid = [{"ranks": {"vision": 2, "llm": rank}, "loss": loss} for rank, loss in losses.items()]
+        return {"task": task, "grid": grid, "methods": [{"name": "a", "ranks": pick and {"vision": 2, "llm": pick}}]}
+
+    # Means 1.0 and 1.1: the picks of the first task have regrets of 0 and 0.1, of the second 0 and 0.
+    cells = [
+        cell("eye", {2: 1.1, 8: 1.0}, 2),
+        cell("eye", {2: 0.9, 8: 1.2}, 8),
+        cell("tongue", {2: 3.0, 8: 3.1}, 2),
+        cell("tongue", {2: 3.0, 8: 3.1}, 2),
+    ]
+    assert evidence.expected_regret("a", cells) == pytest.approx(0.025)
+    assert evidence.expected_regret("a", cells[1:]) is None
+    assert evidence.expected_regret("a", [*cells, cell("tongue", {2: 3.0, 8: 3.1}, None)]) is None
+
+
 def test_a_correlation_that_the_ranks_explain_vanishes_given_them():
     rng = np.random.default_rng(0)
     given = np.column_stack([np.ones(50), rng.normal(size=(50, 2))])
