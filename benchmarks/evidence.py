@@ -104,7 +104,7 @@ def judged(task: str, seed: int, cell: Cell) -> Document:
             for rule, of_rule in laws.items()
         },
         "forms": {rule: of_rule.performance.form for rule, of_rule in laws.items()},
-        "not_fitted": [rule for rule in RULES if rule not in laws],
+        "balance_unknown": [rule for rule in RULES if rule not in laws or laws[rule].untimed],
     }
 
 

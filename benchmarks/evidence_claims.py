@@ -14,7 +14,9 @@ from mars_jax.laws import Laws
 def balance(cell: Cell, laws: Laws, grid: Grid) -> Document:
     """Whether balanced pairs end better: correlation of log imbalance and loss over the grid, also given the ranks."""
     selection = selected(cell, laws, "chosen form")
-    rows = [(c.imbalance, grid.runs[key(c.ranks)].loss, c) for c in selection.candidates]
+    rows = [(c.imbalance, grid.runs[key(c.ranks)].loss, c) for c in selection.candidates if c.imbalance is not None]
+    if not rows:
+        return {"correlation": None, "partial": None}
     imbalance, loss = (np.asarray([row[i] for row in rows], float) for i in (0, 1))
     ranks = np.log([[c.ranks[module] for module in SEARCHED] for *_, c in rows])
     given = np.column_stack([np.ones(len(rows)), ranks, np.log([c.parameters for *_, c in rows])])

@@ -124,7 +124,7 @@ def ours(cell: Cell, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str
             continue
         laws_of[rule] = laws
         search = prices.probes(cell, rule)
-        for form in ("chosen form", "power form", "paper"):
+        for form in ("chosen form", "power form", *(() if laws.untimed else ("paper",))):
             selection = selected(cell, laws, form)
             found.append(_picked(f"{rule}, {form}", selection, grid, prices, search))
         swept, cost = sweep(selected(cell, laws, "chosen form"), grid, prices)
@@ -135,7 +135,7 @@ def ours(cell: Cell, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str
 
 
 def fitted(cell: Cell, rule: str) -> Laws | None:
-    """The laws by a rule; None where the lanes don't determine them."""
+    """The laws by a rule; None where the lanes don't determine Law-P."""
     records = records_by(RULES[rule], cell.workspace, cell.lanes, cell.rows)
     looks = cell.workspace.config.probe.looks_per_doubling
     try:
@@ -233,10 +233,11 @@ def _without_balance(cell: Cell, laws_of: Mapping[str, Laws], grid: Grid, prices
             run = grid.runs[key(vectors[int(np.argmin(predicted))])]
             found.append(_of_run("Law-P alone", run, grid, search + prices.final(run.ranks)))
         selection = selected(cell, laws, "chosen form")
-        balanced = min(selection.candidates, key=lambda candidate: candidate.imbalance)
-        run = grid.runs[key(balanced.ranks)]
-        price = prices.probes(cell, rule) + prices.final(run.ranks)
-        found.append(_of_run(f"{rule}, balance alone", run, grid, price))
+        balances = [(candidate.imbalance, key(candidate.ranks)) for candidate in selection.candidates]
+        if not laws.untimed:
+            run = grid.runs[min((imbalance, pair) for imbalance, pair in balances if imbalance is not None)[1]]
+            price = prices.probes(cell, rule) + prices.final(run.ranks)
+            found.append(_of_run(f"{rule}, balance alone", run, grid, price))
         kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
         run = grid.runs[key(min(kept, key=lambda ranks: by_surface[key(ranks)]))]
         price = prices.probes(cell, rule) + prices.final(run.ranks)

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mars_jax.convergence_law import NAMES, ConvergenceLaw, fit_convergence_law
+from mars_jax.convergence_law import NAMES, ConvergenceLaw, check_design, fit_convergence_law
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.performance_law import PerformanceLaw, can_fit, choose_form, fit_performance_law, parameter_names
 
 _NEEDED_KEYS = ("lane", "ranks", "num_samples", "steps", "convergence_steps", "censored", "best_loss", "status")
 _FEWEST_DRAWS, _MOST_DRAWS_IN_JSON = 20, 200
+_Design = tuple[np.ndarray, Sequence[np.ndarray]]  # lanes used [N], and columns [N] of a law
 # Spread of log t between seeds where no cell has two of them, and the least that is believed where some have.
 _USUAL_SEED_SPREAD, _LEAST_SEED_SPREAD = 0.1, 0.01
 
@@ -26,7 +27,8 @@ class Laws:
     """What the probes say.
 
     Attributes:
-      convergence: Law-C of each searched module (more than one rank among the lanes).
+      convergence: Law-C of each searched module (more than one rank among the lanes) whose times determine it.
+      untimed: each other searched module -> why its Law-C is not determined, and what to add.
       performance: Law-P in the form chosen to select with.
       multiplicative: Law-P in the paper's form; the same object when that form was chosen.
       diverged: lanes left out because they diverged.
@@ -35,6 +37,7 @@ class Laws:
     """
 
     convergence: Mapping[str, ConvergenceLaw]
+    untimed: Mapping[str, str]
     performance: PerformanceLaw
     multiplicative: PerformanceLaw
     diverged: int
@@ -44,6 +47,7 @@ class Laws:
         other = None if self.multiplicative is self.performance else self.multiplicative
         return {
             "convergence": {module: law.to_json() for module, law in self.convergence.items()},
+            "untimed": dict(self.untimed),
             "performance": self.performance.to_json(),
             "multiplicative": None if other is None else other.to_json(),
             "diverged": self.diverged,
@@ -71,7 +75,8 @@ class Laws:
             multiplicative = performance
             if document["multiplicative"] is not None:
                 multiplicative = PerformanceLaw.from_json(document["multiplicative"], _rows(draws["multiplicative"]))
-            return cls(convergence, performance, multiplicative, int(document["diverged"]))
+            untimed = dict(document["untimed"])
+            return cls(convergence, untimed, performance, multiplicative, int(document["diverged"]))
         except KeyError as error:
             raise DataError(
                 f"laws.json has no key {error}. Fit the laws again (`mars fit`) to write it anew."
@@ -112,11 +117,12 @@ def fit_laws(
       measuring_interval: steps between looks as a share of t, for lanes without `eval_interval`.
 
     Returns:
-      The laws, with intervals and draws.
+      The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes has no Law-C: the
+      losses of those lanes are worth their Law-P all the same.
 
     Raises:
       DataError: a record lacks a key, or has a number of steps or samples that is not above 0.
-      NoValidResultError: the lanes do not determine a law; the message says which and what to add.
+      NoValidResultError: the lanes do not determine Law-P, or no law's intervals; the message says what to add.
     """
     if num_bootstraps < _FEWEST_DRAWS:
         raise ConfigError(f"num_bootstraps is {num_bootstraps}; allowed: {_FEWEST_DRAWS} or more.")
@@ -147,11 +153,30 @@ def fit_laws(
             "Add probe lanes that adapt them together."
         )
 
-    designs = [(measured[module], [ranks[module], samples]) for module in searched]
-    designs.append((joint, [*(ranks[module] for module in searched), samples]))
-    counts = _resample(key, np.column_stack([every_rank, samples]), every_rank > 0, designs, num_bootstraps)
+    untimed = {}
+    for module, (time, censored) in times.items():
+        used = np.isfinite(time)
+        try:
+            check_design(module, ranks[module][used], samples[used], censored[used])
+        except NoValidResultError as error:
+            untimed[module] = str(error)
+    designs = {module: (measured[module], [ranks[module], samples]) for module in searched if module not in untimed}
+    of_losses = joint, [*(ranks[module] for module in searched), samples]
+
+    def resample(*designs: _Design) -> np.ndarray | None:
+        cells = np.column_stack([every_rank, samples])
+        return _resample(key, cells, every_rank > 0, [*designs, of_losses], num_bootstraps)
+
+    counts = resample(*designs.values())
+    if counts is None:
+        for module in designs:
+            untimed[module] = (
+                f"Law-C of module {module!r}: fewer than {_FEWEST_DRAWS} bootstrap resamples still determine it, so it "
+                "has no interval. Add probe lanes at other ranks or numbers of samples, or longer ones."
+            )
+        designs, counts = {}, resample()
     convergence = {}
-    for module in searched:
+    for module in designs:
         time, censored = times[module]
         used = np.isfinite(time)
         convergence[module] = fit_convergence_law(
@@ -175,7 +200,7 @@ def fit_laws(
             f"the laws of {', '.join(searched)} can be fitted, but fewer than {_FEWEST_DRAWS} bootstrap resamples "
             "still determine them, so no interval can be given. Add probe lanes at other ranks or numbers of samples."
         )
-    return Laws(convergence, performance, power, len(lanes) - len(kept))
+    return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
 
 
 def _check_record(index: int, lane: Mapping[str, Any]) -> None:
@@ -229,7 +254,7 @@ def _resample(
     key: jax.Array,
     cells: np.ndarray,
     adapted: np.ndarray,
-    designs: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]],
+    designs: Sequence[_Design],
     number: int,
 ) -> np.ndarray | None:
     """[number, N] counts of each lane in resamples of whole cells within each set of adapted modules.

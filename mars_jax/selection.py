@@ -30,8 +30,8 @@ class Candidate:
 
     Attributes:
       ranks: module -> rank, carried modules included.
-      convergence_steps: searched module -> predicted convergence time in steps.
-      imbalance: largest minus smallest log convergence time.
+      convergence_steps: searched module -> predicted convergence time in steps, where it has a Law-C.
+      imbalance: largest minus smallest log convergence time; None where a searched module has no Law-C.
       kept: whether it survived the pruning.
       reason: why it was kept or not.
       predicted_loss: mean of the bootstrap predictions of the validation loss, nats.
@@ -42,7 +42,7 @@ class Candidate:
 
     ranks: Ranks
     convergence_steps: Mapping[str, float]
-    imbalance: float
+    imbalance: float | None
     kept: bool
     reason: str
     predicted_loss: float
@@ -59,9 +59,9 @@ class Selection:
       target_num_samples: D of the run that the ranks are for.
       pick: module -> rank.
       p_best: `p_best` of the picked candidate.
-      fallback: what went wrong when no candidate was balanced, else None.
+      fallback: what went wrong when no candidate was balanced or the balance is not known, else None.
       method: `laws`, `paper`, or `local_sweep` once a sweep has decided.
-      tau: largest imbalance that counts as balanced, in log time.
+      tau: largest imbalance that counts as balanced, in log time; None where the balance is not known.
       candidates: every rank vector of the grid, fewest parameters first.
       explanation: why this pick, in plain words.
     """
@@ -71,7 +71,7 @@ class Selection:
     p_best: float
     fallback: str | None
     method: Method
-    tau: float
+    tau: float | None
     candidates: tuple[Candidate, ...]
     explanation: str
 
@@ -152,10 +152,12 @@ def select(
       pivot: the module whose ranks the paper's method loops over; the last searched one where it is not searched.
 
     Returns:
-      The selection; `fallback` is set, and the least unbalanced vector picked, when none is balanced.
+      The selection; `fallback` is set, and the least unbalanced vector picked, when none is balanced. Where a searched
+      module has no Law-C, `fallback` is set and the smallest expected loss of the grid decides.
 
     Raises:
       ConfigError: the grid, the laws and the parameter counts do not belong together.
+      NoValidResultError: the paper's method is asked for, and a searched module has no Law-C.
     """
     searched = _check(laws, grids, num_samples, method, parameters_per_rank)
     vectors = [dict(zip(grids, ranks, strict=True)) for ranks in product(*(sorted(set(g)) for g in grids.values()))]
@@ -163,22 +165,35 @@ def select(
     order = np.argsort(sizes, kind="stable")
     vectors, sizes = [vectors[i] for i in order], [sizes[i] for i in order]
 
+    timed = [module for module in searched if module in laws.convergence]
+    balance_known = len(timed) == len(searched)
     columns = {module: [vector[module] for vector in vectors] for module in searched}
-    log_times = np.stack([laws.convergence[module].log_steps(columns[module], num_samples) for module in searched])
-    imbalance = log_times.max(axis=0) - log_times.min(axis=0)
-    tau = _tau(laws, searched, columns, log_times, num_samples)
+    log_times = {module: laws.convergence[module].log_steps(columns[module], num_samples) for module in timed}
+    imbalance, tau = None, None
+    if balance_known:
+        stacked = np.stack(list(log_times.values()))
+        imbalance = stacked.max(axis=0) - stacked.min(axis=0)
+        tau = _tau(laws, searched, columns, stacked, num_samples)
 
     law = laws.multiplicative if method == "paper" else laws.performance
     draws = law.loss_draws(vectors, num_samples)
     expected = draws.mean(axis=0)
-    if method == "paper":
+    if imbalance is None or tau is None:
+        reasons = " ".join(laws.untimed[module] for module in searched if module not in timed)
+        if method == "paper":
+            raise NoValidResultError(f"the paper's method needs Law-C of every searched module. {reasons}")
+        kept, score = np.ones(len(vectors), bool), expected
+        fallback = (
+            "Whether the modules converge together is not known, so the smallest predicted loss alone decides. "
+            + reasons
+        )
+    elif method == "paper":
         pivot = pivot if pivot in searched else searched[-1]
         kept = _on_balance_curve(laws, grids, searched, pivot, num_samples, vectors)
-        score = law.loss(vectors, num_samples)
+        score, fallback = law.loss(vectors, num_samples), None
     else:
-        kept, score = imbalance <= tau, expected
-    fallback = None
-    if not kept.any():
+        kept, score, fallback = imbalance <= tau, expected, None
+    if imbalance is not None and tau is not None and not kept.any():
         least = int(np.argmin(imbalance))
         kept = np.arange(len(vectors)) == least
         fallback = (
@@ -193,10 +208,10 @@ def select(
     candidates = tuple(
         Candidate(
             ranks=vectors[i],
-            convergence_steps={m: float(np.exp(t)) for m, t in zip(searched, log_times[:, i], strict=True)},
-            imbalance=float(imbalance[i]),
+            convergence_steps={module: float(np.exp(times[i])) for module, times in log_times.items()},
+            imbalance=None if imbalance is None else float(imbalance[i]),
             kept=bool(kept[i]),
-            reason=_reason(method, bool(kept[i]), float(imbalance[i]), tau, fallback),
+            reason=_reason(method, bool(kept[i]), None if imbalance is None else float(imbalance[i]), tau, fallback),
             predicted_loss=float(expected[i]),
             predicted_ci=(float(low[i]), float(high[i])),
             parameters=int(sizes[i]),
@@ -227,7 +242,7 @@ def _check(
     searched = [module for module, grid in grids.items() if len(set(grid)) > 1]
     if not searched:
         raise ConfigError("every module has one rank in its grid, so there is nothing to select. Give two or more.")
-    known = [module for module in laws.convergence if module in laws.performance.modules]
+    known = list(laws.performance.modules)
     unknown = [module for module in searched if module not in known]
     if unknown or any(module not in grids for module in known):
         raise ConfigError(
@@ -267,7 +282,9 @@ def _on_balance_curve(
     return np.array([all(vector[m] == curve[vector[pivot]][m] for m in others) for vector in vectors])
 
 
-def _reason(method: str, kept: bool, imbalance: float, tau: float, fallback: str | None) -> str:
+def _reason(method: str, kept: bool, imbalance: float | None, tau: float | None, fallback: str | None) -> str:
+    if imbalance is None or tau is None:
+        return "balance not known"
     apart = f"modules converge a factor {math.exp(imbalance):.2f} apart"
     if method == "paper":
         return f"{apart}; {'nearest balance for this rank of the pivot' if kept else 'another rank balances better'}"
@@ -281,10 +298,15 @@ def _words(ranks: Ranks) -> str:
 
 
 def _explain(
-    pick: Candidate, candidates: Sequence[Candidate], tau: float, num_samples: int, method: str, fallback: str | None
+    pick: Candidate,
+    candidates: Sequence[Candidate],
+    tau: float | None,
+    num_samples: int,
+    method: str,
+    fallback: str | None,
 ) -> str:
-    if fallback:
-        return fallback
+    if fallback or pick.imbalance is None or tau is None:
+        return fallback or ""
     steps = ", ".join(f"{module} in {steps:.0f}" for module, steps in pick.convergence_steps.items())
     kept = sum(candidate.kept for candidate in candidates)
     balance = f"(allowed {math.exp(tau):.2f})" if method == "laws" else "(nearest balance)"

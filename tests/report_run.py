@@ -252,4 +252,4 @@ def make_laws(rng: np.random.Generator) -> dict[str, Any]:
         order_tau=0.91,
         draws=draws,
     )
-    return Laws(convergence, performance, multiplicative=performance, diverged=1).to_json()
+    return Laws(convergence, {}, performance, multiplicative=performance, diverged=1).to_json()

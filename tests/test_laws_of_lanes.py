@@ -10,6 +10,7 @@ from planted_laws import PLANTED_RANKS, planted_loss
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.laws import Laws, fit_laws
 from mars_jax.performance_law import fit_performance_law
+from mars_jax.selection import select
 
 TRUE_C = {"vision": (20.0, -0.2, 0.5), "llm": (6.0, -0.35, 0.65)}
 HORIZON = 700.0
@@ -91,7 +92,7 @@ def test_over_fitting_form_comes_back_from_json(laws):
     samples = np.repeat([128, 256, 512, 1024, 2048], 6)
     losses = planted_loss(vision, llm, samples, over_fit=0.1)
     over_fitted = fit_performance_law("power_overfit", {"vision": vision, "llm": llm}, samples, losses)
-    over_fitted = Laws(laws.convergence, over_fitted, laws.multiplicative, 0)
+    over_fitted = Laws(laws.convergence, laws.untimed, over_fitted, laws.multiplicative, 0)
     document = json.loads(json.dumps(over_fitted.to_json()))
     assert set(document["performance"]["overfit"]) == {"C", "kappa", "eta"}
     assert Laws.from_json(document) == over_fitted
@@ -137,16 +138,52 @@ def test_lanes_that_never_adapt_all_modules_are_refused(lanes):
 
 
 def test_one_number_of_samples_is_refused(lanes):
-    with pytest.raises(NoValidResultError, match="every converged point has D = 256"):
+    with pytest.raises(NoValidResultError, match="Law-P: all 6 lanes that adapt every module have D = 256"):
         fit_laws([record for record in lanes if record["num_samples"] == 256], key=jax.random.key(0), num_bootstraps=20)
 
 
-def test_too_few_cells_to_resample_are_refused():
+def test_lanes_that_never_converge_still_give_law_p_and_a_pick_by_loss_that_says_so(lanes):
+    def late(record):
+        return {**record, "censored": record["censored"] | {"vision": True}}
+
+    found = fit_laws([late(record) for record in lanes], key=jax.random.key(0), num_bootstraps=20)
+    assert set(found.convergence) == {"llm"}
+    assert "Law-C of module 'vision'" in found.untimed["vision"]
+    assert "let them run longer" in found.untimed["vision"]
+    assert Laws.from_json(found.to_json()).untimed == found.untimed
+
+    grids, parameters = {"vision": (4, 64), "llm": (4, 64)}, {"vision": 1, "llm": 1}
+    selection = select(found, grids, 4096, parameters_per_rank=parameters)
+    expected = found.performance.loss_draws([candidate.ranks for candidate in selection.candidates], 4096).mean(axis=0)
+    assert selection.pick == selection.candidates[int(np.argmin(expected))].ranks
+    assert selection.fallback.startswith("Whether the modules converge together is not known")
+    assert found.untimed["vision"] in selection.fallback
+    assert [set(candidate.convergence_steps) for candidate in selection.candidates] == [{"llm"}] * 4
+    assert [candidate.imbalance for candidate in selection.candidates] == [None] * 4
+    assert type(selection).from_json(selection.to_json()) == selection
+    with pytest.raises(NoValidResultError, match=r"the paper's method needs Law-C of every searched module\. Law-C of"):
+        select(found, grids, 4096, method="paper", parameters_per_rank=parameters)
+
+
+def test_times_too_few_to_resample_cost_law_c_and_not_the_run():
     rng = np.random.default_rng(0)
     alone = [(4, 0, 256), (64, 0, 256), (4, 0, 1024), (0, 4, 256), (0, 64, 256), (0, 4, 1024)]
     joint = [(4, 4, 256), (4, 64, 256), (64, 4, 256), (4, 4, 1024), (64, 64, 1024)]
     records = [lane(i, *cell, 0, rng) for i, cell in enumerate(alone)]
     records += [{**lane(9, *cell, 0, rng), "convergence_steps": {}, "censored": {}} for cell in joint]
+    found = fit_laws(records, key=jax.random.key(0), num_bootstraps=20)
+    assert not found.convergence
+    assert "'llm': fewer than 20 bootstrap resamples still determine it" in found.untimed["llm"]
+    assert len(found.performance.draws) == 20
+
+
+def test_too_few_cells_to_resample_are_refused():
+    rng = np.random.default_rng(0)
+    cells = [(4, 8, 4, 256), (64, 8, 4, 256), (4, 16, 4, 256), (4, 8, 64, 256), (4, 8, 4, 1024), (4, 8, 4, 4096)]
+    records = [
+        lane(0, vision, llm, samples, 0, rng) | {"ranks": {"vision": vision, "projector": projector, "llm": llm}}
+        for vision, projector, llm, samples in cells
+    ]
     with pytest.raises(NoValidResultError, match="fewer than 20 bootstrap resamples still determine them"):
         fit_laws(records, key=jax.random.key(0), num_bootstraps=20)
 

@@ -49,7 +49,7 @@ def law_p(alpha, spread=0.0, overfit=None):
 def laws(vision=None, llm=None, performance=None):
     performance = performance or law_p({"vision": 0.1, "llm": 0.2})
     convergence = {"vision": vision or law_c(20.0, -0.4, 0.6), "llm": llm or law_c(20.0, -0.4, 0.6)}
-    return Laws(convergence, performance, law_p({"vision": 0.1, "llm": 0.2}), 0)
+    return Laws(convergence, {}, performance, law_p({"vision": 0.1, "llm": 0.2}), 0)
 
 
 def pick(these, method="laws", samples=1024, grids=GRIDS, **options):
@@ -170,7 +170,9 @@ def test_no_balanced_pair_falls_back_to_the_least_unbalanced_and_says_so():
 
 def test_three_searched_modules():
     three = laws(performance=law_p({"vision": 0.1, "llm": 0.2, "projector": 0.05}))
-    three = Laws({**three.convergence, "projector": law_c(20.0, -0.4, 0.6)}, three.performance, three.performance, 0)
+    three = Laws(
+        {**three.convergence, "projector": law_c(20.0, -0.4, 0.6)}, {}, three.performance, three.performance, 0
+    )
     found = pick(three, grids={"vision": GRID, "llm": GRID, "projector": GRID})
     assert len(found.candidates) == 125
     assert [set(c.ranks.values()) for c in found.candidates if c.kept] == [{r} for r in GRID]

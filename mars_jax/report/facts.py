@@ -95,17 +95,25 @@ def _choice_sentences(run: RunRecord) -> list[str]:
     if p_best is not None and balanced:
         sentences.append(
             f"In {percent(p_best, 0)} of the bootstrap refits this choice has the lowest predicted validation loss "
-            f"of the {balanced} balanced candidates (of {len(candidates)}) at {count(target)} training samples."
+            f"of {_field(selection, balanced)} at {count(target)} training samples."
         )
     picked = picked_candidate(run)
     steps = {m: t for m, t in (picked.get("convergence_steps") or {}).items() if t is not None and math.isfinite(t)}
-    if len(steps) > 1:
+    if len(steps) > 1 and picked.get("imbalance") is not None:
         times = listing([f"{module} after about {count(t)}" for module, t in steps.items()])
         together = "should converge together" if picked.get("kept") else "should not converge together"
         sentences.append(f"With these ranks the modules {together}: {times} steps.")
     if selection.get("explanation"):
         sentences.append(str(selection["explanation"]))
     return sentences
+
+
+def _field(selection: Record, balanced: int) -> str:
+    """What the pick was compared with; the key tau is null where no balance is known."""
+    total = len(selection["candidates"])
+    if selection.get("tau", 0.0) is None:
+        return f"all {total} candidates"
+    return f"the {balanced} balanced candidates (of {total})"
 
 
 def _outcome_sentences(run: RunRecord) -> list[str]:
