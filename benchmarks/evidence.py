@@ -3,10 +3,10 @@
 Tasks shift easy-VQA for the demo's base: "eye" negates pictures and puts three of thirteen answers into German,
 "tongue" keeps pictures and puts all answers into German, "both" rotates hues and puts five into German. (With negated
 pictures and no new answer the spread of a grid was that of its noise: ranks don't matter there.) For each task and seed
-every pair of five ranks is trained to the end (320 steps of 16, two passes over 2560 samples, cosine): the oracle.
+every pair of five ranks is trained to the end (320 steps of 16, one pass over 5120 samples, cosine): the oracle.
 Regret is the validation loss of a method's final run over the grid's lowest, minus one; test regret the same of test
-losses, each run being read at its best validation look. Probes have 160, 320 and 640 samples, 64 steps at a constant
-rate, so the laws are extrapolated by 4 in D. All methods see validation losses only.
+losses, each run being read at its best validation look. Probes are one pass over 1280 samples at a constant rate, read
+at 320, 640 and 1280, so the laws are extrapolated by 4 in D. All methods see validation losses only.
 
 Runs of one pair differ between seeds, so the lowest of 25 losses is partly luck, which no method can pick. "Expected"
 regret is of losses that are means over the seeds of a task.

@@ -84,14 +84,16 @@ class Prices:
     def probes(self, cell: Cell, rule: str) -> float:
         """The probes that a rule needs, with their looks and hybrids."""
         settings = self._workspace.config.probe
-        total = 0.0
+        largest, total = max(settings.num_samples), 0.0
         for lane, rows in zip(cell.lanes, cell.rows, strict=True):
             joint = len(lane.adapted) == len(lane.ranks)
             if not (joint or rule == "loss_fraction"):
                 continue
             extra = len(hybrids(SEARCHED)) * sum(any(row["remaining"].values()) for row in rows)
-            looks = len(rows) - 1 + (extra if rule == "splice" else 0)
-            total += self._price(lane.ranks, settings.steps, looks, settings.validation_samples)
+            # The smaller D are read off the same pass, but what remains is read anew.
+            steps, looks = (rows[-1]["step"], len(rows) - 1) if lane.num_samples == largest else (0, 0)
+            looks += extra if rule == "splice" else 0
+            total += self._price(lane.ranks, steps, looks, settings.validation_samples)
         return total
 
     def _price(self, ranks: Mapping[str, int], steps: float, looks: float, samples: int) -> float:
@@ -251,9 +253,7 @@ def _without_balance(cell: Cell, laws_of: Mapping[str, Laws], grid: Grid, prices
         if lane.num_samples == largest and len(lane.adapted) == len(lane.ranks)
     }
     run = grid.runs[min(probed, key=lambda ranks: probed[ranks])]
-    # Every D has the same number of steps, so its share of the probes is that of one D.
-    price = search / len({lane.num_samples for lane in cell.lanes}) + prices.final(run.ranks)
-    return [*found, _of_run("best probe of the largest D", run, grid, price)]
+    return [*found, _of_run("best probe of the largest D", run, grid, search + prices.final(run.ranks))]
 
 
 # Others.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from costs import grid_of
-from trials import Rows, by_width, make_data, one_program, probe_rows, task_workspace
+from trials import Rows, by_width, make_data, one_program, probe_rows, reads, task_workspace
 
 from mars_jax.data.batches import eval_batches
 from mars_jax.data.examples import ExampleSource, plan_shapes
@@ -31,15 +31,14 @@ class Form(NamedTuple):
     """How much is run in a cell."""
 
     ranks: Sequence[int]
-    num_samples: Sequence[int]  # of the probes
-    probe_steps: int
+    num_samples: Sequence[int]  # of the probes, which are single passes
     train: int  # samples of a final run
     final_steps: int
     test: int
 
 
-FULL = Form((2, 4, 8, 16, 32), (160, 320, 640), 64, 2560, 320, 256)
-SHORT = Form((2, 8, 16), (64, 128, 256), 24, 512, 48, 32)
+FULL = Form((2, 4, 8, 16, 32), (320, 640, 1280), 5120, 320, 256)
+SHORT = Form((2, 8, 16), (64, 128, 256), 512, 32, 32)
 
 
 class Run(NamedTuple):
@@ -59,7 +58,7 @@ class Cell(NamedTuple):
     """All lanes of a task and seed."""
 
     workspace: Workspace
-    lanes: list[Lane]
+    lanes: list[Lane]  # a probe at every D
     rows: Rows
     grid: list[Run]
     rates: list[tuple[dict[str, float], Run]]  # with the factors on the learning rates
@@ -81,7 +80,7 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
         f"seed={seed}",
         *(f"lora.modules.{module}.ranks={list(form.ranks)}" for module in ("vision", "llm")),
         f"probe.num_samples={list(form.num_samples)}",
-        f"probe.steps={form.probe_steps}",
+        "probe.sampling=nested",
         f"finetune.steps={form.final_steps}",
         f"finetune.look_every={max(1, form.final_steps // 16)}",
         f"evaluate.max_samples={form.test}",
@@ -96,12 +95,8 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
         return found
 
     # Not more than one seed of a D: seeds of the experiment are other configs.
-    planned = plan_lanes(workspace.grids, form.num_samples, 1, corners=True, single_module=True)
-    lanes, rows = [], []
-    for size in form.num_samples:
-        group = [lane for lane in planned if lane.num_samples == size]
-        lanes += group
-        rows += timed(f"probes-D{size}", partial(probe_rows, workspace=workspace, lanes=group))
+    lanes = plan_lanes(workspace.grids, form.num_samples[-1:], 1, corners=True, single_module=True)
+    rows = timed("probes", partial(probe_rows, workspace=workspace, lanes=lanes))
     vectors = grid_of(workspace.grids)
     grid = timed("grid", partial(final_runs, workspace=workspace, vectors=vectors))
     uniform = {module: UNIFORM_RANK for module in workspace.grids}
@@ -113,7 +108,7 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
     base = workspace.learning_rates(workspace.config.finetune.learning_rate)
     rates = [{module: base[module] * factor for module, factor in those.items()} for those in factors]
     runs = timed("rates", partial(final_runs, workspace=workspace, vectors=[uniform] * len(rates), rates=rates))
-    return Cell(workspace, lanes, rows, grid, list(zip(factors, runs, strict=True)))
+    return Cell(workspace, reads(workspace, lanes), rows, grid, list(zip(factors, runs, strict=True)))
 
 
 def final_runs(

@@ -22,7 +22,7 @@ from mars_jax.probe.plan import Lane
 from mars_jax.probe.records import lane_records
 from mars_jax.probe.snapshots import Snapshots
 from mars_jax.programs import Program
-from mars_jax.search import EPSILONS, probe_schedule, run_probe_group, splice_probes
+from mars_jax.search import EPSILONS, probe_schedule, readings, run_probe_group, splice_probes
 from mars_jax.workspace import Workspace
 
 Rows = list[list[Row]]
@@ -46,34 +46,46 @@ def task_workspace(data: Path, *overrides: str) -> Workspace:
 
 
 def probe_rows(file: Path, workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None = None) -> Rows:
-    """Rows of probes that read the same data, with what remained for each module at every look.
+    """Rows of all that is read off probes of the same data, with what remained for each module at every look.
 
     Args:
         file: of the rows.
         workspace: of the task.
-        lanes: to run together.
+        lanes: to run together, of which `reads` are read.
         rates: learning rates of each; None: the config's.
     """
     if file.exists():
         return [[_with_nan(row) for row in rows] for rows in read_json(file)]
-    found: dict[int, list[Row]] = {}
+    found: dict[int, Rows] = {}
     for places in by_width([lane.ranks for lane in lanes], wide=lambda over: any(over.values())):
         some = [lanes[place] for place in places]
         their_rates = None if rates is None else [rates[place] for place in places]
         found |= zip(places, _group_rows(workspace, some, their_rates), strict=True)
-    rows = [found[place] for place in range(len(lanes))]
+    rows = [rows for place in range(len(lanes)) for rows in found[place]]
     write_json(file, rows)
     return rows
 
 
-def _group_rows(workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None) -> Rows:
+def reads(workspace: Workspace, lanes: Sequence[Lane]) -> list[Lane]:
+    """What is read off lanes: with nested sizes a lane for every D."""
+    return [read for lane in lanes for read, _ in readings(workspace.config, lane)]
+
+
+def _group_rows(workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None) -> list[Rows]:
     program = one_program(workspace, lanes)
     schedule = probe_schedule(workspace)
     with TemporaryDirectory() as folder:
         size = program.engine.layout.size
         with Snapshots(Path(folder) / "adapters", schedule.looks, len(lanes), size) as snapshots:
             result = run_probe_group(workspace, program, lanes, schedule, rates, snapshots=snapshots)
-            return splice_probes(workspace, program, lanes, result, snapshots, lanes, result.rows)
+            curves = [
+                [row for row in rows if row["step"] <= steps]
+                for lane, rows in zip(lanes, result.rows, strict=True)
+                for _, steps in readings(workspace.config, lane)
+            ]
+            found = splice_probes(workspace, program, lanes, result, snapshots, reads(workspace, lanes), curves)
+    each = len(found) // len(lanes)
+    return [found[each * k : each * (k + 1)] for k in range(len(lanes))]
 
 
 def by_width(vectors: Sequence[Mapping[str, int]], wide: Callable[[dict[str, bool]], Hashable]) -> list[list[int]]:
