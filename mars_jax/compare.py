@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mars_jax import lora
+from mars_jax import lora, tpe
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.evaluate import Evaluator, held_out_evaluator
 from mars_jax.finetune import run_finals
@@ -84,6 +84,7 @@ def compare_run(
     methods = alternatives(workspace, selection, *search_cost(workspace, selection, directory))
     trials = list({trial.name: trial for method in methods for trial in method.trials}.values())
     _train(workspace, programs, trials, directory)
+    methods += _by_tpe(workspace, programs, len(methods[-1].trials), directory)
     records = {record["trial"]: record for record in read_jsonl(directory.trials_file, workspace.reporter.warn)}
     (pick,) = methods[0].trials
     rows = [_row(workspace, method, records, records[pick.name]) for method in methods]
@@ -124,6 +125,29 @@ def alternatives(
     drawn = [trial(vectors[i]) for i in rng.permutation(len(vectors))[: max(2, number)]]
     found.append(Alternative(f"random search, {len(drawn)} runs", tuple(drawn)))
     return [*found, Alternative("random ranks", tuple(drawn), takes="mean")]
+
+
+def _by_tpe(
+    workspace: Workspace, programs: Sequence[Program], number: int, directory: RunDirectory
+) -> list[Alternative]:
+    """Trains what Optuna's TPE suggests, as many as random search drew; none without Optuna."""
+    if not tpe.is_installed():
+        workspace.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
+        return []
+    carried = {module: ranks[0] for module, ranks in workspace.grids.items() if len(ranks) == 1}
+
+    def trial(ranks: Ranks) -> Trial:
+        return Trial({module: {**carried, **ranks}[module] for module in workspace.grids}, {})
+
+    def loss_of(ranks: Ranks) -> float | None:
+        _train(workspace, programs, [trial(ranks)], directory)
+        records = read_jsonl(directory.trials_file, workspace.reporter.warn)
+        (loss,) = (record["validation_loss"] for record in records if record["trial"] == trial(ranks).name)
+        return loss
+
+    grids = {module: sorted(ranks) for module, ranks in workspace.grids.items() if len(ranks) > 1}
+    found = tpe.suggested(grids, number, workspace.config.seed, loss_of)
+    return [Alternative(f"TPE, {len(found)} runs", tuple(trial(ranks) for ranks in found))]
 
 
 def search_cost(workspace: Workspace, selection: Selection, directory: RunDirectory) -> tuple[float, float]:

@@ -13,8 +13,8 @@ _OVERHEAD = 2.3
 
 
 def lane_state_bytes(parameters: int, looks_per_doubling: int) -> int:
-    """Bytes of a lane's state: adapters, gradients, two Adam moments, the best and the snapshots, float32."""
-    return 4 * parameters * (5 + looks_per_doubling)
+    """Bytes of a lane's state: adapters, average, gradients, two Adam moments, the best and snapshots, float32."""
+    return 4 * parameters * (6 + looks_per_doubling)
 
 
 def activation_bytes(

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mars_jax import tpe
 from mars_jax.compare import paired_interval
 
 
@@ -30,3 +31,27 @@ def test_the_interval_holds_no_more_than_the_samples_do(samples):
 
 def test_equal_losses_leave_no_interval():
     assert paired_interval(np.zeros(7), np.ones(7), seed=0) == pytest.approx((0.0, 0.0))
+
+
+GRIDS = {"vision": [2, 4, 8, 16, 32], "llm": [2, 4, 8, 16, 32]}
+
+
+def test_tpe_asks_once_for_each_pair_and_finds_a_minimum_that_chance_rarely_does():
+    def loss(ranks):
+        return (np.log2(ranks["vision"]) - 2) ** 2 + (np.log2(ranks["llm"]) - 4) ** 2
+
+    found = []
+    for seed in range(5):
+        asked = []
+        runs = tpe.suggested(GRIDS, 12, seed, lambda ranks, asked=asked: asked.append(ranks) or loss(ranks))
+        assert runs == asked
+        assert len({tuple(ranks.values()) for ranks in runs}) == len(runs) <= 12
+        found.append(min(map(loss, runs)))
+        again = tpe.suggested(GRIDS, 12, seed, loss)
+        assert again == runs
+    assert np.mean(found) <= 1.0  # the mean over pairs is 4
+
+
+def test_tpe_goes_on_after_runs_that_diverged():
+    runs = tpe.suggested(GRIDS, 6, 0, lambda ranks: None if ranks["llm"] > 4 else 1.0)
+    assert len(runs) == 6

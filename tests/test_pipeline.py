@@ -283,12 +283,13 @@ def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, 
     found = job.mars("compare", run)
     rows = {row["method"]: row for row in found["methods"]}
     assert list(rows)[:3] == ["MARS", "uniform rank 1", "uniform rank 4"]
-    assert [name for name in rows if name not in list(rows)[:3]] == [
+    assert list(rows)[3:-1] == [
         "largest ranks",
         "separate learning rates at rank 4",
         "random search, 6 runs",  # the search cost more than the whole grid has pairs
         "random ranks",
     ]
+    assert list(rows)[-1] == f"TPE, {rows[list(rows)[-1]]['runs']} runs"
     pick = rows["MARS"]
     # The same run as the one that `mars finetune` did, here as one lane of many.
     assert pick["validation_loss"] == pytest.approx(read(run / "finetune" / "summary.json")["best_validation_loss"])
