@@ -1,11 +1,12 @@
 """Planted truth: a module of the demo's model is slowed on purpose; which convergence rule notices, and what it costs.
 
-Joint lanes of ranks 8 on the demo's task, at a constant rate. In each condition one thing is changed for one searched
+Joint lanes of ranks 8 on the demo's task, one pass over the data at a constant rate. In each condition one thing is changed for one searched
 module: its learning rate is divided by 3 or by 10 (the truth is known: it, and not the other, takes longer), its rank
 is cut from 8 to 2, or its shift is made smaller, a quarter of the rotation of hues or one German answer in place of
 five (what should follow isn't known beforehand; told without a verdict). Every seed has its own order of data and its
 own adapters. The same curves are read by all rules at their default thresholds; `loss_fraction` reads lanes of its own
-that adapt the one module alone, under the same handicap.
+that adapt the one module alone, under the same handicap. "splice, Shapley" reads the hybrids of splice as shares of
+the loss that is still to fall, which add up to it.
 
 For each rule: `order` is the share of slowed lanes in which t(slowed) / t(other) is larger than in the balanced lane of
 the same seed; a module without a time, or two that are both censored, counts as not told. `factor` is the median of how
@@ -46,6 +47,8 @@ from mars_jax.workspace import Workspace
 
 SEARCHED = ("vision", "llm")
 OTHER = {"vision": "llm", "llm": "vision"}
+SHAPLEY = "splice, Shapley"
+JUDGED = {**RULES, SHAPLEY: RULES["splice"]}
 ALPHA_RULES = {
     "alpha = 2r": ("proportional", 2.0),
     "rsLoRA": ("rslora", 4 * math.sqrt(2)),
@@ -86,12 +89,12 @@ class Form(NamedTuple):
     validation_samples: int
 
 
-FULL = Form(seeds=5, alpha_seeds=2, samples=4096, steps=384, validation_samples=128)
+FULL = Form(seeds=5, alpha_seeds=1, samples=3072, steps=192, validation_samples=128)
 SHORT = Form(seeds=1, alpha_seeds=1, samples=128, steps=32, validation_samples=32)
 
 
 def main() -> None:
-    """Writes results/planted.json; about forty minutes on two cores."""
+    """Writes results/planted.json; about half an hour on two cores."""
     parser = own_parser(__doc__)
     parser.add_argument("--work", type=Path, help="folder that keeps the lanes of a stopped run")
     options = parser.parse_args()
@@ -100,7 +103,7 @@ def main() -> None:
     with _folder(options.work) as folder:
         trials = [trial for seed in range(form.seeds) for trial in run_conditions(folder, form, seed)]
         alphas = [row for seed in range(form.alpha_seeds) for row in run_alphas(folder, form, seed)]
-    rules = {name: judge(name, trials) for name in RULES}
+    rules = {name: judge(name, trials) for name in JUDGED}
     told = [rule for rule in rules.values() if rule["order"] is not None]
     publish(
         options,
@@ -156,7 +159,7 @@ def run_conditions(folder: Path, form: Form, seed: int) -> list[Document]:
         file = folder / f"conditions-{shift}-s{seed}.json"
         rows = probe_rows(file, workspace, lanes, rates)
         print(f"seed {seed}, shift {shift}: {len(lanes)} lanes", file=sys.stderr)
-        for rule in RULES:
+        for rule in JUDGED:
             times = _times(rule, workspace, lanes, rows)
             for name in names:
                 read = {m: places[name, m if rule == "loss_fraction" else None] for m in SEARCHED}
@@ -181,7 +184,7 @@ def run_alphas(folder: Path, form: Form, seed: int) -> list[Document]:
         ]
         rows = probe_rows(folder / f"{alpha}-s{seed}.json", workspace, [*lanes, *alone])
         print(f"seed {seed}, {name}: {len(rows)} lanes", file=sys.stderr)
-        for rule in RULES:
+        for rule in JUDGED:
             for lane, times in zip([*lanes, *alone], _times(rule, workspace, [*lanes, *alone], rows), strict=True):
                 if times and (len(lane.adapted) == 1) == (rule == "loss_fraction"):
                     ranks = {module: lane.ranks[module] for module in SEARCHED}
@@ -216,10 +219,21 @@ def _rates(workspace: Workspace, condition: Condition) -> dict[str, float]:
 
 def _times(rule: str, workspace: Workspace, lanes: Sequence[Lane], rows: Rows) -> list[dict[str, Any]]:
     """By lane: module -> steps (None if undefined) and whether censored."""
+    if rule == SHAPLEY:
+        rows = [[_shared(row) for row in lane_rows] for lane_rows in rows]
     return [
         {m: {"steps": steps, "censored": record["censored"][m]} for m, steps in record["convergence_steps"].items()}
-        for record in records_by(RULES[rule], workspace, lanes, rows)
+        for record in records_by(JUDGED[rule], workspace, lanes, rows)
     ]
+
+
+def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in which what remained is split by Shapley values of the two modules."""
+    losses = row["hybrids"]
+    if "llm+vision" not in losses:
+        return dict(row)
+    shares = {m: ((losses[""] - losses[m]) + (losses[OTHER[m]] - losses["llm+vision"])) / 2 for m in ("vision", "llm")}
+    return {**row, "remaining": shares}
 
 
 def _cost(rule: str, workspace: Workspace, rows: Sequence[Mapping[str, Any]], form: Form) -> float:
@@ -285,7 +299,7 @@ def by_condition(trials: Sequence[Document]) -> list[Document]:
     table = []
     for name in CONDITIONS:
         row: Document = {"condition": name}
-        for rule in RULES:
+        for rule in JUDGED:
             for module in SEARCHED:
                 times = [t["times"][module] for t in trials if (t["condition"], t["rule"]) == (name, rule)]
                 median = _median([time["steps"] for time in times if _told(time)])
@@ -302,7 +316,7 @@ def exponents(rows: Sequence[Document]) -> list[Document]:
     """Exponents of the own rank (gamma) and of the other's (cross) in times that aren't censored, least squares."""
     table = []
     for alpha in ALPHA_RULES:
-        for rule in RULES:
+        for rule in JUDGED:
             for module in SEARCHED:
                 points = [
                     (math.log(row["ranks"][module]), math.log(max(row["ranks"][OTHER[module]], 1)), row["seed"], time)

@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 
 from mars_jax.errors import ConfigError
 
-# Of the loss that all modules take away, what a module must to be said to converge.
-_INACTIVE = 0.02
+# Of the lane's best loss, what a module must take away to be said to converge.
+_INACTIVE = 0.01
 
 RuleName = Literal["loss_fraction", "splice", "drift"]
 
@@ -33,8 +33,8 @@ class ConvergenceRule:
     Attributes:
       name: `loss_fraction` (lanes that adapt one module), `splice` (per module, after the run) or `drift` (per module,
         online).
-      epsilon: threshold, in (0, 1): share of the lane's own drop (loss_fraction), of the module's share of it (splice),
-        or relative change (drift).
+      epsilon: threshold, in (0, 1): share of the lane's own drop (loss_fraction), of what a module takes off the best
+        look's loss (splice), or relative change (drift).
       sustain: looks, from the convergence time to the end of the curve, that must exist before it counts.
     """
 
@@ -73,8 +73,8 @@ def converge(
     Args:
       rule: which rule and its threshold.
       steps: [N] optimizer steps of the looks, strictly increasing, N >= 2.
-      curves: [K, N] validation losses in nats (`loss_fraction`), [K, M, N] shares of the loss that remains above the
-        best look's, in nats, NaN after that look (`splice`), or [K, M, N] relative drifts (`drift`).
+      curves: [K, N] validation losses in nats (`loss_fraction`), [K, M, N] what remains for each module at a look, as a
+        share of the lane's best loss, NaN after the best look (`splice`), or [K, M, N] relative drifts (`drift`).
       num_looks: int [K], looks at which each curve ends, at least 2; what comes after isn't read. None: N.
 
     Returns:
@@ -135,20 +135,22 @@ def _loss_fraction(
 def _splice(
     steps: jax.Array, shares: jax.Array, num_looks: jax.Array, epsilon: jax.Array, sustain: jax.Array
 ) -> Convergence:
-    """First step after which a module's share of the remaining loss stays at or below `epsilon` of its first.
+    """First step after which what remains for a module stays at or below `epsilon` of what did at first.
 
-    The crossing is interpolated in log step, as the grid is log-spaced. Censored when the share still falls, over the
-    looks of the last tenth of the horizon or more, by over 1 % of its first in a tenth, or when fewer than `sustain`
-    looks lie after the crossing. Undefined when there is nothing to converge to: the lane's best look is its first, a
-    loss is not finite, or the module's first share is under 2 % of all modules' together.
+    What remains is how far the best look's loss would rise with that module put back to where it was at a look: from
+    then on, the module could have stopped for that price. The crossing is interpolated in log step, as the grid is
+    log-spaced. Censored when it still falls, over the looks of the last tenth of the horizon or more, by over 1 % of
+    its first in a tenth, or when fewer than `sustain` looks lie after the crossing. Undefined when there is nothing to
+    converge to: the lane's best look is its first, a loss is not finite, or without the module's training the best loss
+    would rise by less than 1 %.
     """
     looks = jnp.arange(steps.size)
 
-    def one_module(share: jax.Array, total: jax.Array, end: jax.Array) -> Convergence:
+    def one_module(share: jax.Array, end: jax.Array) -> Convergence:
         horizon = steps[end - 1]
         read = (looks < end) & jnp.isfinite(share)
         best = jnp.max(jnp.where(read, looks, 0))
-        defined = jnp.all(read | (looks > best)) & (total > 0) & (share[0] > _INACTIVE * total)
+        defined = jnp.all(read | (looks > best)) & (share[0] > _INACTIVE)
         remaining = jnp.where(read, share, 0.0) / jnp.where(defined, share[0], 1.0)
         last_above = jnp.max(jnp.where(remaining > epsilon, looks, 0))
         first_below = jnp.minimum(last_above + 1, end - 1)
@@ -161,8 +163,7 @@ def _splice(
         censored = late | (end - first_below < sustain)
         return Convergence(jnp.where(defined, jnp.where(censored, horizon, between), jnp.nan), censored & defined)
 
-    totals = jnp.nansum(shares[:, :, 0], axis=1)
-    return jax.vmap(jax.vmap(one_module, in_axes=(0, None, None)))(shares, totals, num_looks)
+    return jax.vmap(jax.vmap(one_module, in_axes=(0, None)))(shares, num_looks)
 
 
 def _late_fall(steps: jax.Array, early: jax.Array, horizon: jax.Array) -> jax.Array:

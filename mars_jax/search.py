@@ -209,7 +209,7 @@ def splice_probes(
     reads: Sequence[Lane],
     curves: Sequence[Sequence[Row]],
 ) -> list[list[Row]]:
-    """Rows with `remaining`, each module's share of the remaining loss, and `interaction`; uses up the group's state.
+    """Rows with what remained for each module, see `Remaining.to_json`; uses up the group's state.
 
     Args:
         workspace: of the run.

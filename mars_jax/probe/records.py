@@ -59,7 +59,8 @@ def _convergence_times(
     modules = [module for module in lanes[0].ranks if module in told] or list(lanes[0].ranks)
     curves = np.full((len(rows), len(modules), len(steps)), np.nan, np.float32)
     for k, lane_rows in enumerate(rows):
-        curves[k, :, : ends[k]] = [[row[signal].get(module, np.nan) for row in lane_rows] for module in modules]
+        unit = max(min(row["validation_loss"] for row in lane_rows), 1e-9) if rule.name == "splice" else 1.0
+        curves[k, :, : ends[k]] = [[row[signal].get(module, np.nan) / unit for row in lane_rows] for module in modules]
     found = jax.device_get(converge(rule, steps, curves, ends))
     return [
         {m: (float(found.steps[k, i]), bool(found.censored[k, i])) for i, m in enumerate(modules) if m in lane.adapted}

@@ -1,12 +1,10 @@
-"""What each module has still to take off a lane's loss: the Shapley split of the remaining loss over hybrid adapters.
+"""What a lane would lose had a module stopped early: losses of hybrid adapters of its best look and an earlier one.
 
-A hybrid takes some modules from the lane's best look and the others from an earlier one. What follows for convergence
-times is in `mars_jax.convergence`.
+What follows for convergence times is in `mars_jax.convergence`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax
@@ -38,24 +36,25 @@ class Remaining(NamedTuple):
     """What remained at a look, in nats.
 
     Attributes:
-        shares: module -> its part of the loss that is still above the best look's; they add up to it.
-        interaction: what the modules' parts one by one, each with all others at the best, exceed it by.
-        losses: modules taken from the best look -> loss, so that it can be split in other ways later.
+        of: module -> how far the loss is above the best look's with that module as it was then, and the others at
+            the best look.
+        interaction: what these add up to beyond what the whole lane was above the best look.
+        losses: modules taken from the best look -> loss, so that it can be told in other ways later.
     """
 
-    shares: dict[str, float]
+    of: dict[str, float]
     interaction: float
     losses: Mapping[Modules, float]
 
     def to_json(self) -> dict[str, Any]:
         """Keys of a row of curves.jsonl."""
         hybrids = {"+".join(sorted(some)): loss for some, loss in self.losses.items()}
-        return {"remaining": self.shares, "interaction": self.interaction, "hybrids": hybrids}
+        return {"remaining": self.of, "interaction": self.interaction, "hybrids": hybrids}
 
 
 def hybrids(modules: Sequence[str]) -> list[Modules]:
-    """The modules that each hybrid takes from the best look: neither none nor all."""
-    return [frozenset(some) for number in range(1, len(modules)) for some in combinations(modules, number)]
+    """The modules that each hybrid takes from the best look: all but one; there are none of a single module."""
+    return [frozenset(modules) - {module} for module in modules] if len(modules) > 1 else []
 
 
 def parties(adapted: Sequence[str], searched: Sequence[str]) -> dict[str, list[str]]:
@@ -69,28 +68,20 @@ def parties(adapted: Sequence[str], searched: Sequence[str]) -> dict[str, list[s
     return {module: [module, *rest] if module == told[0] else [module] for module in told}
 
 
-def split_remaining(losses: Mapping[Modules, float]) -> Remaining:
-    """Shapley values of the modules in the fall from an earlier look's loss to the best one's.
+def what_remains(losses: Mapping[Modules, float]) -> Remaining:
+    """What remained for each module, by itself.
 
-    phi_m = mean over orders in which the modules are switched to the best look, of what the switch of m takes off
-    (Shapley 1953). For two modules the interaction is L(t,T) + L(T,t) - L(t,t) - L(T,T).
+    For two modules the interaction is L(t,T) + L(T,t) - L(t,t) - L(T,T). A Shapley split of what remained would add up
+    to it, but half of a module's share would then be what it does among modules that haven't learned yet: with a
+    language model that doesn't know the words of the answers, that is large, and not what is left to learn.
 
     Args:
-        losses: modules taken from the best look -> loss; every subset of the modules, the empty one included.
+        losses: modules taken from the best look -> loss, nats: of none, of all, and of all but each one.
     """
-    modules = max(losses, key=len)
-    count = len(modules)
-    shares = {
-        module: math.fsum(
-            (losses[some] - losses[some | {module}]) / (count * math.comb(count - 1, len(some)))
-            for some in losses
-            if module not in some
-        )
-        for module in sorted(modules)
-    }
-    best, before = losses[modules], losses[frozenset()]
-    alone = math.fsum(losses[modules - {module}] - best for module in modules)
-    return Remaining(shares, alone - (before - best), losses)
+    every = max(losses, key=len)
+    best = losses[every]
+    of = {module: losses[every - {module}] - best for module in sorted(every)}
+    return Remaining(of, math.fsum(of.values()) - (losses[frozenset()] - best), losses)
 
 
 def remaining_losses(
@@ -100,10 +91,10 @@ def remaining_losses(
     readings: Sequence[Reading],
     losses_of: Callable[[Iterable[Adapters]], list[float]],
 ) -> list[list[Remaining | None]]:
-    """Splits what remained at every look up to the best one, for every reading.
+    """Tells what remained at every look up to the best one, for every reading.
 
     A lane that diverged, or whose best look is the first, has nothing to split. Forward passes only:
-    2^M - 2 hybrids a look for M parties.
+    a hybrid for each of two or more parties a look.
 
     Args:
         engine: that ran the group.
@@ -139,7 +130,7 @@ def remaining_losses(
     ]
     for (r, look, some), loss in zip(wanted, found, strict=True):
         losses[r][look, some] = loss
-    return [_split(reading, last, known) for reading, last, known in zip(readings, best, losses, strict=True)]
+    return [_of_reading(reading, last, known) for reading, last, known in zip(readings, best, losses, strict=True)]
 
 
 def count_hybrids(readings: Sequence[Reading]) -> int:
@@ -153,7 +144,7 @@ def _best_look(rows: Sequence[Row]) -> int:
     return losses.index(min(losses)) if rows[-1]["alive"] else 0
 
 
-def _split(reading: Reading, best: int, losses: Mapping[tuple[int, Modules], float]) -> list[Remaining | None]:
+def _of_reading(reading: Reading, best: int, losses: Mapping[tuple[int, Modules], float]) -> list[Remaining | None]:
     rows = reading.rows
     if best == 0:
         return [None] * len(rows)
@@ -161,6 +152,6 @@ def _split(reading: Reading, best: int, losses: Mapping[tuple[int, Modules], flo
     found: list[Remaining | None] = []
     for look in range(best):
         of_look = {some: losses[look, some] for some in (frozenset(), *hybrids(list(reading.parties)))}
-        found.append(split_remaining({**of_look, every: losses[best, frozenset()]}))
-    found.append(split_remaining(dict.fromkeys((*of_look, every), losses[best, frozenset()])))
+        found.append(what_remains({**of_look, every: losses[best, frozenset()]}))
+    found.append(what_remains(dict.fromkeys((*of_look, every), losses[best, frozenset()])))
     return found + [None] * (len(rows) - len(found))
