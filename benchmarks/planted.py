@@ -1,12 +1,12 @@
 """Planted truth: a module of the demo's model is slowed on purpose; which convergence rule notices, and what it costs.
 
-Joint lanes of ranks 8 on the demo's task, one pass over the data at a constant rate. In each condition one thing is changed for one searched
-module: its learning rate is divided by 3 or by 10 (the truth is known: it, and not the other, takes longer), its rank
-is cut from 8 to 2, or its shift is made smaller, a quarter of the rotation of hues or one German answer in place of
-five (what should follow isn't known beforehand; told without a verdict). Every seed has its own order of data and its
-own adapters. The same curves are read by all rules at their default thresholds; `loss_fraction` reads lanes of its own
-that adapt the one module alone, under the same handicap. "splice, Shapley" reads the hybrids of splice as shares of
-the loss that is still to fall, which add up to it.
+Joint lanes of ranks 8 on the demo's task, one pass over the data at a constant rate. In each condition one thing is
+changed for one searched module: its learning rate is divided by 3 or by 10 (the truth is known: it, and not the other,
+takes longer), its rank is cut from 8 to 2, or its shift is made smaller, a quarter of the rotation of hues or one
+German answer in place of five (what should follow isn't known beforehand; told without a verdict). Every seed has its
+own order of data and its own adapters. The same curves are read by all rules at their default thresholds;
+`loss_fraction` reads lanes of its own that adapt the one module alone, under the same handicap. "splice, Shapley" reads
+the hybrids of splice as shares of the loss that is still to fall, which add up to it.
 
 For each rule: `order` is the share of slowed lanes in which t(slowed) / t(other) is larger than in the balanced lane of
 the same seed; a module without a time, or two that are both censored, counts as not told. `factor` is the median of how
