@@ -3,9 +3,10 @@
     power:          p(r, D) = A / (prod_m r_m**alpha_m * D**beta) + E     (Cho et al., arXiv 2603.00720, "Law-P")
     power_overfit:  the same + C * prod_m r_m**kappa_m * D**eta
 
-p is a validation loss in nats a token, so its residuals are relative errors of the perplexity. With alpha >= 0 the
-first form always prefers the largest ranks; the second can have an optimum inside the grid. Which one to trust is
-decided by `choose_form`. Reading lanes and resampling them is in `laws.py`.
+p is a validation loss in nats a token. Residuals are taken relative to it: that is how lanes differ by chance, and
+lanes of few samples, which are still far up, would decide alone otherwise. With alpha >= 0 the first form always
+prefers the largest ranks; the second can have an optimum inside the grid. Which one to trust is decided by
+`choose_form`. Reading lanes and resampling them is in `laws.py`.
 """
 
 import math
@@ -144,15 +145,16 @@ def fit_performance_law(
 ) -> PerformanceLaw:
     """Fits one form by variable projection, and measures it at the largest D after a fit without it.
 
-    For fixed exponents the law is linear in A, E (and C), all >= 0, and solved in closed form; a Sobol set over the
-    exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3]) gives the starts, the best of which
-    are polished over all parameters (Golub and Pereyra 1973 for the idea; Levenberg-Marquardt for the polish).
+    Least squares of relative errors. For fixed exponents the law is linear in A, E (and C), all >= 0, and solved in
+    closed form; a Sobol set over the exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3])
+    gives the starts, the best of which are polished over all parameters (Golub and Pereyra 1973 for the idea;
+    Levenberg-Marquardt for the polish).
 
     Args:
       form: `power` or `power_overfit`.
       ranks: module -> [N] ranks, >= 1, any number of modules.
       num_samples: [N] samples D.
-      losses: [N] validation losses in nats, each at the lane's best checkpoint.
+      losses: [N] validation losses in nats, above 0, each at the lane's best checkpoint.
       counts: [S, N] how often each point occurs in each bootstrap resample; no intervals when None.
 
     Returns:
@@ -173,7 +175,8 @@ def fit_performance_law(
     can_hold_out = _number_of_cells(rank[~held_out], samples[~held_out]) >= len(parameter_names(form, modules))
     can_hold_out &= len(np.unique(samples[~held_out])) > 1
     rows = np.stack([np.ones_like(loss), (~held_out if can_hold_out else np.ones_like(held_out)).astype(np.float64)])
-    rows, resamples = (pad_points(counts.T, 0.0).T for counts in (rows, resamples))
+    relative = (np.exp(np.log(loss).mean()) / loss) ** 2
+    rows, resamples = (pad_points((counts * relative).T, 0.0).T for counts in (rows, resamples))
     columns = [jnp.asarray(pad_points(c.astype(np.float32), 0.0)) for c in (log_rank, log_samples, loss)]
     starts = _starts(*_exponent_bounds(form, len(modules)))
 

@@ -170,7 +170,8 @@ def best_scipy_sum_of_squares(largest, over_fitted):
 
     def residual(theta):
         falling = theta[2] * np.exp(-theta[0] * x - theta[1] * d) + theta[3]
-        return falling + (theta[6] * np.exp(theta[4] * x + theta[5] * d) if over_fitted else 0.0) - y
+        predicted = falling + (theta[6] * np.exp(theta[4] * x + theta[5] * d) if over_fitted else 0.0)
+        return predicted / y - 1.0
 
     size = 7 if over_fitted else 4
     lower = np.array([0, 0, 0, 0, 0, -1, 0.0])[:size]
@@ -187,7 +188,7 @@ def test_performance_law_is_as_good_as_scipys_best(paper_fits, largest, over_fit
     used = samples <= largest
     law = paper_fits[largest][int(over_fitted)]
     predicted = [law.loss([{"llm": r}], d)[0] for r, d in zip(rank[used], samples[used], strict=True)]
-    ours = np.sum((np.array(predicted) - np.log(perplexity[used])) ** 2)
+    ours = np.sum((np.array(predicted) / np.log(perplexity[used]) - 1.0) ** 2)
     assert ours <= best_scipy_sum_of_squares(largest, over_fitted) * (1 + 1e-3)
 
 
