@@ -11,13 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 from mars_jax.flops import evaluation_flops, lane_step_flops
+from mars_jax.halving import halving_schedule
 from mars_jax.jsonfiles import read_jsonl
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane, look_steps
 from mars_jax.programs import Program, covering_engine
 from mars_jax.rundir import RunDirectory
 from mars_jax.search import probe_schedule
-from mars_jax.selection import Ranks, halving_schedule
+from mars_jax.selection import Ranks
 from mars_jax.workspace import Workspace
 
 

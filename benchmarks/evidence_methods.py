@@ -19,10 +19,11 @@ from trials import RULES, records_by
 from mars_jax import lora
 from mars_jax.errors import NoValidResultError
 from mars_jax.flops import evaluation_flops
+from mars_jax.halving import halving_schedule, survivors
 from mars_jax.laws import Laws, fit_laws
 from mars_jax.probe.splice import hybrids
 from mars_jax.programs import step_flops
-from mars_jax.selection import Selection, candidates_for_sweep, halving_schedule, select, survivors
+from mars_jax.selection import Selection, candidates_for_sweep, select
 
 Document = dict[str, Any]
 

@@ -16,6 +16,7 @@ from mars_jax import lora, tpe
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.evaluate import Evaluator, held_out_evaluator
 from mars_jax.finetune import run_finals
+from mars_jax.halving import halving_schedule
 from mars_jax.interrupts import Interrupts
 from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
 from mars_jax.probe.engine import Engine
@@ -24,7 +25,7 @@ from mars_jax.probe.plan import Lane
 from mars_jax.probe.reading import best_of
 from mars_jax.programs import Program, covering_engine, step_flops
 from mars_jax.rundir import RunDirectory
-from mars_jax.selection import Ranks, Selection, candidates_for_sweep, halving_schedule
+from mars_jax.selection import Ranks, Selection, candidates_for_sweep
 from mars_jax.sweep import best_loss
 from mars_jax.workspace import Workspace
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,8 @@ Method = Literal["laws", "paper", "local_sweep"]
 
 _SMALLEST_TAU = math.log(1.25)
 _ONE_SIDED_95 = 1.64
+# Losses that differ by less than this share are as good as each other: no probe and no final run tells them apart.
+_TIE = 0.005
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Candidate:
       predicted_loss: mean of the bootstrap predictions of the validation loss, nats.
       predicted_ci: their 95 % interval.
       parameters: trainable LoRA parameters.
-      p_best: share of bootstrap draws in which it has the smallest loss of those kept; 0 when not kept.
+      p_best: share of bootstrap draws in which, of those kept, it is the one with the fewest parameters whose loss is
+        within 0.5 % of the smallest (the smallest itself by the paper's method); 0 when not kept.
     """
 
     ranks: Ranks
@@ -139,8 +142,8 @@ def select(
 
     `laws`: keep the vectors whose searched modules converge within tau of each other, tau being the larger of log 1.25
     and 1.64 bootstrap standard deviations of the log-time difference (half the central 68.3 %, median over the grid),
-    and take the smallest expected loss. `paper`: for each rank of the pivot keep the one vector that balances it best,
-    and take the smallest loss of the multiplicative Law-P. Ties go to fewer parameters.
+    and take the one with the fewest parameters whose expected loss is within 0.5 % of the smallest. `paper`: for each
+    rank of the pivot keep the one vector that balances it best, and take the smallest loss of the multiplicative Law-P.
 
     Args:
       laws: fitted laws.
@@ -202,7 +205,8 @@ def select(
             "This one, the least unbalanced, is picked. Widen the rank grid, or probe more lanes to narrow the laws."
         )
     indices = np.flatnonzero(kept)
-    winners = indices[np.argmin(draws[:, indices], axis=1)]
+    tie = 0.0 if method == "paper" else _TIE
+    winners = indices[_cheapest(draws[:, indices], tie)]
     p_best = np.bincount(winners, minlength=len(vectors)) / len(draws)
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     candidates = tuple(
@@ -219,9 +223,14 @@ def select(
         )
         for i in range(len(vectors))
     )
-    pick = candidates[int(indices[np.argmin(score[indices])])]
+    pick = candidates[int(indices[_cheapest(score[None, indices], tie)][0])]
     explanation = _explain(pick, candidates, tau, num_samples, method, fallback)
     return Selection(num_samples, pick.ranks, pick.p_best, fallback, method, tau, candidates, explanation)
+
+
+def _cheapest(losses: np.ndarray, tie: float) -> np.ndarray:
+    """[S, Q] losses, fewest parameters first -> [S] the first that is within a share `tie` of the row's smallest."""
+    return np.argmax(losses <= losses.min(axis=1, keepdims=True) * (1.0 + tie), axis=1)
 
 
 def _check(
@@ -309,12 +318,15 @@ def _explain(
         return fallback or ""
     steps = ", ".join(f"{module} in {steps:.0f}" for module, steps in pick.convergence_steps.items())
     kept = sum(candidate.kept for candidate in candidates)
+    lowest = "the smallest"
+    if method == "laws":
+        lowest += f", or within {100 * _TIE:.1f} % of it with the fewest parameters"
     balance = f"(allowed {math.exp(tau):.2f})" if method == "laws" else "(nearest balance)"
     return (
         f"At D = {num_samples} samples, with ranks {_words(pick.ranks)}, the modules converge within a factor "
         f"{math.exp(pick.imbalance):.2f} of each other {balance}: {steps} steps. Of the {kept} rank vectors kept from "
-        f"{len(candidates)}, it has the smallest expected validation loss, {pick.predicted_loss:.4f} nats "
-        f"(95 % interval {pick.predicted_ci[0]:.4f} to {pick.predicted_ci[1]:.4f}). It is the best of them in "
+        f"{len(candidates)}, its expected validation loss, {pick.predicted_loss:.4f} nats (95 % interval "
+        f"{pick.predicted_ci[0]:.4f} to {pick.predicted_ci[1]:.4f}), is {lowest}. It comes out so in "
         f"{100 * pick.p_best:.0f} % of the bootstrap draws."
     )
 
@@ -363,36 +375,3 @@ def decide_by_sweep(selection: Selection, results: Sequence[tuple[Ranks, float]]
     return dataclasses.replace(
         selection, pick=pick.ranks, p_best=pick.p_best, method="local_sweep", explanation=explanation
     )
-
-
-class Rung(NamedTuple):
-    """One rung of successive halving: train `lanes` candidates up to `steps`, then keep `survivors`."""
-
-    lanes: int
-    steps: int
-    survivors: int
-
-
-def halving_schedule(lanes: int, steps: int) -> tuple[Rung, ...]:
-    """Rungs of successive halving (Jamieson and Talwalkar 2016): half the lanes go on, for twice the steps.
-
-    Args:
-      lanes: candidates at the start.
-      steps: optimizer steps of the last rung.
-
-    Returns:
-      The rungs, in order; `steps` counts from the start of training, and the last rung leaves one survivor.
-    """
-    if lanes < 1 or steps < 1:
-        raise ConfigError(f"successive halving got {lanes} lanes and {steps} steps; allowed: 1 or more of each.")
-    count = max(1, math.ceil(math.log2(lanes)))
-    sizes = [lanes]
-    while len(sizes) <= count:
-        sizes.append(math.ceil(sizes[-1] / 2))
-    return tuple(Rung(sizes[i], max(1, math.ceil(steps / 2 ** (count - 1 - i))), sizes[i + 1]) for i in range(count))
-
-
-def survivors(losses: Sequence[float], keep: int) -> tuple[int, ...]:
-    """Indices of the `keep` smallest losses, best first; losses that are not finite never survive."""
-    finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
-    return tuple(sorted(finite, key=lambda i: losses[i])[:keep])

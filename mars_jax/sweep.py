@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mars_jax.checkpoint import Checkpoints
+from mars_jax.halving import Rung, halving_schedule, survivors
 from mars_jax.interrupts import Interrupts
 from mars_jax.probe.leaving import Leaving, Row, ceiling_of
 from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane, look_steps
 from mars_jax.programs import Program, covering_engine
-from mars_jax.selection import Ranks, Rung, halving_schedule, survivors
+from mars_jax.selection import Ranks
 from mars_jax.workspace import Workspace
 
 

@@ -155,7 +155,7 @@ def test_lanes_that_never_converge_still_give_law_p_and_a_pick_by_loss_that_says
     grids, parameters = {"vision": (4, 64), "llm": (4, 64)}, {"vision": 1, "llm": 1}
     selection = select(found, grids, 4096, parameters_per_rank=parameters)
     expected = found.performance.loss_draws([candidate.ranks for candidate in selection.candidates], 4096).mean(axis=0)
-    assert selection.pick == selection.candidates[int(np.argmin(expected))].ranks
+    assert selection.pick == selection.candidates[np.flatnonzero(expected <= expected.min() * 1.005)[0]].ranks
     assert selection.fallback.startswith("Whether the modules converge together is not known")
     assert found.untimed["vision"] in selection.fallback
     assert [set(candidate.convergence_steps) for candidate in selection.candidates] == [{"llm"}] * 4

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mars_jax.convergence_law import ConvergenceLaw
 from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.halving import halving_schedule, survivors
 from mars_jax.laws import Laws
 from mars_jax.performance_law import Overfit, PerformanceLaw
 from mars_jax.selection import (
@@ -19,9 +20,7 @@ from mars_jax.selection import (
     balanced_rank_continuous,
     candidates_for_sweep,
     decide_by_sweep,
-    halving_schedule,
     select,
-    survivors,
 )
 
 GRID = (4, 8, 16, 32, 64)
@@ -182,6 +181,21 @@ def test_three_searched_modules():
 def test_ties_go_to_fewer_parameters():
     flat = laws(performance=law_p({"vision": 0.0, "llm": 0.0}))
     assert pick(flat).pick == {"vision": 4, "llm": 4, "projector": 8}
+
+
+def test_a_gain_below_half_a_percent_does_not_pay_for_more_parameters():
+    # From vision's rank 4 to 64 the falling part changes by a factor (64 / 4) ** 0.0005, or 0.14 %.
+    flat = laws(
+        performance=law_p({"vision": 0.0005, "llm": 0.2}), vision=law_c(20.0, 0.0, 0.6), llm=law_c(20.0, 0.0, 0.6)
+    )
+    found = pick(flat)
+    assert found.pick == {"vision": 4, "llm": 64, "projector": 8}
+    assert found.p_best == 1.0
+    assert pick(flat, method="paper").pick["llm"] == 64
+    steep = laws(
+        performance=law_p({"vision": 0.05, "llm": 0.2}), vision=law_c(20.0, 0.0, 0.6), llm=law_c(20.0, 0.0, 0.6)
+    )
+    assert pick(steep).pick["vision"] == 64
 
 
 def test_json_has_the_documented_keys_and_comes_back():
