@@ -332,15 +332,17 @@ def exponents(rows: Sequence[Document]) -> list[Document]:
 def _slopes(points: Sequence[tuple[float, float, int, Mapping[str, Any]]]) -> Document:
     seeds = sorted({seed for *_, seed, _ in points})
     columns = [[own, other, *(float(seed == s) for s in seeds)] for own, other, seed, _ in points]
+    untold: Document = {"points": len(points), "gamma": None, "gamma s.e.": None, "cross": None, "cross s.e.": None}
+    if not points:
+        return untold
     design = np.asarray(columns)
-    if len(points) < 4 or np.ptp(design[:, 0]) == 0:
-        return {"points": len(points), "gamma": None, "gamma s.e.": None, "cross": None, "cross s.e.": None}
     varied = [0, 1] if np.ptp(design[:, 1]) else [0]
     used = design[:, [*varied, *range(2, design.shape[1])]]
+    if len(points) <= used.shape[1] or np.linalg.matrix_rank(used) < used.shape[1]:
+        return untold
     log_times = np.log([time["steps"] for *_, time in points])
     solution, *_ = np.linalg.lstsq(used, log_times, rcond=None)
-    freedom = len(points) - used.shape[1]
-    variance = float(np.sum((log_times - used @ solution) ** 2)) / freedom if freedom > 0 else math.nan
+    variance = float(np.sum((log_times - used @ solution) ** 2)) / (len(points) - used.shape[1])
     errors = np.sqrt(np.diag(np.linalg.pinv(used.T @ used)) * variance)
     found: Document = {"points": len(points), "gamma": float(solution[0]), "gamma s.e.": float(errors[0])}
     crossed = len(varied) == 2

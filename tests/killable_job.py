@@ -23,6 +23,7 @@ class Job:
     """Checkpoint and data of the job, in one folder, and a run that nobody stopped; other runs may lie anywhere."""
 
     folder: Path
+    rule: str = "drift"
 
     @property
     def alone(self) -> Path:
@@ -38,6 +39,7 @@ class Job:
             probe={"num_samples": [8, 16], "chunk_steps": 2},
             finetune={"warm_start": True},
             evaluate={"controls": False},
+            convergence={"rule": self.rule},
         )
 
     def start(self, command: str, run: Path, before: str = "") -> subprocess.Popen[str]:
@@ -66,9 +68,9 @@ class Job:
 
 
 @cache
-def make(place: Path) -> Job:
+def make(place: Path, rule: str = "drift") -> Job:
     """The job, made and run once for all tests of a session, which have one place for temporary files."""
-    job = Job(place / "killable_job")
+    job = Job(place / f"killable_job-{rule}", rule)
     tiny_job.checkpoint(job.folder / "base")
     tiny_job.records(job.folder / "data", 60)
     code, _, err = job.end("run", job.alone)
