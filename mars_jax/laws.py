@@ -262,21 +262,24 @@ def _resample(
     Resamples in which some design (lanes used, columns) no longer determines its exponents are replaced; there are
     fewer than `number` rows when too few are left, and None when fewer than 20.
     """
-    tries = 4 * number
     _, cell = np.unique(cells, axis=0, return_inverse=True)
     _, group = np.unique(adapted, axis=0, return_inverse=True)
     cell, group = cell.reshape(-1), group.reshape(-1)
-    uniform = np.asarray(jax.random.uniform(key, (tries, len(cell))))
-    counts = np.zeros((tries, len(cell)))
-    for index in range(group.max() + 1):
-        members = np.flatnonzero(group == index)
-        names, position = np.unique(cell[members], return_inverse=True)
-        drawn = np.minimum(uniform[:, members[: len(names)]] * len(names), len(names) - 1).astype(int)
-        often = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
-        counts[:, members] = often[:, position]
-    good = np.all([_determines(counts[:, used], columns, used) for used, columns in designs], axis=0)
-    counts = counts[good][:number]
-    return counts if len(counts) >= _FEWEST_DRAWS else None
+    uniform = np.asarray(jax.random.uniform(key, (4 * number, len(cell))))
+    found: list[np.ndarray] = []
+    for tries in np.split(uniform, 4):
+        counts = np.zeros(tries.shape)
+        for index in range(group.max() + 1):
+            members = np.flatnonzero(group == index)
+            names, position = np.unique(cell[members], return_inverse=True)
+            drawn = np.minimum(tries[:, members[: len(names)]] * len(names), len(names) - 1).astype(int)
+            often = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
+            counts[:, members] = often[:, position]
+        good = np.all([_determines(counts[:, used], columns, used) for used, columns in designs], axis=0)
+        found += list(counts[good])
+        if len(found) >= number:
+            break
+    return np.stack(found[:number]) if len(found) >= _FEWEST_DRAWS else None
 
 
 def _determines(counts: np.ndarray, columns: Sequence[np.ndarray], used: np.ndarray) -> np.ndarray:
