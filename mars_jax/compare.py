@@ -140,8 +140,11 @@ def _by_tpe(
     def trial(ranks: Ranks) -> Trial:
         return Trial({module: {**carried, **ranks}[module] for module in workspace.grids}, {})
 
+    # One program for all that may be suggested.
+    widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
+
     def loss_of(ranks: Ranks) -> float | None:
-        _train(workspace, programs, [trial(ranks)], directory)
+        _train(workspace, programs, [trial(ranks)], directory, widest)
         records = read_jsonl(directory.trials_file, workspace.reporter.warn)
         (loss,) = (record["validation_loss"] for record in records if record["trial"] == trial(ranks).name)
         return loss
@@ -182,15 +185,21 @@ def _whole(workspace: Workspace, ranks: Ranks) -> dict[str, int]:
     return dict.fromkeys(workspace.grids, 0) | dict(ranks)
 
 
-def _train(workspace: Workspace, programs: Sequence[Program], trials: Sequence[Trial], directory: RunDirectory) -> None:
-    """Trains and scores trials in groups; each leaves a record."""
+def _train(
+    workspace: Workspace,
+    programs: Sequence[Program],
+    trials: Sequence[Trial],
+    directory: RunDirectory,
+    widest: Ranks | None = None,
+) -> None:
+    """Trains and scores trials in groups; each leaves a record. `widest`: ranks to compile for, if not theirs."""
     settings, reporter = workspace.config.finetune, workspace.reporter
     done = {record["trial"] for record in read_jsonl(directory.trials_file, reporter.warn)}
     remaining = [trial for trial in trials if trial.name not in done]
     if not remaining:
         return
     most = workspace.config.probe.lanes_per_program
-    widest = {module: max(trial.ranks[module] for trial in remaining) for module in workspace.grids}
+    widest = widest or {module: max(trial.ranks[module] for trial in remaining) for module in workspace.grids}
     engine = covering_engine(workspace, programs, [widest] * min(most, len(remaining)), settings.steps)
     most = min(most, engine.num_slots)
     evaluator, _ = held_out_evaluator(workspace, controls=False)

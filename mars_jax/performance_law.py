@@ -154,7 +154,7 @@ def fit_performance_law(
       form: `power` or `power_overfit`.
       ranks: module -> [N] ranks, >= 1, any number of modules.
       num_samples: [N] samples D.
-      losses: [N] validation losses in nats, above 0, each at the lane's best checkpoint.
+      losses: [N] validation losses in nats, each at the lane's best checkpoint.
       counts: [S, N] how often each point occurs in each bootstrap resample; no intervals when None.
 
     Returns:
@@ -175,7 +175,9 @@ def fit_performance_law(
     can_hold_out = _number_of_cells(rank[~held_out], samples[~held_out]) >= len(parameter_names(form, modules))
     can_hold_out &= len(np.unique(samples[~held_out])) > 1
     rows = np.stack([np.ones_like(loss), (~held_out if can_hold_out else np.ones_like(held_out)).astype(np.float64)])
-    relative = (np.exp(np.log(loss).mean()) / loss) ** 2
+    # Below half of the median loss differences are no longer relative, and one such lane must not outweigh the rest.
+    scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
+    relative = (scale.mean() / scale) ** 2
     rows, resamples = (pad_points((counts * relative).T, 0.0).T for counts in (rows, resamples))
     columns = [jnp.asarray(pad_points(c.astype(np.float32), 0.0)) for c in (log_rank, log_samples, loss)]
     starts = _starts(*_exponent_bounds(form, len(modules)))

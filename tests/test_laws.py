@@ -192,6 +192,15 @@ def test_performance_law_is_as_good_as_scipys_best(paper_fits, largest, over_fit
     assert ours <= best_scipy_sum_of_squares(largest, over_fitted) * (1 + 1e-3)
 
 
+def test_a_loss_that_underflowed_to_zero_does_not_break_or_rule_the_fit():
+    rank, samples, perplexity = performance_points()
+    losses = np.log(perplexity)
+    losses[np.argmin(losses)] = 0.0
+    law = fit_performance_law("power", {"llm": rank}, samples, losses)
+    predicted = np.array([law.loss([{"llm": r}], d)[0] for r, d in zip(rank, samples, strict=True)])
+    assert np.median(np.abs(predicted / np.log(perplexity) - 1.0)) < 0.15
+
+
 def picks(law):
     ranks = [{"llm": rank} for rank in RANKS]
     return [RANKS[int(np.argmin(law.loss(ranks, samples)))] for samples in (4096, 8192, 16384)]

@@ -22,7 +22,7 @@ class Reading(NamedTuple):
 
     Attributes:
         lane: its place in the group.
-        parties: module to tell the share of -> the modules that are switched together, itself among them; with all of
+        parties: module to tell of -> the modules that are switched together, itself among them; with all of
             the lane's adapted modules.
         rows: its looks up to where the reading ends.
     """
@@ -60,8 +60,8 @@ def hybrids(modules: Sequence[str]) -> list[Modules]:
 def parties(adapted: Sequence[str], searched: Sequence[str]) -> dict[str, list[str]]:
     """Who is switched together: every searched module by itself, and the others with the first of them.
 
-    A module that isn't searched needs no time of its own, and each further party doubles the hybrids. A projector
-    finishes the path of the encoder, which a config names first.
+    A module that isn't searched needs no time of its own, and would cost a hybrid at every look. A projector finishes
+    the path of the encoder, which a config names first.
     """
     told = [module for module in adapted if module in searched] or list(adapted[:1])
     rest = [module for module in adapted if module not in told]
