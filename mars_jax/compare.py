@@ -8,6 +8,7 @@ import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -104,11 +105,7 @@ def alternatives(
     """The pick first, then uniform ranks, the largest, separate learning rates, and chance at the pick's compute."""
     grids = workspace.grids
     searched = [module for module, ranks in grids.items() if len(ranks) > 1]
-    carried = {module: ranks[0] for module, ranks in grids.items() if len(ranks) == 1}
-
-    def trial(ranks: Ranks, factors: Mapping[str, float] | None = None) -> Trial:
-        return Trial({module: {**carried, **ranks}[module] for module in grids}, factors or {})
-
+    trial = partial(_trial, workspace)
     pick = trial(selection.pick)
     shared = sorted(set.intersection(*(set(grids[module]) for module in searched)))
     uniform = [trial(dict.fromkeys(searched, rank)) for rank in shared]
@@ -128,6 +125,11 @@ def alternatives(
     return [*found, Alternative("random ranks", tuple(drawn), takes="mean")]
 
 
+def _trial(workspace: Workspace, ranks: Ranks) -> Trial:
+    """At the config's learning rates, with the ranks that modules which aren't searched have."""
+    return Trial({module: ranks.get(module, some[0]) for module, some in workspace.grids.items()}, {})
+
+
 def _by_tpe(
     workspace: Workspace, programs: Sequence[Program], number: int, directory: RunDirectory
 ) -> list[Alternative]:
@@ -135,11 +137,7 @@ def _by_tpe(
     if not tpe.is_installed():
         workspace.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
         return []
-    carried = {module: ranks[0] for module, ranks in workspace.grids.items() if len(ranks) == 1}
-
-    def trial(ranks: Ranks) -> Trial:
-        return Trial({module: {**carried, **ranks}[module] for module in workspace.grids}, {})
-
+    trial = partial(_trial, workspace)
     # One program for all that may be suggested.
     widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
 
