@@ -14,7 +14,7 @@ from mars_jax.flops import evaluation_flops, lane_step_flops
 from mars_jax.halving import halving_schedule
 from mars_jax.jsonfiles import read_jsonl
 from mars_jax.probe.engine import Engine
-from mars_jax.probe.plan import Lane, look_steps
+from mars_jax.probe.plan import Lane
 from mars_jax.programs import Program, covering_engine
 from mars_jax.rundir import RunDirectory
 from mars_jax.search import probe_schedule
@@ -120,9 +120,8 @@ def sweep(workspace: Workspace, programs: Sequence[Program], candidates: Sequenc
     stops = [rung.steps for rung in rungs]
     ends = [rung.steps for rung in rungs[:-1] for _ in range(rung.lanes - rung.survivors)]
     ends += [steps] * rungs[-1].lanes
-    looks = sorted({*look_steps(steps, settings.looks_per_doubling), *stops})
     engine = covering_engine(workspace, programs, candidates, sum(stops) // len(stops))
-    return _in_engine(workspace, engine, ends, looks, settings.batch_size)
+    return _in_engine(workspace, engine, ends, sorted({0, *stops}), settings.batch_size)
 
 
 def final_run(workspace: Workspace, programs: Sequence[Program], ranks: Ranks, steps: int | None = None) -> Cost:

@@ -224,8 +224,9 @@ class ProbeConfig(_Section):
 class ConvergenceConfig(_Section):
     """When a module counts as converged. With `loss_fraction`, lanes that adapt one module only are planned too."""
 
-    rule: Literal["loss_fraction", "splice", "drift"] = Field(
-        default="loss_fraction", description="the signal that is followed"
+    rule: Literal["loss_fraction", "splice", "drift"] | None = Field(
+        default="loss_fraction",
+        description="the signal that is followed; null: none, so the ranks are picked by loss alone, from fewer lanes",
     )
     epsilon: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         default=None, description="its threshold; null: the rule's own"
@@ -238,6 +239,10 @@ class LawsConfig(_Section):
 
     bootstraps: Annotated[int, Field(strict=True, ge=20)] = Field(
         default=200, description="bootstrap fits behind the intervals"
+    )
+    huber: Annotated[float, Field(strict=True, gt=0)] | None = Field(
+        default=None,
+        description="relative error beyond which a loss pulls Law-P no harder (Huber), such as 0.02; null: none",
     )
 
 
@@ -336,6 +341,11 @@ class Config(_Section):
             raise ValueError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be at most the {self.probe.horizon} "
                 "steps of a probe"
+            )
+        if self.selection.method == "paper" and self.convergence.rule is None:
+            raise ValueError(
+                "selection.method: paper balances the modules' convergence, which convergence.rule: null doesn't "
+                "measure. Name a rule (loss_fraction, splice or drift), or choose selection.method: laws"
             )
         return self
 

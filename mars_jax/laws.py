@@ -6,6 +6,7 @@ is chosen here: `selection.py` reads a `Laws`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ class Laws:
 
     Attributes:
       convergence: Law-C of each searched module (more than one rank among the lanes) whose times determine it.
-      untimed: each other searched module -> why its Law-C is not determined, and what to add.
+      untimed: each other one whose times the lanes tell -> why its Law-C is not determined, and what to add.
       performance: Law-P in the form chosen to select with.
       multiplicative: Law-P in the paper's form; the same object when that form was chosen.
       diverged: lanes left out because they diverged.
@@ -101,6 +102,7 @@ def fit_laws(
     key: jax.Array,
     num_bootstraps: int = 200,
     measuring_interval: float = 0.05,
+    huber: float | None = None,
 ) -> Laws:
     """Fits Law-C of every searched module and Law-P to probe lanes.
 
@@ -115,6 +117,7 @@ def fit_laws(
         adapt the same modules.
       num_bootstraps: resamples, at least 20.
       measuring_interval: steps between looks as a share of t, for lanes without `eval_interval`.
+      huber: relative error of a loss beyond which it pulls Law-P no harder (see `fit_performance_law`); None: none.
 
     Returns:
       The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes has no Law-C: the
@@ -128,6 +131,8 @@ def fit_laws(
         raise ConfigError(f"num_bootstraps is {num_bootstraps}; allowed: {_FEWEST_DRAWS} or more.")
     if not measuring_interval > 0:
         raise ConfigError(f"measuring_interval is {measuring_interval}; allowed: a share of t above 0, such as 0.05.")
+    if huber is not None and not huber > 0:
+        raise ConfigError(f"huber is {huber}; allowed: a relative error above 0, such as 0.02, or None.")
     for index, lane in enumerate(lanes):
         _check_record(index, lane)
     kept = [lane for lane in lanes if lane["status"] != "diverged"]
@@ -154,13 +159,15 @@ def fit_laws(
         )
 
     untimed = {}
-    for module, (time, censored) in times.items():
+    timed = [module for module in searched if any(module in lane["convergence_steps"] for lane in kept)]
+    for module in timed:
+        time, censored = times[module]
         used = np.isfinite(time)
         try:
             check_design(module, ranks[module][used], samples[used], censored[used])
         except NoValidResultError as error:
             untimed[module] = str(error)
-    designs = {module: (measured[module], [ranks[module], samples]) for module in searched if module not in untimed}
+    designs = {module: (measured[module], [ranks[module], samples]) for module in timed if module not in untimed}
     of_losses = joint, [*(ranks[module] for module in searched), samples]
 
     def resample(*designs: _Design) -> np.ndarray | None:
@@ -190,11 +197,12 @@ def fit_laws(
         )
     points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]
     joint_counts = None if counts is None else counts[:, joint]
-    power = fit_performance_law("power", *points, counts=joint_counts)
-    overfit = fit_performance_law("power_overfit", *points) if can_fit("power_overfit", *points[:2]) else None
+    fit = partial(fit_performance_law, huber=huber)
+    power = fit("power", *points, counts=joint_counts)
+    overfit = fit("power_overfit", *points) if can_fit("power_overfit", *points[:2]) else None
     performance = choose_form(power, overfit)
     if performance is overfit:
-        performance = fit_performance_law("power_overfit", *points, counts=joint_counts)
+        performance = fit("power_overfit", *points, counts=joint_counts)
     if counts is None:
         raise NoValidResultError(
             f"the laws of {', '.join(searched)} can be fitted, but fewer than {_FEWEST_DRAWS} bootstrap resamples "

@@ -33,6 +33,8 @@ _STARTS, _STARTS_OF_RESAMPLES = 511, 63
 # over-fitting form predicts far out hangs on exponents that its cost hardly feels, so they are followed for longer.
 _POLISH: dict[Form, tuple[int, int]] = {"power": (4, 60), "power_overfit": (8, 120)}
 _POLISH_OF_RESAMPLES: dict[Form, tuple[int, int]] = {"power": (2, 20), "power_overfit": (4, 80)}
+# A relative error that no loss has: least squares.
+_NO_BEND = 1e6
 # Two forms whose order agreement (Kendall tau, -1..1) differs by less than this are told apart by their error.
 _TAU_MARGIN = 0.1
 
@@ -142,13 +144,14 @@ def fit_performance_law(
     losses: ArrayLike,
     *,
     counts: ArrayLike | None = None,
+    huber: float | None = None,
 ) -> PerformanceLaw:
     """Fits one form by variable projection, and measures it at the largest D after a fit without it.
 
-    Least squares of relative errors. For fixed exponents the law is linear in A, E (and C), all >= 0, and solved in
-    closed form; a Sobol set over the exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3])
-    gives the starts, the best of which are polished over all parameters (Golub and Pereyra 1973 for the idea;
-    Levenberg-Marquardt for the polish).
+    Least squares of relative errors, or Huber's loss of them (1964), which a few lanes that went wrong don't decide.
+    For fixed exponents the law is linear in A, E (and C), all >= 0, and solved in closed form by squares; a Sobol set
+    over the exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3]) gives the starts, the best
+    of which are polished over all parameters (Golub and Pereyra 1973 for the idea; Levenberg-Marquardt for the polish).
 
     Args:
       form: `power` or `power_overfit`.
@@ -156,6 +159,7 @@ def fit_performance_law(
       num_samples: [N] samples D.
       losses: [N] validation losses in nats, each at the lane's best checkpoint.
       counts: [S, N] how often each point occurs in each bootstrap resample; no intervals when None.
+      huber: relative error above 0 beyond which a point pulls no harder; None: always by the square.
 
     Returns:
       The law.
@@ -177,13 +181,13 @@ def fit_performance_law(
     rows = np.stack([np.ones_like(loss), (~held_out if can_hold_out else np.ones_like(held_out)).astype(np.float64)])
     # Below half of the median loss differences are no longer relative, and one such lane must not outweigh the rest.
     scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
-    relative = (scale.mean() / scale) ** 2
-    rows, resamples = (pad_points((counts * relative).T, 0.0).T for counts in (rows, resamples))
-    columns = [jnp.asarray(pad_points(c.astype(np.float32), 0.0)) for c in (log_rank, log_samples, loss)]
+    rows, resamples = (pad_points(counts.T, 0.0).T for counts in (rows, resamples))
+    points = _Points(*(_device(column) for column in (log_rank, log_samples, loss, 1.0 / scale)))
+    bend = jnp.float32(_NO_BEND if huber is None else huber)
     starts = _starts(*_exponent_bounds(form, len(modules)))
 
     def fit(polish: tuple[int, int], starts: np.ndarray, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), *columns, counts)
+        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, bend, counts)
 
     fitted, costs = fit(_POLISH[form], starts, jnp.asarray(rows, jnp.float32))
     scaled = np.asarray(fitted, np.float64)
@@ -313,17 +317,36 @@ def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -
     return jnp.stack(columns, axis=1)
 
 
+class _Points(NamedTuple):
+    """Device columns, padded: scaled logs [N, M] and [N], losses in nats, and one over what their errors relate to."""
+
+    log_ranks: jax.Array
+    log_samples: jax.Array
+    losses: jax.Array
+    inverse_scale: jax.Array
+
+
+def _device(column: np.ndarray) -> jax.Array:
+    return jnp.asarray(pad_points(column.astype(np.float32), 0.0))
+
+
+def _bent(errors: jax.Array, bend: jax.Array) -> jax.Array:
+    """What squared is twice Huber's loss: the errors, and beyond `bend` the root of 2 bend |error| - bend**2."""
+    beyond = jnp.sqrt(bend * (2.0 * jnp.maximum(jnp.abs(errors), bend) - bend))
+    return jnp.where(jnp.abs(errors) <= bend, errors, jnp.sign(errors) * beyond)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _fit_rows(
     overfit: bool,
     polish: tuple[int, int],
     starts: jax.Array,
-    log_ranks: jax.Array,
-    log_samples: jax.Array,
-    losses: jax.Array,
+    points: _Points,
+    bend: jax.Array,
     counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """[S, N] counts -> [S, n] exponents, A, E (and C), in the scaled units; and the costs of the starts, [S, F]."""
+    log_ranks, log_samples, losses, inverse_scale = points
     linear, (refined_starts, iterations) = 3 if overfit else 2, polish
     lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
     below = jnp.concatenate([jnp.asarray(lower), jnp.zeros(linear)])
@@ -333,13 +356,14 @@ def _fit_rows(
     bases = jax.vmap(_basis, in_axes=(0, None, None))(starts, log_ranks, log_samples)
 
     def one_row(count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, count)
+        weights = count * inverse_scale**2
+        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, weights)
         best = jax.lax.top_k(-start_costs, refined_starts)[1]
         thetas = jnp.concatenate([starts[best], coefficients[best]], axis=1)
 
         def residual(theta: jax.Array) -> jax.Array:
             predicted = jnp.sum(_basis(theta[:-linear], log_ranks, log_samples) * theta[None, -linear:], axis=1)
-            return jnp.sqrt(count) * (predicted - losses)
+            return jnp.sqrt(count) * _bent((predicted - losses) * inverse_scale, bend)
 
         refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
         return refined[jnp.argmin(costs)], start_costs

@@ -249,6 +249,7 @@ class _Session:
                 key=jax.random.key(self.config.seed),
                 num_bootstraps=self.config.laws.bootstraps,
                 measuring_interval=2 ** (1 / self.config.probe.looks_per_doubling) - 1,
+                huber=self.config.laws.huber,
             )
             write_json(self.directory.laws_file, laws.to_json())
             return _without_draws(laws.to_json())

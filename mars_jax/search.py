@@ -117,9 +117,11 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
     }
 
 
-def convergence_rule(config: Config) -> ConvergenceRule:
-    """The rule of a config; each has its own default threshold."""
+def convergence_rule(config: Config) -> ConvergenceRule | None:
+    """The rule of a config, if it has one; each has its own default threshold."""
     settings = config.convergence
+    if settings.rule is None:
+        return None
     return ConvergenceRule(settings.rule, settings.epsilon or EPSILONS[settings.rule], settings.sustain)
 
 

@@ -62,7 +62,7 @@ class Selection:
       target_num_samples: D of the run that the ranks are for.
       pick: module -> rank.
       p_best: `p_best` of the picked candidate.
-      fallback: what went wrong when no candidate was balanced or the balance is not known, else None.
+      fallback: what went wrong when no candidate was balanced or the balance could not be told, else None.
       method: `laws`, `paper`, or `local_sweep` once a sweep has decided.
       tau: largest imbalance that counts as balanced, in log time; None where the balance is not known.
       candidates: every rank vector of the grid, fewest parameters first.
@@ -156,7 +156,7 @@ def select(
 
     Returns:
       The selection; `fallback` is set, and the least unbalanced vector picked, when none is balanced. Where a searched
-      module has no Law-C, `fallback` is set and the smallest expected loss of the grid decides.
+      module has no Law-C, the smallest expected loss of the grid decides, and `fallback` is set if one was tried for.
 
     Raises:
       ConfigError: the grid, the laws and the parameter counts do not belong together.
@@ -182,14 +182,15 @@ def select(
     draws = law.loss_draws(vectors, num_samples)
     expected = draws.mean(axis=0)
     if imbalance is None or tau is None:
-        reasons = " ".join(laws.untimed[module] for module in searched if module not in timed)
+        reasons = " ".join(laws.untimed.values()) or "The lanes tell no convergence times."
         if method == "paper":
             raise NoValidResultError(f"the paper's method needs Law-C of every searched module. {reasons}")
-        kept, score = np.ones(len(vectors), bool), expected
-        fallback = (
-            "Whether the modules converge together is not known, so the smallest predicted loss alone decides. "
-            + reasons
-        )
+        kept, score, fallback = np.ones(len(vectors), bool), expected, None
+        if laws.untimed:
+            fallback = (
+                "Whether the modules converge together is not known, so the smallest predicted loss alone decides. "
+                + reasons
+            )
     elif method == "paper":
         pivot = pivot if pivot in searched else searched[-1]
         kept = _on_balance_curve(laws, grids, searched, pivot, num_samples, vectors)
@@ -314,20 +315,23 @@ def _explain(
     method: str,
     fallback: str | None,
 ) -> str:
-    if fallback or pick.imbalance is None or tau is None:
-        return fallback or ""
-    steps = ", ".join(f"{module} in {steps:.0f}" for module, steps in pick.convergence_steps.items())
-    kept = sum(candidate.kept for candidate in candidates)
+    if fallback:
+        return fallback
+    balance = ""
+    if pick.imbalance is not None and tau is not None:
+        steps = ", ".join(f"{module} in {steps:.0f}" for module, steps in pick.convergence_steps.items())
+        allowed = f"allowed {math.exp(tau):.2f}" if method == "laws" else "nearest balance"
+        balance = (
+            f", the modules converge within a factor {math.exp(pick.imbalance):.2f} of each other ({allowed}): "
+            f"{steps} steps. Of the {sum(c.kept for c in candidates)} rank vectors kept from {len(candidates)}"
+        )
     lowest = "the smallest"
     if method == "laws":
         lowest += f", or within {100 * _TIE:.1f} % of it with the fewest parameters"
-    balance = f"(allowed {math.exp(tau):.2f})" if method == "laws" else "(nearest balance)"
     return (
-        f"At D = {num_samples} samples, with ranks {_words(pick.ranks)}, the modules converge within a factor "
-        f"{math.exp(pick.imbalance):.2f} of each other {balance}: {steps} steps. Of the {kept} rank vectors kept from "
-        f"{len(candidates)}, its expected validation loss, {pick.predicted_loss:.4f} nats (95 % interval "
-        f"{pick.predicted_ci[0]:.4f} to {pick.predicted_ci[1]:.4f}), is {lowest}. It comes out so in "
-        f"{100 * pick.p_best:.0f} % of the bootstrap draws."
+        f"At D = {num_samples} samples, with ranks {_words(pick.ranks)}{balance}, the expected validation loss, "
+        f"{pick.predicted_loss:.4f} nats (95 % interval {pick.predicted_ci[0]:.4f} to {pick.predicted_ci[1]:.4f}), is "
+        f"{lowest}. It comes out so in {100 * pick.p_best:.0f} % of the bootstrap draws."
     )
 
 

@@ -13,7 +13,7 @@ from mars_jax.halving import Rung, halving_schedule, survivors
 from mars_jax.interrupts import Interrupts
 from mars_jax.probe.leaving import Leaving, Row, ceiling_of
 from mars_jax.probe.loop import Schedule, run_group, warmup_multipliers
-from mars_jax.probe.plan import Lane, look_steps
+from mars_jax.probe.plan import Lane
 from mars_jax.programs import Program, covering_engine
 from mars_jax.selection import Ranks
 from mars_jax.workspace import Workspace
@@ -55,9 +55,10 @@ def run_sweep(
     steps, batch_size = config.selection.sweep.steps, config.probe.batch_size
     rungs = halving_schedule(len(candidates), steps)
     ends = [rung.steps for rung in rungs]
+    # Looks at many validation samples cost more than the steps between them, and only those at the rungs decide.
     schedule = Schedule(
         warmup_multipliers(steps, config.optimizer.warmup_steps, "constant"),
-        sorted({*look_steps(steps, config.probe.looks_per_doubling), *ends}),
+        sorted({0, *ends}),
         looks_per_doubling=0,
         chunk_steps=config.probe.chunk_steps,
         leaving=Halving(ceiling=ceiling_of(workspace.model_config.text.vocab_size), rungs=rungs),

@@ -179,6 +179,11 @@ def test_refused_values(tmp_path, override, text):
     assert text in refusal(write(tmp_path, MINIMAL), override)
 
 
+def test_the_papers_method_without_a_rule_is_refused(tmp_path):
+    text = refusal(write(tmp_path, MINIMAL), "selection.method=paper", "convergence.rule=null")
+    assert "selection.method: paper balances the modules' convergence, which convergence.rule: null doesn't" in text
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted_laws import PLANTED_RANKS, planted_loss
+from planted_laws import ALPHA, BETA, PLANTED_RANKS, planted_loss
 from scipy import optimize
 
 from mars_jax.convergence_law import ConvergenceLaw, fit_convergence_law, fit_data_exponent
@@ -238,6 +238,28 @@ def test_noise_free_performance_law_comes_back(planted_points):
     np.testing.assert_allclose([law.A, law.beta, law.E], [30.0, 0.45, 0.8], rtol=1e-3)
     assert law.held_out_error < 1e-4
     assert law.order_tau == 1.0
+
+
+def test_one_lane_gone_wrong_does_not_decide_a_fit_with_hubers_loss(planted_points):
+    ranks, samples = planted_points
+    wrong = planted_loss(ranks["vision"], ranks["llm"], samples)
+    wrong[3] *= 1.5
+    misses = []
+    for huber in (None, 0.01):
+        law = fit_performance_law("power", ranks, samples, wrong, huber=huber)
+        alphas = np.array([law.alpha["vision"], law.alpha["llm"], law.beta])
+        misses.append(np.abs(alphas - [ALPHA["vision"], ALPHA["llm"], BETA]).max())
+    assert misses[0] > 0.02
+    assert misses[1] < 0.1 * misses[0]
+
+
+def test_hubers_loss_of_small_errors_is_least_squares(planted_points):
+    ranks, samples = planted_points
+    loss = planted_loss(ranks["vision"], ranks["llm"], samples)
+    noisy = loss * np.exp(0.01 * np.random.default_rng(0).normal(size=len(loss)))
+    square, bent = (fit_performance_law("power", ranks, samples, noisy, huber=huber) for huber in (None, 1.0))
+    assert bent.alpha == square.alpha
+    assert bent.E == square.E
 
 
 def test_noise_free_over_fitting_law_predicts(planted_points):

@@ -165,6 +165,21 @@ def test_lanes_that_never_converge_still_give_law_p_and_a_pick_by_loss_that_says
         select(found, grids, 4096, method="paper", parameters_per_rank=parameters)
 
 
+def test_lanes_that_tell_no_times_are_picked_among_by_loss_without_an_apology(lanes):
+    joint = [{**record, "convergence_steps": {}, "censored": {}} for record in lanes if all(record["ranks"].values())]
+    found = fit_laws(joint, key=jax.random.key(0), num_bootstraps=20)
+    assert not found.convergence
+    assert not found.untimed
+    grids, parameters = {"vision": (4, 64), "llm": (4, 64)}, {"vision": 1, "llm": 1}
+    selection = select(found, grids, 4096, parameters_per_rank=parameters)
+    assert selection.fallback is None
+    assert selection.tau is None
+    assert f"ranks vision {selection.pick['vision']}, llm 64, the expected validation loss" in selection.explanation
+    assert "converge" not in selection.explanation
+    with pytest.raises(NoValidResultError, match=r"needs Law-C of every searched module\. The lanes tell no conv"):
+        select(found, grids, 4096, method="paper", parameters_per_rank=parameters)
+
+
 def test_times_too_few_to_resample_cost_law_c_and_not_the_run():
     rng = np.random.default_rng(0)
     alone = [(4, 0, 256), (64, 0, 256), (4, 0, 1024), (0, 4, 256), (0, 64, 256), (0, 4, 1024)]

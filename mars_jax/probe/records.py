@@ -17,7 +17,10 @@ from mars_jax.probe.plan import Lane
 
 
 def lane_records(
-    lanes: Sequence[Lane], rows: Sequence[Sequence[Row]], rule: ConvergenceRule, learning_rates: Mapping[str, float]
+    lanes: Sequence[Lane],
+    rows: Sequence[Sequence[Row]],
+    rule: ConvergenceRule | None,
+    learning_rates: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """One record a lane.
 
@@ -25,15 +28,16 @@ def lane_records(
         lanes: K lanes.
         rows: by lane, one row a look; lanes that left have fewer, of the same steps.
         rule: `loss_fraction` speaks of lanes that adapt one module, `splice` and `drift` of every adapted module;
-            `splice` reads what remained from the rows.
+            `splice` reads what remained from the rows. None: no convergence time is told.
         learning_rates: module -> learning rate.
 
     Raises:
         NoValidResultError: an adapted module of a finite lane has update norm 0.
     """
-    times = _convergence_times(lanes, rows, rule)
+    times = _convergence_times(lanes, rows, rule) if rule else [{} for _ in lanes]
+    silence = "the rule speaks of lanes that adapt one module" if rule else "convergence is not measured"
     return [
-        _record(lane, lane_rows, lane_times, learning_rates)
+        _record(lane, lane_rows, lane_times, silence, learning_rates)
         for lane, lane_rows, lane_times in zip(lanes, rows, times, strict=True)
     ]
 
@@ -69,7 +73,11 @@ def _convergence_times(
 
 
 def _record(
-    lane: Lane, rows: Sequence[Row], times: Mapping[str, tuple[float, bool]], learning_rates: Mapping[str, float]
+    lane: Lane,
+    rows: Sequence[Row],
+    times: Mapping[str, tuple[float, bool]],
+    silence: str,
+    learning_rates: Mapping[str, float],
 ) -> dict[str, Any]:
     last = rows[-1]
     norms = {module: last["update_norm"][module] for module in lane.adapted}
@@ -82,7 +90,7 @@ def _record(
                 f"{last['step']} steps), so its convergence can't be told. Check that its targets lie on the path from "
                 f"the input to the loss, and its learning rate ({learning_rates[still[0]]})."
             )
-        status, reason = ("converged", None) if times else ("horizon", "the rule speaks of lanes that adapt one module")
+        status, reason = ("converged", None) if times else ("horizon", silence)
         late = [module for module, (_, censored) in times.items() if censored]
         untold = [module for module, (steps, _) in times.items() if math.isnan(steps)]
         if late:
