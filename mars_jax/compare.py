@@ -5,9 +5,10 @@ scored `evaluate`'s. Every method chooses by validation loss; the test split is 
 """
 
 import itertools
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +17,12 @@ import numpy as np
 from mars_jax import lora, tpe
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.evaluate import Evaluator, held_out_evaluator
-from mars_jax.finetune import run_finals
+from mars_jax.finetune import final_schedule, run_finals
 from mars_jax.halving import halving_schedule
 from mars_jax.interrupts import Interrupts
 from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
 from mars_jax.probe.engine import Engine
+from mars_jax.probe.leaving import Leaving, Row
 from mars_jax.probe.loop import GroupResult
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.reading import best_of
@@ -33,6 +35,8 @@ from mars_jax.workspace import Workspace
 _DRAWS = 1000
 # Of the learning rate of one module, at uniform ranks.
 _RATE_FACTORS = (1 / 3, 3.0)
+# Beside the name of a trial that didn't run to its end.
+_STOPPED = " (stopped)"
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,24 @@ class Trial:
         return ranks + "".join(f"-{module}x{factor:.3g}" for module, factor in self.factors.items())
 
 
+@dataclass(frozen=True)
+class _Asking(Leaving):
+    """One lane, that leaves when it is told to."""
+
+    goes_on: tpe.GoesOn = lambda step, loss: True
+
+    def running(self, rows: Sequence[Sequence[Row]]) -> list[int]:
+        """The lane, unless an answer to one of its looks was no."""
+        alive = super().running(rows)
+        return [k for k in alive if all(self.goes_on(row["step"], row["validation_loss"]) for row in rows[k])]
+
+
 class Alternative(NamedTuple):
     """A way to choose ranks.
 
     Attributes:
         name: as the table has it.
-        trials: its final runs.
+        trials: its final runs, those that were stopped left out.
         takes: the best of them by validation loss, or what a draw of one of them gives on average.
         search_flops: what it costs besides them.
         search_seconds: likewise.
@@ -86,7 +102,7 @@ def compare_run(
     methods = alternatives(workspace, selection, *search_cost(workspace, selection, directory))
     trials = list({trial.name: trial for method in methods for trial in method.trials}.values())
     _train(workspace, programs, trials, directory)
-    methods += _by_tpe(workspace, programs, len(methods[-1].trials), directory)
+    methods += _by_tpe(workspace, programs, methods[-1].trials, directory)
     records = {record["trial"]: record for record in read_jsonl(directory.trials_file, workspace.reporter.warn)}
     (pick,) = methods[0].trials
     rows = [_row(workspace, method, records, records[pick.name]) for method in methods]
@@ -131,25 +147,30 @@ def _trial(workspace: Workspace, ranks: Ranks) -> Trial:
 
 
 def _by_tpe(
-    workspace: Workspace, programs: Sequence[Program], number: int, directory: RunDirectory
+    workspace: Workspace, programs: Sequence[Program], drawn: Sequence[Trial], directory: RunDirectory
 ) -> list[Alternative]:
-    """Trains what Optuna's TPE suggests, as many as random search drew; none without Optuna."""
+    """Trains what Optuna's TPE suggests, for the steps that random search had; none without Optuna."""
     if not tpe.is_installed():
         workspace.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
         return []
-    trial = partial(_trial, workspace)
-    # One program for all that may be suggested.
-    widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
+    steps = workspace.config.finetune.steps
 
-    def loss_of(ranks: Ranks) -> float | None:
-        _train(workspace, programs, [trial(ranks)], directory, widest)
-        records = read_jsonl(directory.trials_file, workspace.reporter.warn)
-        (loss,) = (record["validation_loss"] for record in records if record["trial"] == trial(ranks).name)
-        return loss
+    def train(ranks: Ranks, goes_on: tpe.GoesOn) -> list[tpe.Look]:
+        trial = _trial(workspace, ranks)
+        _train(workspace, programs, [trial], directory, goes_on)
+        records = {record["trial"]: record for record in read_jsonl(directory.trials_file, workspace.reporter.warn)}
+        record = records[trial.name if trial.name in records else trial.name + _STOPPED]
+        looks = [(step, math.inf if loss is None else loss) for step, loss in record["looks"]]
+        # It may have been trained further, for another method.
+        return tpe.until_stopped(looks, goes_on)
 
     grids = {module: sorted(ranks) for module, ranks in workspace.grids.items() if len(ranks) > 1}
-    found = tpe.suggested(grids, number, workspace.config.seed, loss_of)
-    return [Alternative(f"TPE, {len(found)} runs", tuple(trial(ranks) for ranks in found))]
+    found = tpe.search(grids, steps, len(drawn) * steps, workspace.config.seed, train)
+    whole = tuple(_trial(workspace, run.ranks) for run in found if run.steps == steps)
+    stopped = [run for run in found if run.steps < steps]
+    flops = sum(run.steps / steps * final_flops(workspace, _trial(workspace, run.ranks).ranks) for run in stopped)
+    name = f"TPE and halving, {len(whole)} runs and {len(stopped)} that were stopped"
+    return [Alternative(name, whole, search_flops=flops)]
 
 
 def search_cost(workspace: Workspace, selection: Selection, directory: RunDirectory) -> tuple[float, float]:
@@ -188,16 +209,24 @@ def _train(
     programs: Sequence[Program],
     trials: Sequence[Trial],
     directory: RunDirectory,
-    widest: Ranks | None = None,
+    goes_on: tpe.GoesOn | None = None,
 ) -> None:
-    """Trains and scores trials in groups; each leaves a record. `widest`: ranks to compile for, if not theirs."""
+    """Trains and scores trials in groups; each leaves a record. Of a single one `goes_on` may be asked at each look."""
     settings, reporter = workspace.config.finetune, workspace.reporter
     done = {record["trial"] for record in read_jsonl(directory.trials_file, reporter.warn)}
+    if goes_on:
+        done |= {name.removesuffix(_STOPPED) for name in done}
     remaining = [trial for trial in trials if trial.name not in done]
     if not remaining:
         return
     most = workspace.config.probe.lanes_per_program
-    widest = widest or {module: max(trial.ranks[module] for trial in remaining) for module in workspace.grids}
+    schedule = final_schedule(workspace)
+    if goes_on:
+        # One program for all that may be suggested.
+        widest = {module: max(ranks) for module, ranks in workspace.grids.items()}
+        schedule = replace(schedule, leaving=_Asking(ceiling=schedule.leaving.ceiling, goes_on=goes_on))
+    else:
+        widest = {module: max(trial.ranks[module] for trial in remaining) for module in workspace.grids}
     engine = covering_engine(workspace, programs, [widest] * min(most, len(remaining)), settings.steps)
     most = min(most, engine.num_slots)
     evaluator, _ = held_out_evaluator(workspace, controls=False)
@@ -216,6 +245,7 @@ def _train(
                     engine,
                     lanes,
                     rates,
+                    schedule=schedule,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
                     advance=lambda progress: advance(progress.lane_steps, f"validation loss {progress.loss:.3f}"),
@@ -228,16 +258,20 @@ def _train(
 def _records(
     workspace: Workspace, engine: Engine, evaluator: Evaluator, group: Sequence[Trial], result: GroupResult
 ) -> Iterator[dict[str, Any]]:
-    """One record a trial, with the loss and the answer of every test sample."""
+    """One record a trial; with the loss and the answer of every test sample, unless it was stopped."""
     steps = workspace.config.finetune.steps
     for trial, rows, (vector, scales) in zip(group, result.rows, best_of(result), strict=True):
+        looks = [(row["step"], row["validation_loss"] if row["alive"] else None) for row in rows]
+        if rows[-1]["alive"] and rows[-1]["step"] < steps:
+            yield {"trial": trial.name + _STOPPED, "ranks": trial.ranks, "factors": trial.factors, "looks": looks}
+            continue
         # Padded, so that one compiled program scores them all.
         outcome = evaluator.evaluate({"": engine.layout.adapters(vector, scales)})[""]
         yield {
             "trial": trial.name,
             "ranks": trial.ranks,
             "factors": trial.factors,
-            "steps": rows[-1]["step"],
+            "looks": looks,
             "validation_loss": best_loss(rows, steps),
             "reason": rows[-1]["reason"],
             "test_losses": outcome.losses,

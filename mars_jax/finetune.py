@@ -89,7 +89,13 @@ def finetune(
 
 
 def run_finals(
-    workspace: Workspace, engine: Engine, lanes: Sequence[Lane], rates: Rates | Sequence[Rates], **options: Any
+    workspace: Workspace,
+    engine: Engine,
+    lanes: Sequence[Lane],
+    rates: Rates | Sequence[Rates],
+    *,
+    schedule: Schedule | None = None,
+    **options: Any,
 ) -> GroupResult:
     """Runs lanes of the target D as final runs; `options` are others of `run_group`."""
     settings = workspace.config.finetune
@@ -100,7 +106,7 @@ def run_finals(
         workspace.stream(lanes[0], settings.batch_size),
         workspace.validation_batches(settings.batch_size),
         rates,
-        final_schedule(workspace),
+        schedule or final_schedule(workspace),
         look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
         **options,
     )

@@ -1,5 +1,7 @@
 """The interval of `mars compare`; the command itself runs in test_pipeline.py."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,18 +42,42 @@ def test_tpe_asks_once_for_each_pair_and_finds_a_minimum_that_chance_rarely_does
     def loss(ranks):
         return (np.log2(ranks["vision"]) - 2) ** 2 + (np.log2(ranks["llm"]) - 4) ** 2
 
-    found = []
+    asked = []
+
+    def train(ranks, goes_on):
+        asked.append(ranks)
+        return tpe.until_stopped([(step, loss(ranks) + 16 / (1 + step)) for step in range(0, 17, 2)], goes_on)
+
+    best, stopped = [], 0
     for seed in range(5):
-        asked = []
-        runs = tpe.suggested(GRIDS, 12, seed, lambda ranks, asked=asked: asked.append(ranks) or loss(ranks))
-        assert runs == asked
-        assert len({tuple(ranks.values()) for ranks in runs}) == len(runs) <= 12
-        found.append(min(map(loss, runs)))
-        again = tpe.suggested(GRIDS, 12, seed, loss)
-        assert again == runs
-    assert np.mean(found) <= 1.0  # the mean over pairs is 4
+        asked.clear()
+        runs = tpe.search(GRIDS, 16, 12 * 16, seed, train)
+        assert [run.ranks for run in runs] == asked
+        assert len({tuple(ranks.values()) for ranks in asked}) == len(asked)
+        # The last one may exceed the budget.
+        assert sum(run.steps for run in runs[:-1]) < 12 * 16
+        assert {run.steps for run in runs} <= {4, 8, 16}  # rungs
+        best.append(min(loss(run.ranks) for run in runs))
+        stopped += sum(run.steps < 16 for run in runs)
+        # None of the best was stopped. (Optuna counts what it suggests again among the half that goes on.)
+        for place, run in enumerate(runs):
+            if run.steps < 16:
+                there = [loss(other.ranks) for other in runs[:place] if other.steps >= run.steps]
+                assert sum(other <= loss(run.ranks) for other in there) >= len(there) / 4
+        assert tpe.search(GRIDS, 16, 12 * 16, seed, train) == runs
+    assert stopped > 10
+    assert np.mean(best) <= 1.0  # the mean over pairs is 4
 
 
 def test_tpe_goes_on_after_runs_that_diverged():
-    runs = tpe.suggested(GRIDS, 6, 0, lambda ranks: None if ranks["llm"] > 4 else 1.0)
-    assert len(runs) == 6
+    def train(ranks, goes_on):
+        return tpe.until_stopped([(0, 2.0), (4, math.inf)] if ranks["llm"] > 4 else [(0, 2.0), (16, 1.0)], goes_on)
+
+    runs = tpe.search(GRIDS, 16, 6 * 16, 0, train)
+    assert sum(run.steps == 16 for run in runs) >= 4
+    assert any(run.steps == 4 for run in runs)
+
+
+def test_tpe_ends_when_all_pairs_were_run():
+    runs = tpe.search({"llm": [2, 8]}, 4, 100.0, 0, lambda ranks, goes_on: [(0, 2.0), (4, 1.0 / ranks["llm"])])
+    assert sorted(run.ranks["llm"] for run in runs) == [2, 8]

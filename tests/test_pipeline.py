@@ -289,7 +289,8 @@ def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, 
         "random search, 6 runs",  # the search cost more than the whole grid has pairs
         "random ranks",
     ]
-    assert list(rows)[-1] == f"TPE, {rows[list(rows)[-1]]['runs']} runs"
+    halving = rows[list(rows)[-1]]
+    assert list(rows)[-1].startswith(f"TPE and halving, {halving['runs']} runs and ")
     pick = rows["MARS"]
     # The same run as the one that `mars finetune` did, here as one lane of many.
     assert pick["validation_loss"] == pytest.approx(read(run / "finetune" / "summary.json")["best_validation_loss"])
@@ -336,6 +337,48 @@ def test_larger_ranks_in_a_later_group_of_the_comparison_did_not_fit_the_program
     assert rows["MARS"]["ranks"] == smallest
     assert rows["largest ranks"]["ranks"] == {"vision": 4, "projector": 2, "llm": 4}
     assert rows["largest ranks"]["diverged"] == 0
+
+
+def test_tpe_stops_runs_of_a_comparison_and_does_not_train_them_again(job, tmp_path):
+    run = tmp_path / "run"
+    # A search so short that random search, with as much compute, can't pay for the whole grid.
+    settings = [
+        *("lora.modules.vision.ranks=[1,2,3,4]", "lora.modules.llm.ranks=[1,2,3,4]", "convergence.rule=null"),
+        *("probe.num_samples=[8,16]", "probe.steps=4", "probe.corners=false", "selection.sweep.enabled=false"),
+        *("finetune.steps=16", "finetune.look_every=2", "evaluate.max_samples=3", f"run_dir={run}"),
+    ]
+    found = job.mars("compare", job.config, *settings)
+    halving = found["methods"][-1]
+    trials = lines(run / "compare" / "trials.jsonl")
+    stopped = [trial for trial in trials if trial["trial"].endswith(" (stopped)")]
+    assert stopped
+    assert {trial["looks"][-1][0] for trial in stopped} <= {4, 8}  # rungs
+    assert not any("test_losses" in trial for trial in stopped)
+    # Some had been trained to the end for other methods; TPE stops them at the rung all the same.
+    assert halving["method"].startswith(f"TPE and halving, {halving['runs']} runs and ")
+    assert halving["compute"] < found["methods"][-3]["compute"] + 1
+    # Again from the records alone; and with one that was stopped lost, it is stopped again.
+    (run / "compare.json").unlink()
+    assert job.mars("compare", run) == found
+    (run / "compare.json").unlink()
+    kept = [trial for trial in trials if trial != stopped[-1]]
+    (run / "compare" / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in kept))
+    assert job.mars("compare", run) == found
+
+
+def test_without_a_rule_every_lane_adapts_all_modules_and_loss_alone_picks(job, tmp_path):
+    config = job.config, "convergence.rule=null", "finetune.steps=4", "finetune.look_every=4", f"run_dir={tmp_path}/run"
+    for phase in ("probe", "fit", "select"):
+        job.mars(phase, *config)
+    records = lines(tmp_path / "run" / "probes" / "lanes.jsonl")
+    assert all(all(record["ranks"].values()) for record in records)
+    assert {record["reason"] for record in records} == {"convergence is not measured"}
+    assert not any(record["convergence_steps"] for record in records)
+    laws, selection = read(tmp_path / "run" / "laws.json"), read(tmp_path / "run" / "selection.json")
+    assert (laws["convergence"], laws["untimed"]) == ({}, {})
+    assert (selection["fallback"], selection["tau"]) == (None, None)
+    report = read(Path(job.mars("report", tmp_path / "run")["report"]).with_name("report.json"))
+    assert not any("onverge" in text for text in [*report["verdict"]["sentences"], *report["verdict"]["warnings"]])
 
 
 # Stopped and gone on with.
