@@ -13,22 +13,26 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from evidence_runs import UNIFORM_RANK, Cell, Run
+from evidence_runs import SEARCHED, UNIFORM_RANK, Cell, Probes, Run
 from trials import RULES, records_by
 
-from mars_jax import lora
+from mars_jax import lora, tpe
 from mars_jax.errors import NoValidResultError
 from mars_jax.flops import evaluation_flops
 from mars_jax.halving import halving_schedule, survivors
 from mars_jax.laws import Laws, fit_laws
+from mars_jax.probe.plan import Lane
 from mars_jax.probe.splice import hybrids
 from mars_jax.programs import step_flops
 from mars_jax.selection import Selection, candidates_for_sweep, select
 
 Document = dict[str, Any]
 
-SEARCHED = ("vision", "llm")
-REPLAYS = 20  # of methods that draw
+REPLAYS = 20  # of TPE
+BUDGETS = (2, 3, 4, 6, 8)
+LOSS_ALONE = "loss alone"  # no rule: nothing tells when a module has converged
+HUBER = 0.02
+SWEPT = 4
 
 
 class Grid:
@@ -46,6 +50,11 @@ class Grid:
             "regret": run.loss / self.best - 1.0,
             "test_regret": run.test_loss / self.best_test - 1.0,
         }
+
+
+def joint(lane: Lane) -> bool:
+    """Whether a lane adapts all modules."""
+    return len(lane.adapted) == len(lane.ranks)
 
 
 def key(ranks: Mapping[str, int]) -> tuple[int, ...]:
@@ -82,17 +91,17 @@ class Prices:
         looks = settings.steps / settings.look_every
         return share * self._price(ranks, settings.steps, looks, settings.validation_samples)
 
-    def probes(self, cell: Cell, rule: str) -> float:
+    def probes(self, probes: Probes, rule: str) -> float:
         """The probes that a rule needs, with their looks and hybrids."""
-        settings = self._workspace.config.probe
-        largest, total = max(settings.num_samples), 0.0
-        for lane, rows in zip(cell.lanes, cell.rows, strict=True):
-            joint = len(lane.adapted) == len(lane.ranks)
-            if not (joint or rule == "loss_fraction"):
+        settings = probes.workspace.config.probe
+        largest, total = max(lane.num_samples for lane in probes.lanes), 0.0
+        for lane, rows in zip(probes.lanes, probes.rows, strict=True):
+            if not (joint(lane) or rule == "loss_fraction"):
                 continue
             extra = len(hybrids(SEARCHED)) * sum(any(row["remaining"].values()) for row in rows)
-            # The smaller D are read off the same pass, but what remains is read anew.
-            steps, looks = (rows[-1]["step"], len(rows) - 1) if lane.num_samples == largest else (0, 0)
+            # Nested smaller D are read off the same pass, but what remains is read anew.
+            ran = settings.sampling == "separate" or lane.num_samples == largest
+            steps, looks = (rows[-1]["step"], len(rows) - 1) if ran else (0, 0)
             looks += extra if rule == "splice" else 0
             total += self._price(lane.ranks, steps, looks, settings.validation_samples)
         return total
@@ -118,31 +127,33 @@ class Prices:
 # Ours.
 
 
-def ours(cell: Cell, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str, Laws]]:
-    """The picks by each rule and form, with and without the sweep, and the laws of each rule at all D."""
-    found, laws_of = [], {}
-    for rule in RULES:
-        laws = fitted(cell, rule)
-        if laws is None:
-            continue
-        laws_of[rule] = laws
-        search = prices.probes(cell, rule)
-        for form in ("chosen form", "power form", *(() if laws.untimed else ("paper",))):
-            selection = selected(cell, laws, form)
-            found.append(_picked(f"{rule}, {form}", selection, grid, prices, search))
-        swept, cost = sweep(selected(cell, laws, "chosen form"), grid, prices)
-        run = grid.runs[key(swept)]
-        price = search + cost + prices.final(run.ranks)
-        found.append(_of_run(f"{rule}, chosen form, sweep", run, grid, price))
-    return found + _without_balance(cell, laws_of, grid, prices), laws_of
+def ours(cell: Cell, sampling: str, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str, Laws]]:
+    """The picks from some probes by each rule and form, with and without the sweep; and the laws of each rule."""
+    probes = cell.probes[sampling]
+    laws_of = {rule: laws for rule in (*RULES, LOSS_ALONE) if (laws := fitted(probes, rule)) is not None}
+    found = []
+    for rule, laws in laws_of.items():
+        search = prices.probes(probes, rule)
+        for form in ("chosen form", "power form", *(("paper",) if len(laws.convergence) == len(SEARCHED) else ())):
+            found.append(_picked(f"{rule}, {form}", selected(cell, laws, form), grid, prices, search))
+        selection = selected(cell, laws, "chosen form")
+        open_ = candidates_for_sweep(selection) if selection.needs_sweep() else [selection.pick]
+        found.append(_swept(f"{rule}, chosen form, sweep", open_, grid, prices, search))
+    bent = fitted(probes, LOSS_ALONE, huber=HUBER)
+    if bent:
+        search = prices.probes(probes, LOSS_ALONE)
+        found.append(_picked(f"{LOSS_ALONE}, Huber", selected(cell, bent, "chosen form"), grid, prices, search))
+    found += _without_laws(cell, probes, laws_of, grid, prices)
+    return [method._replace(name=f"{sampling}: {method.name}") for method in found], laws_of
 
 
-def fitted(cell: Cell, rule: str) -> Laws | None:
+def fitted(probes: Probes, rule: str, huber: float | None = None) -> Laws | None:
     """The laws by a rule; None where the lanes don't determine Law-P."""
-    records = records_by(RULES[rule], cell.workspace, cell.lanes, cell.rows)
-    looks = cell.workspace.config.probe.looks_per_doubling
+    records = records_by(RULES.get(rule), probes.workspace, probes.lanes, probes.rows)
+    looks = probes.workspace.config.probe.looks_per_doubling
+    options = {"num_bootstraps": 200, "measuring_interval": 2 ** (1 / looks) - 1, "huber": huber}
     try:
-        return fit_laws(records, key=jax.random.key(0), num_bootstraps=200, measuring_interval=2 ** (1 / looks) - 1)
+        return fit_laws(records, key=jax.random.key(0), **options)
     except NoValidResultError:
         return None
 
@@ -161,11 +172,9 @@ def selected(cell: Cell, laws: Laws, form: str) -> Selection:
     )
 
 
-def sweep(selection: Selection, grid: Grid, prices: Prices) -> tuple[Mapping[str, int], float]:
-    """Successive halving over the candidates on the final runs' own curves, where the laws leave the pick open."""
-    if not selection.needs_sweep():
-        return selection.pick, 0.0
-    candidates = list(candidates_for_sweep(selection))
+def sweep(candidates: Sequence[Mapping[str, int]], grid: Grid, prices: Prices) -> tuple[Mapping[str, int], float]:
+    """Successive halving over candidates on the final runs' own curves: the winner, and what the others cost."""
+    candidates = list(candidates)
     steps = grid.runs[key(candidates[0])].curve[-1][0]
     cost, before = 0.0, 0
     for rung in halving_schedule(len(candidates), steps):
@@ -175,6 +184,11 @@ def sweep(selection: Selection, grid: Grid, prices: Prices) -> tuple[Mapping[str
         before = rung.steps
     # The winner has had its final run.
     return candidates[0], cost - prices.final(candidates[0])
+
+
+def _swept(name: str, candidates: Sequence[Mapping[str, int]], grid: Grid, prices: Prices, search: float) -> Method:
+    winner, cost = sweep(candidates, grid, prices)
+    return _of_run(name, grid.runs[key(winner)], grid, search + cost + prices.final(winner))
 
 
 def _best_until(run: Run, step: int) -> float:
@@ -191,29 +205,34 @@ def _picked(name: str, selection: Selection, grid: Grid, prices: Prices, search:
     return method._replace(p_best=selection.p_best)
 
 
-def surface_draws(cell: Cell, vectors: Sequence[Mapping[str, int]], target: int) -> np.ndarray:
+def surface_draws(probes: Probes, vectors: Sequence[Mapping[str, int]], target: int) -> np.ndarray:
     """Losses of rank vectors at D = target by a quadratic surface in place of Law-P, [draws, Q].
 
     log p is linear in log r and its square of each module, log D, and log r log D, so a module can have its best rank
     inside the grid. Ridge regression, a hundredth of a point on all but the intercept; resamples of (ranks, D) cells.
     """
-    joint = [
-        (lane, min(row["validation_loss"] for row in rows))
-        for lane, rows in zip(cell.lanes, cell.rows, strict=True)
-        if len(lane.adapted) == len(lane.ranks)
-    ]
-    design = _terms([lane.ranks for lane, _ in joint], np.asarray([lane.num_samples for lane, _ in joint]))
-    log_loss = np.log([loss for _, loss in joint])
+    losses = best_losses(probes)
+    design = _terms([lane.ranks for lane, _ in losses], np.asarray([lane.num_samples for lane, _ in losses]))
+    log_loss = np.log([loss for _, loss in losses])
     wanted = _terms(vectors, np.full(len(vectors), target))
     penalty = 0.01 * np.eye(design.shape[1])
     penalty[0, 0] = 1e-9
     rng = np.random.default_rng(0)
-    counts = [np.bincount(rng.integers(0, len(joint), len(joint)), minlength=len(joint)) for _ in range(200)]
+    counts = [np.bincount(rng.integers(0, len(losses), len(losses)), minlength=len(losses)) for _ in range(200)]
     solutions = [
         np.linalg.solve(design.T @ (count[:, None] * design) + penalty, design.T @ (count * log_loss))
         for count in counts
     ]
     return np.exp(np.asarray(solutions) @ wanted.T)
+
+
+def best_losses(probes: Probes) -> list[tuple[Lane, float]]:
+    """The lowest validation loss of every joint lane."""
+    return [
+        (lane, min(row["validation_loss"] for row in rows))
+        for lane, rows in zip(probes.lanes, probes.rows, strict=True)
+        if joint(lane)
+    ]
 
 
 def _terms(vectors: Sequence[Mapping[str, int]], num_samples: np.ndarray) -> np.ndarray:
@@ -222,39 +241,28 @@ def _terms(vectors: Sequence[Mapping[str, int]], num_samples: np.ndarray) -> np.
     return np.column_stack([np.ones(len(ranks)), ranks, samples, ranks**2, ranks * samples])
 
 
-def _without_balance(cell: Cell, laws_of: Mapping[str, Laws], grid: Grid, prices: Prices) -> list[Method]:
-    """What remains of the method without Law-C, without Law-P, and without any law."""
-    found = []
+def _without_laws(cell: Cell, probes: Probes, laws_of: Mapping[str, Laws], grid: Grid, prices: Prices) -> list[Method]:
+    """What remains of the method without Law-P: a surface in its place, the best probes themselves, balance alone."""
     vectors = [run.ranks for run in grid.runs.values()]
-    target = cell.workspace.target_num_samples()
-    search = prices.probes(cell, "drift")
-    surface = surface_draws(cell, vectors, target).mean(axis=0)
-    by_surface = {key(ranks): float(loss) for ranks, loss in zip(vectors, surface, strict=True)}
-    for rule, laws in laws_of.items():
-        if rule == "drift":
-            predicted = laws.performance.loss_draws(vectors, target).mean(axis=0)
-            run = grid.runs[key(vectors[int(np.argmin(predicted))])]
-            found.append(_of_run("Law-P alone", run, grid, search + prices.final(run.ranks)))
-        selection = selected(cell, laws, "chosen form")
-        balances = [(candidate.imbalance, key(candidate.ranks)) for candidate in selection.candidates]
-        if not laws.untimed:
-            run = grid.runs[min((imbalance, pair) for imbalance, pair in balances if imbalance is not None)[1]]
-            price = prices.probes(cell, rule) + prices.final(run.ranks)
-            found.append(_of_run(f"{rule}, balance alone", run, grid, price))
-        kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
-        run = grid.runs[key(min(kept, key=lambda ranks: by_surface[key(ranks)]))]
-        price = prices.probes(cell, rule) + prices.final(run.ranks)
-        found.append(_of_run(f"{rule}, quadratic surface", run, grid, price))
-    run = grid.runs[min(by_surface, key=lambda ranks: by_surface[ranks])]
-    found.append(_of_run("quadratic surface alone", run, grid, search + prices.final(run.ranks)))
-    largest = max(lane.num_samples for lane in cell.lanes)
-    probed = {
-        key(lane.ranks): min(row["validation_loss"] for row in rows)
-        for lane, rows in zip(cell.lanes, cell.rows, strict=True)
-        if lane.num_samples == largest and len(lane.adapted) == len(lane.ranks)
+    search = prices.probes(probes, LOSS_ALONE)
+    predicted = surface_draws(probes, vectors, cell.workspace.target_num_samples()).mean(axis=0)
+    largest = max(lane.num_samples for lane in probes.lanes)
+    probed = sorted((loss, key(lane.ranks)) for lane, loss in best_losses(probes) if lane.num_samples == largest)
+    ordered = {
+        "quadratic surface": [vectors[place] for place in np.argsort(predicted)],
+        "best probe": [grid.runs[pair].ranks for _, pair in probed],
     }
-    run = grid.runs[min(probed, key=lambda ranks: probed[ranks])]
-    return [*found, _of_run("best probe of the largest D", run, grid, search + prices.final(run.ranks))]
+    found = []
+    for name, some in ordered.items():
+        found.append(_swept(name, some[:1], grid, prices, search))
+        found.append(_swept(f"{name}, sweep of {SWEPT}", some[:SWEPT], grid, prices, search))
+    for rule, laws in laws_of.items():
+        if len(laws.convergence) == len(SEARCHED):
+            balances = [(c.imbalance, key(c.ranks)) for c in selected(cell, laws, "chosen form").candidates]
+            pair = min((imbalance, pair) for imbalance, pair in balances if imbalance is not None)[1]
+            price = prices.probes(probes, rule)
+            found.append(_swept(f"{rule}, balance alone", [grid.runs[pair].ranks], grid, prices, price))
+    return found
 
 
 # Others.
@@ -285,7 +293,7 @@ def others(cell: Cell, grid: Grid, prices: Prices) -> list[Method]:
     rated = min([uniform, *(run for _, run in cell.rates)], key=lambda run: run.loss)
     price = (1 + len(cell.rates)) * prices.final(uniform.ranks)
     found.append(Method("separate learning rates at rank 8", **grid.regret(rated), compute=price))
-    return found + tpe(grid, prices)
+    return found + by_tpe(grid, prices)
 
 
 def _best_of_random(runs: Sequence[Run], grid: Grid, number: int) -> Document:
@@ -300,53 +308,28 @@ def _best_of_random(runs: Sequence[Run], grid: Grid, number: int) -> Document:
     }
 
 
-def tpe(grid: Grid, prices: Prices) -> list[Method]:
-    """Optuna's TPE with its asynchronous successive halving, on the curves of the final runs; mean of replays.
+def by_tpe(grid: Grid, prices: Prices) -> list[Method]:
+    """Optuna's TPE with its asynchronous successive halving, on the curves of the final runs; mean of replays."""
+    runs = list(grid.runs.values())
+    steps = runs[0].curve[-1][0]
+    grids = {module: sorted({run.ranks[module] for run in runs}) for module in SEARCHED}
 
-    A pair that is suggested again costs only the steps that it hasn't had.
-    """
-    import optuna
+    def train(ranks: Mapping[str, int], goes_on: tpe.GoesOn) -> list[tpe.Look]:
+        return tpe.until_stopped(grid.runs[key(ranks)].curve, goes_on)
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    ranks = sorted({rank for rank, _ in grid.runs})
-    budgets = (2.0, 3.0, 4.0, 6.0, 8.0)
-    regrets: dict[float, list[Document]] = {budget: [] for budget in budgets}
-    for replay in range(REPLAYS):
-        study = optuna.create_study(
-            sampler=optuna.samplers.TPESampler(seed=replay, n_startup_trials=4),
-            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=4, reduction_factor=2),
-        )
-        spent, done, best = 0.0, dict.fromkeys(grid.runs, 0), None
-        reached = dict.fromkeys(budgets)
-        for _ in range(200):
-            trial = study.ask()
-            pair = tuple(trial.suggest_categorical(module, ranks) for module in SEARCHED)
-            run = grid.runs[pair]
-            steps = run.curve[-1][0]
-            for place, (step, loss) in enumerate(run.curve):
-                if step > done[pair]:
-                    spent += prices.final(run.ranks, (step - done[pair]) / steps)
-                    done[pair] = step
-                trial.report(loss, place)
-                if trial.should_prune():
-                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                    break
-            else:
-                study.tell(trial, run.loss)
-                best = run if best is None or run.loss < best.loss else best
-            for budget in budgets:
-                if spent <= budget and best is not None:
-                    reached[budget] = best
-            if spent > max(budgets):
-                break
-        for budget, chosen in reached.items():
-            if chosen is not None:
-                regrets[budget].append(grid.regret(chosen))
-    return [
-        Method(f"TPE and halving, {budget:g} runs", **_mean(some), compute=budget)
-        for budget, some in regrets.items()
-        if some
-    ]
+    found = []
+    for budget in BUDGETS:
+        regrets, costs = [], []
+        for replay in range(REPLAYS):
+            asked = [
+                (run, grid.runs[key(run.ranks)]) for run in tpe.search(grids, steps, budget * steps, replay, train)
+            ]
+            whole = [run for part, run in asked if part.steps == steps]
+            regrets.append(grid.regret(min(whole, key=lambda run: run.loss)))
+            costs.append(sum(prices.final(run.ranks, part.steps / steps) for part, run in asked))
+        name = f"TPE and halving, steps of {budget} runs"
+        found.append(Method(name, **_mean(regrets), compute=statistics.mean(costs)))
+    return found
 
 
 def _mean(regrets: Sequence[Document]) -> Document:

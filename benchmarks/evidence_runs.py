@@ -1,8 +1,9 @@
-"""The lanes behind `evidence.py`: probes, every final run of the grid, and separate rates, of a task and seed.
+"""The lanes behind `evidence.py`: probes, every final run of the grid, and other rates, of a task and seed.
 
 What each row means and what follows from it is in `evidence_methods.py`. Lanes are run once and kept in files.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,22 +24,27 @@ from mars_jax.probe.plan import Lane, plan_lanes
 from mars_jax.probe.reading import best_of, losses_of
 from mars_jax.workspace import Workspace
 
+SEARCHED = ("vision", "llm")
 UNIFORM_RANK = 8
-RATE_FACTORS = {"vision": (1 / 3, 3.0), "llm": (1 / 3, 3.0)}
+FACTORS = (1 / 3, 3.0)
+LOOKS = 8  # of a final run
 
 
 class Form(NamedTuple):
     """How much is run in a cell."""
 
     ranks: Sequence[int]
-    num_samples: Sequence[int]  # of the probes, which are single passes
+    nested: Sequence[int]  # D of the probes that are single passes
+    separate: Sequence[int]  # D of the probes that repeat their data
+    separate_steps: int
     train: int  # samples of a final run
     final_steps: int
     test: int
+    extra_seeds: int  # seeds that also have separate probes and final runs at other rates
 
 
-FULL = Form((2, 4, 8, 16, 32), (320, 640, 1280), 5120, 320, 256)
-SHORT = Form((2, 8, 16), (64, 128, 256), 512, 32, 32)
+FULL = Form((2, 4, 8, 16, 32), (320, 640, 1280), (128, 512), 160, 5120, 320, 256, 1)
+SHORT = Form((2, 8, 16), (64, 128, 256), (32, 64), 32, 512, 32, 32, 1)
 
 
 class Run(NamedTuple):
@@ -54,14 +60,22 @@ class Run(NamedTuple):
         return min(loss for _, loss in self.curve)
 
 
+class Probes(NamedTuple):
+    """The probes of a search."""
+
+    workspace: Workspace
+    lanes: list[Lane]  # one for every D, also where they are read off the same run
+    rows: Rows
+
+
 class Cell(NamedTuple):
     """All lanes of a task and seed."""
 
     workspace: Workspace
-    lanes: list[Lane]  # a probe at every D
-    rows: Rows
+    probes: dict[str, Probes]  # by sampling
     grid: list[Run]
-    rates: list[tuple[dict[str, float], Run]]  # with the factors on the learning rates
+    rates: list[tuple[dict[str, float], Run]]  # uniform ranks, with the factors on the learning rates of the modules
+    retuned: list[tuple[float, Run]]  # pairs at the ends and in the middle, with the factor on all learning rates
 
 
 def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Callable[[str], None]) -> Cell:
@@ -75,17 +89,15 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
         tell: told what has been run, and in how many seconds.
     """
     data = make_data(folder / "data", [*shift, "--train", str(form.train), "--test", str(form.test)])
-    workspace = task_workspace(
-        data,
+    settings = [
         f"seed={seed}",
         *(f"lora.modules.{module}.ranks={list(form.ranks)}" for module in ("vision", "llm")),
-        f"probe.num_samples={list(form.num_samples)}",
-        "probe.sampling=nested",
         f"finetune.steps={form.final_steps}",
-        f"finetune.look_every={max(1, form.final_steps // 16)}",
+        f"finetune.look_every={form.final_steps // LOOKS}",
         f"evaluate.max_samples={form.test}",
         "convergence.rule=splice",
-    )
+    ]
+    workspace = task_workspace(data, *settings, "probe.sampling=nested", f"probe.num_samples={list(form.nested)}")
     place = folder / f"seed{seed}"
 
     def timed(name: str, work: Callable[[Path], Any]) -> Any:
@@ -95,20 +107,52 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
         return found
 
     # Not more than one seed of a D: seeds of the experiment are other configs.
-    lanes = plan_lanes(workspace.grids, form.num_samples[-1:], 1, corners=True, single_module=True)
-    rows = timed("probes", partial(probe_rows, workspace=workspace, lanes=lanes))
+    lanes = plan_lanes(workspace.grids, form.nested[-1:], 1, corners=True, single_module=True)
+    rows = timed("nested", partial(probe_rows, workspace=workspace, lanes=lanes))
+    probes = {"nested": Probes(workspace, reads(workspace, lanes), rows)}
+    probes["half nested"] = first_half(probes["nested"])
     vectors = grid_of(workspace.grids)
     grid = timed("grid", partial(final_runs, workspace=workspace, vectors=vectors))
+    base = workspace.learning_rates(workspace.config.finetune.learning_rate)
+
+    def other_rates(name: str, vectors: Sequence[dict[str, int]], factors: Sequence[dict[str, float]]) -> list[Run]:
+        rates = [{module: base[module] * factor for module, factor in those.items()} for those in factors]
+        return timed(name, partial(final_runs, workspace=workspace, vectors=vectors, rates=rates))
+
     uniform = {module: UNIFORM_RANK for module in workspace.grids}
     factors = [
-        {other: factor if other == module else 1.0 for other in workspace.grids}
-        for module, some in RATE_FACTORS.items()
-        for factor in some
+        {module: factor if module == changed else 1.0 for module in workspace.grids}
+        for changed in SEARCHED
+        for factor in FACTORS
     ]
-    base = workspace.learning_rates(workspace.config.finetune.learning_rate)
-    rates = [{module: base[module] * factor for module, factor in those.items()} for those in factors]
-    runs = timed("rates", partial(final_runs, workspace=workspace, vectors=[uniform] * len(rates), rates=rates))
-    return Cell(workspace, reads(workspace, lanes), rows, grid, list(zip(factors, runs, strict=True)))
+    rates = list(zip(factors, other_rates("rates", [uniform] * len(factors), factors), strict=True))
+    retuned = []
+    if seed < form.extra_seeds:
+        separate = task_workspace(
+            data, *settings, f"probe.num_samples={list(form.separate)}", f"probe.steps={form.separate_steps}"
+        )
+        lanes = plan_lanes(separate.grids, form.separate, 1, corners=True, single_module=True)
+        by_size = {size: [lane for lane in lanes if lane.num_samples == size] for size in form.separate}
+        rows = [
+            row
+            for size, some in by_size.items()
+            for row in timed(f"separate{size}", partial(probe_rows, workspace=separate, lanes=some))
+        ]
+        probes["separate"] = Probes(separate, list(itertools.chain(*by_size.values())), rows)
+        ends = [min(form.ranks), max(form.ranks)]
+        pairs = [uniform | dict(zip(SEARCHED, pair, strict=True)) for pair in itertools.product(ends, ends)]
+        tried = [(pair, factor) for pair in [uniform, *pairs] for factor in FACTORS]
+        everywhere = [dict.fromkeys(base, factor) for _, factor in tried]
+        runs = other_rates("retuned", [pair for pair, _ in tried], everywhere)
+        retuned = [(factor, run) for (_, factor), run in zip(tried, runs, strict=True)]
+    return Cell(workspace, probes, grid, rates, retuned)
+
+
+def first_half(probes: Probes) -> Probes:
+    """What single passes over half of the largest D would have shown: the same lanes without their last reading."""
+    largest = max(lane.num_samples for lane in probes.lanes)
+    kept = [place for place, lane in enumerate(probes.lanes) if lane.num_samples < largest]
+    return Probes(probes.workspace, [probes.lanes[k] for k in kept], [probes.rows[k] for k in kept])
 
 
 def final_runs(

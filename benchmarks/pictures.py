@@ -4,6 +4,7 @@ python benchmarks/pictures.py [--results FOLDER] [--out FOLDER]
 """
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
-# First words of methods' names, by colour.
+# What methods' names match, by colour; the first family that does has it.
 FAMILIES = {
-    "MARS, by rule and form": (("splice", "drift", "loss_fraction"), LIGHT["pick"]),
-    "parts of it": (("Law-P", "quadratic", "best probe"), RAMP[3]),
-    "random search": (("random search",), RAMP[0]),
-    "TPE and halving": (("TPE",), RAMP[5]),
-    "fixed ranks, separate rates": (("uniform", "random pair", "separate"), LIGHT["muted"]),
+    "parts of it": (r"[\w ]+: (quadratic|best probe|.*balance alone)", RAMP[3]),
+    "MARS, nested probes": (r"(half )?nested: ", LIGHT["pick"]),
+    "MARS, separate probes": (r"separate: ", RAMP[1]),
+    "random search": (r"random search", RAMP[0]),
+    "TPE and halving": (r"TPE", RAMP[5]),
+    "fixed ranks, separate rates": (r"", LIGHT["muted"]),
 }
 
 
@@ -73,9 +75,10 @@ def grid_panel(axes: "Axes", task: str, grids: Sequence[Sequence[Mapping[str, An
 
 def regret_panel(axes: "Axes", methods: Sequence[Mapping[str, Any]]) -> None:
     """Mean regret of each method against its compute; methods of one family that differ in compute are joined."""
-    handles = []
-    for family, (words, colour) in FAMILIES.items():
-        some = [method for method in methods if method["method"].startswith(words)]
+    handles, left = [], list(methods)
+    for family, (pattern, colour) in FAMILIES.items():
+        some = [method for method in left if re.match(pattern, method["method"])]
+        left = [method for method in left if method not in some]
         points = sorted((method["compute, final runs"], 100 * method["mean regret"]) for method in some)
         if not points:
             continue

@@ -109,7 +109,9 @@ def one_program(workspace: Workspace, lanes: Sequence[Lane]) -> Program:
     return Program(Bucket(tuple(lanes), widest, cached_encoder=False), (tuple(lanes),), engine)
 
 
-def records_by(rule: ConvergenceRule, workspace: Workspace, lanes: Sequence[Lane], rows: Rows) -> list[dict[str, Any]]:
+def records_by(
+    rule: ConvergenceRule | None, workspace: Workspace, lanes: Sequence[Lane], rows: Rows
+) -> list[dict[str, Any]]:
     """Records of the lanes as a rule tells their times."""
     return lane_records(lanes, rows, rule, workspace.learning_rates())
 

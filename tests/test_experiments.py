@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import evidence
 import evidence_claims
 import evidence_methods
+import evidence_tables
 import planted
 from evidence_methods import Grid, sweep
 from evidence_runs import Run
-
-from mars_jax.selection import Candidate, Selection
 
 # Planted truth.
 
@@ -113,32 +111,21 @@ def test_random_search_is_the_mean_over_all_draws(number):
     assert evidence_methods._best_of_random(RUNS, grid, number) == pytest.approx(expected)
 
 
-def selection(p_best):
-    candidates = tuple(
-        Candidate({"vision": v, "projector": 8, "llm": r}, {}, 0.0, True, "", 1.0, (0.9, 1.1), 10, p)
-        for (v, r), p in p_best.items()
-    )
-    best = max(candidates, key=lambda candidate: candidate.p_best)
-    return Selection(64, best.ranks, best.p_best, None, "laws", 0.2, candidates, "")
-
-
 def test_the_sweep_halves_on_the_recorded_curves_and_pays_for_what_it_reads():
-    chosen = selection({(2, 2): 0.3, (2, 8): 0.3, (8, 2): 0.1, (8, 8): 0.3})
-    ranks, cost = sweep(chosen, Grid(RUNS), EVEN)
+    ranks, cost = sweep([run.ranks for run in RUNS], Grid(RUNS), EVEN)
     # After 32 of 64 steps (2, 2) and (2, 8) lead, and (2, 8) ends best; at 16 steps it was last.
     assert (ranks["vision"], ranks["llm"]) == (2, 8)
     # Four half runs and two other halves, less the winner's whole run, which is the final run.
     assert cost == pytest.approx(4 * 0.5 + 2 * 0.5 - 1.0)
 
 
-def test_a_pick_that_the_laws_are_sure_of_is_not_swept():
-    chosen = selection({(8, 2): 0.9, (2, 8): 0.1})
-    assert sweep(chosen, Grid(RUNS), EVEN) == (chosen.pick, 0.0)
+def test_a_sweep_of_one_costs_nothing():
+    assert sweep([RUNS[1].ranks], Grid(RUNS), EVEN) == (RUNS[1].ranks, 0.0)
 
 
 def test_share_of_cells_counts_one_without_the_method_against_it():
     cells = [{"methods": [{"name": "a", "regret": regret}]} for regret in (0.0, 0.004, 0.006)] + [{"methods": []}]
-    assert evidence.share_within(cells, "a") == 0.5
+    assert evidence_tables.share_within(cells, "a") == 0.5
 
 
 def test_expected_regret_is_of_means_over_the_seeds_of_a_task():
@@ -153,9 +140,10 @@ def test_expected_regret_is_of_means_over_the_seeds_of_a_task():
         cell("tongue", {2: 3.0, 8: 3.1}, 2),
         cell("tongue", {2: 3.0, 8: 3.1}, 2),
     ]
-    assert evidence.expected_regret("a", cells) == pytest.approx(0.025)
-    assert evidence.expected_regret("a", cells[1:]) is None
-    assert evidence.expected_regret("a", [*cells, cell("tongue", {2: 3.0, 8: 3.1}, None)]) is None
+    assert evidence_tables.expected_regrets("a", cells) == pytest.approx([0.0, 0.1, 0.0, 0.0])
+    assert evidence_tables.expected_regrets("a", cells[1:]) == [0.0, 0.0]  # one seed of a task is no mean
+    no_pick = cell("tongue", {2: 3.0, 8: 3.1}, None)
+    assert evidence_tables.expected_regrets("a", [*cells[2:], no_pick]) == [0.0, 0.0]
 
 
 def test_a_correlation_that_the_ranks_explain_vanishes_given_them():
