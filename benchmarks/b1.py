@@ -164,6 +164,7 @@ def apart(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 def gate_cells(grid: Grid, curves: Mapping[Cell, list[float]], reference: Mapping[Cell, list[float]]) -> dict[str, Any]:
     """Validation losses and convergence times of the cells that both have."""
     rule = convergence_rule(grid.workspace.config)
+    assert rule, "the demo's config has a rule"
     largest, censored = 0.0, 0
     disagreements = []
     for size in grid.form.num_samples:

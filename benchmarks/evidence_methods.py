@@ -151,9 +151,9 @@ def fitted(probes: Probes, rule: str, huber: float | None = None) -> Laws | None
     """The laws by a rule; None where the lanes don't determine Law-P."""
     records = records_by(RULES.get(rule), probes.workspace, probes.lanes, probes.rows)
     looks = probes.workspace.config.probe.looks_per_doubling
-    options = {"num_bootstraps": 200, "measuring_interval": 2 ** (1 / looks) - 1, "huber": huber}
+    interval = 2 ** (1 / looks) - 1
     try:
-        return fit_laws(records, key=jax.random.key(0), **options)
+        return fit_laws(records, key=jax.random.key(0), measuring_interval=interval, huber=huber)
     except NoValidResultError:
         return None
 
