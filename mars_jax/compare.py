@@ -26,8 +26,10 @@ from mars_jax.probe.leaving import Leaving, Row
 from mars_jax.probe.loop import GroupResult
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.reading import best_of
-from mars_jax.programs import Program, covering_engine, step_flops
+from mars_jax.probe.splice import hybrids
+from mars_jax.programs import Program, covering_engine, look_flops, step_flops
 from mars_jax.rundir import RunDirectory
+from mars_jax.search import probe_schedule
 from mars_jax.selection import Ranks, Selection, candidates_for_sweep
 from mars_jax.sweep import best_loss
 from mars_jax.workspace import Workspace
@@ -174,30 +176,42 @@ def _by_tpe(
 
 
 def search_cost(workspace: Workspace, selection: Selection, directory: RunDirectory) -> tuple[float, float]:
-    """FLOPs of the steps of probes and sweep, at their own ranks, and seconds of the phases up to the pick."""
-    config = workspace.config
-    events = [e for e in read_jsonl(directory.events_file, workspace.reporter.warn) if e["event"] == "group"]
-    records = {record["lane"]: record for record in read_jsonl(directory.lanes_file, workspace.reporter.warn)}
-    flops = sum(
-        steps * step_flops(workspace, records[name]["ranks"])
-        for event in events
-        for name, steps in zip(event["lanes"], event["steps"], strict=True)
-    )
+    """FLOPs of probes and sweep at their own ranks, with looks and hybrids, and seconds of the phases up to it."""
+    config, warn = workspace.config, workspace.reporter.warn
+    records = {record["lane"]: record for record in read_jsonl(directory.lanes_file, warn)}
+    looks, samples = probe_schedule(workspace).looks, config.probe.validation_samples
+    flops = 0.0
+    for event in read_jsonl(directory.events_file, warn):
+        if event["event"] == "group":
+            for name, steps in zip(event["lanes"], event["steps"], strict=True):
+                ranks = records[name]["ranks"]
+                flops += steps * step_flops(workspace, ranks)
+                flops += sum(0 < look <= steps for look in looks) * look_flops(workspace, ranks, samples)
+    for row in read_jsonl(directory.curves_file, warn):
+        if row.get("remaining"):
+            flops += len(hybrids(list(row["remaining"]))) * look_flops(
+                workspace, records[row["lane"]]["ranks"], samples
+            )
     if selection.method == "local_sweep":
         candidates = candidates_for_sweep(selection, most=config.selection.sweep.max_candidates)
-        before = steps = 0
+        vectors = [_whole(workspace, ranks) for ranks in candidates]
+        step = float(np.mean([step_flops(workspace, ranks) for ranks in vectors]))
+        look = float(np.mean([look_flops(workspace, ranks, config.finetune.validation_samples) for ranks in vectors]))
+        before = 0
         for rung in halving_schedule(len(candidates), config.selection.sweep.steps):
-            steps += rung.lanes * (rung.steps - before)
+            flops += rung.lanes * ((rung.steps - before) * step + look)
             before = rung.steps
-        flops += steps * float(np.mean([step_flops(workspace, _whole(workspace, ranks)) for ranks in candidates]))
     phases = directory.state()["phases"]
     return flops, sum(phases[name]["seconds"] for name in ("probe", "fit", "select") if name in phases)
 
 
 def final_flops(workspace: Workspace, ranks: Ranks) -> float:
-    """FLOPs of the steps of a final run."""
+    """FLOPs of a final run with its looks."""
     settings, probe = workspace.config.finetune, workspace.config.probe
-    return settings.steps * step_flops(workspace, ranks) * settings.batch_size / probe.batch_size
+    steps = settings.steps * step_flops(workspace, ranks) * settings.batch_size / probe.batch_size
+    return steps + (len(final_schedule(workspace).looks) - 1) * look_flops(
+        workspace, ranks, settings.validation_samples
+    )
 
 
 def _whole(workspace: Workspace, ranks: Ranks) -> dict[str, int]:

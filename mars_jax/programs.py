@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 
 from mars_jax.devices import physical_memory_bytes
-from mars_jax.flops import lane_step_flops
+from mars_jax.flops import evaluation_flops, lane_step_flops
 from mars_jax.probe.buckets import Bucket, plan_buckets
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane, Ranks
@@ -118,6 +118,21 @@ def step_flops(workspace: Workspace, ranks: Ranks, *, cached_encoder: bool = Fal
         supervised=shapes.max_supervised,
         cached_encoder=cached_encoder,
     ).total
+
+
+def look_flops(workspace: Workspace, ranks: Ranks, samples: int) -> float:
+    """Least FLOPs of a look of one lane at some validation samples."""
+    shapes, batch_size = workspace.shapes, workspace.config.probe.batch_size
+    batch = evaluation_flops(
+        workspace.model_config,
+        workspace.targets,
+        ranks,
+        batch_size=batch_size,
+        tokens=shapes.max_tokens,
+        tiles=shapes.max_tiles,
+        supervised=shapes.max_supervised,
+    )
+    return workspace.look_batches(samples, batch_size) * batch.total
 
 
 def compile_flops() -> float:
