@@ -2,9 +2,9 @@
 
 Data of two tasks are made (scripts/make_demo_data.py): the demo's own, and one whose pictures stay and whose answers
 are all shifted, both of 32,768 samples. For each task and seed, a fresh process searches with `mars probe`, `fit` and
-`select`: grids of four ranks, one pass over 1280 samples in which every lane adapts all modules, and the rest as in
-configs/demo.yaml. Then all sixteen pairs are trained to the end, 5120 steps of 16, two and a half passes. Regret is the
-best validation loss of the picked pair's final run minus the grid's lowest, nats.
+`select`: grids of four ranks, one pass over 640 samples in which every lane adapts all modules, 8 samples a step, and
+the rest as in configs/demo.yaml. Then all sixteen pairs are trained to the end, 6144 steps, one and a half passes.
+Regret is the best validation loss of the picked pair's final run minus the grid's lowest, nats.
 
 FLOPs are counted, not timed: the fewest that the executed steps and looks can take, padding included (costs.py). The
 sequential grid, the paper's baseline, pads nothing. No search can bring more than 16, what the final run alone leaves.
@@ -17,7 +17,9 @@ ones, and with 75 % and 50 % of the steps.
 
 figure = FLOPs of the sequential grid / FLOPs of the search and the final run, over all tasks and seeds.
 
-    python benchmarks/b5.py [--short] [--anyway] [--out FOLDER]
+    python benchmarks/b5.py [--short] [--anyway] [--out FOLDER] [--work FOLDER]
+
+`--work` keeps what was measured of each task and seed, so a stopped run goes on with the next.
 """
 
 import itertools
@@ -31,8 +33,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from b5_search import LENGTHS, measure, overrides
-from own import ROOT, Document, answer, arguments, publish, run_child
+from own import ROOT, Document, answer, publish, run_child
+from own import parser as own_parser
 from results import require_quiet
+
+from mars_jax.jsonfiles import read_json, write_json
 
 TASKS = {
     "hue 1, German 0.4": ["--style", "hue", "--eye", "1", "--tongue", "0.4"],
@@ -54,7 +59,7 @@ class Form(NamedTuple):
     timed: list[str]  # overrides of the search that times modules
 
 
-FULL = Form(["--train", "32768"], (2, 8, 16, 32), 5120, 512, [*LOSS_ALONE, "probe.num_samples=[320,640,1280]"], [])
+FULL = Form(["--train", "32768"], (2, 8, 16, 32), 6144, 512, [*LOSS_ALONE, "probe.num_samples=[160,320,640]"], [])
 _SHORT = ["laws.bootstraps=20", "probe.corners=true", "selection.sweep.steps=16"]
 SHORT = Form(
     ["--train", "256", "--validation", "48", "--test", "16"],
@@ -68,7 +73,9 @@ SHORT = Form(
 
 def main() -> None:
     """Writes results/b5.json; about an hour and a half on two cores."""
-    options = arguments(__doc__)
+    parser = own_parser(__doc__)
+    parser.add_argument("--work", type=Path, help="folder that keeps what was measured")
+    options = parser.parse_args()
     if options.child:
         return answer(options.child, measure)
     load = require_quiet(options.anyway)
@@ -91,7 +98,13 @@ def main() -> None:
                     "timed": form.timed if seed == 0 else None,
                     "warm_steps": form.warm_steps,
                 }
+                kept = options.work and options.work / f"{len(runs)}.json"
+                if kept and kept.exists():
+                    runs.append(read_json(kept))
+                    continue
                 runs.append({"task": task, "seed": seed, **run_child(__file__, spec)})
+                if kept:
+                    write_json(kept, runs[-1])
                 print(f"{task}, seed {seed}: {summary(runs[-1])}", file=sys.stderr)
     failed = [run for run in runs if "failed" in run]
     if len(failed) == len(runs):

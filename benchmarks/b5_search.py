@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mars_jax.selection import Ranks
     from mars_jax.workspace import Workspace
 
-LENGTHS = (512, 1280, 2560, 5120, 10240)
+LENGTHS = (768, 1536, 3072, 6144, 12288)
+BATCH_SIZE = 8
 WARM_SHARES = (1.0, 0.75, 0.5)
 
 
@@ -28,6 +29,7 @@ def overrides(data: Path, seed: int, ranks: Sequence[int], steps: int) -> list[s
         *(f"data.{name}={data / name}.json" for name in ("train", "validation", "test")),
         *(f"lora.modules.{module}.ranks={list(ranks)}" for module in ("vision", "llm")),
         f"seed={seed}",
+        *(f"{section}.batch_size={BATCH_SIZE}" for section in ("probe", "finetune")),
         *final_overrides(steps),
         "finetune.warm_start=true",  # keeps the probes' adapters
     ]
