@@ -256,6 +256,12 @@ def _without_laws(cell: Cell, probes: Probes, laws_of: Mapping[str, Laws], grid:
     for name, some in ordered.items():
         found.append(_swept(name, some[:1], grid, prices, search))
         found.append(_swept(f"{name}, sweep of {SWEPT}", some[:SWEPT], grid, prices, search))
+    if LOSS_ALONE in laws_of:
+        candidates = sorted(
+            selected(cell, laws_of[LOSS_ALONE], "chosen form").candidates, key=lambda c: c.predicted_loss
+        )
+        first = [candidate.ranks for candidate in candidates[:SWEPT]]
+        found.append(_swept(f"{LOSS_ALONE}, sweep of {SWEPT}", first, grid, prices, search))
     for rule, laws in laws_of.items():
         if len(laws.convergence) == len(SEARCHED):
             balances = [(c.imbalance, key(c.ranks)) for c in selected(cell, laws, "chosen form").candidates]

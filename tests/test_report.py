@@ -240,6 +240,22 @@ def test_a_torn_last_line_is_left_out_and_said(whole: Path, tmp_path: Path) -> N
         ("selection.json", {"p_best": 0.41}, "The laws do not settle this choice (P(best) 41%, 80% is wanted)"),
         (
             "selection.json",
+            {
+                "candidates": [
+                    {
+                        "ranks": {"vision": v, "llm": r, "projector": 8},
+                        "kept": True,
+                        "predicted_loss": loss,
+                        "parameters": 9,
+                    }
+                    for (v, r), loss in {(8, 32): 2.0, (16, 32): 2.09, (16, 64): 2.11}.items()
+                ],
+                "pick": {"vision": 8, "llm": 32, "projector": 8},
+            },
+            "1 other candidate is predicted within 5% of the pick's loss",
+        ),
+        (
+            "selection.json",
             {"pick": {"vision": 64, "llm": 4, "projector": 8}},
             "The picked vision rank 64 is the largest of its grid: larger ranks were not considered.",
         ),

@@ -18,6 +18,7 @@ CONDITIONS = {  # condition of evaluation.json -> its name on the page, in the o
 }
 SURE = 0.8  # P(best) below which the laws alone do not settle the pick
 EXTRAPOLATION = 4.0  # target D over largest probed D that deserves a warning
+CLOSE = 0.05  # final losses of one pair differ by about this share between seeds (docs/evidence.md)
 
 
 def build_report(run: RunRecord) -> dict[str, Any]:
@@ -95,7 +96,8 @@ def _choice_sentences(run: RunRecord) -> list[str]:
     if p_best is not None and balanced:
         sentences.append(
             f"In {percent(p_best, 0)} of the bootstrap refits this choice has the lowest predicted validation loss "
-            f"of {_field(selection, balanced)} at {count(target)} training samples."
+            f"of {_field(selection, balanced)} at {count(target)} training samples. Whether the law holds there is not in "
+            "that number."
         )
     picked = picked_candidate(run)
     steps = {m: t for m, t in (picked.get("convergence_steps") or {}).items() if t is not None and math.isfinite(t)}
@@ -157,6 +159,19 @@ def _selection_warnings(run: RunRecord) -> list[str]:
             f"The laws do not settle this choice (P(best) {percent(p_best, 0)}, {percent(SURE, 0)} is wanted): "
             "other balanced candidates may be as good. More probe seeds or the local sweep would tell."
         )
+    picked = picked_candidate(run).get("predicted_loss") or math.nan
+    others = [
+        candidate
+        for candidate in selection.get("candidates") or []
+        if candidate["ranks"] != pick and candidate.get("predicted_loss") is not None
+    ]
+    close = [other for other in others if other.get("kept") and other["predicted_loss"] <= picked * (1 + CLOSE)]
+    if close and selection.get("method") != "local_sweep":
+        warnings.append(
+            f"{count(len(close))} other {'candidate is' if len(close) == 1 else 'candidates are'} predicted within "
+            f"{percent(CLOSE, 0)} of the pick's loss, and final runs of one pair have differed by as much between "
+            "seeds: any of them may end better. `mars compare` tells."
+        )
     for module in searched_modules(run):
         grid = sorted({candidate["ranks"][module] for candidate in selection["candidates"]})
         if pick.get(module) in (grid[0], grid[-1]):
@@ -164,12 +179,7 @@ def _selection_warnings(run: RunRecord) -> list[str]:
             warnings.append(
                 f"The picked {module} rank {pick[module]} is the {end} of its grid: {beyond} ranks were not considered."
             )
-    picked = picked_candidate(run).get("predicted_loss")
-    better = [
-        candidate
-        for candidate in selection.get("candidates") or []
-        if picked is not None and not candidate.get("kept") and (candidate.get("predicted_loss") or math.inf) < picked
-    ]
+    better = [other for other in others if not other.get("kept") and other["predicted_loss"] < picked]
     if better:
         lowest = min(better, key=lambda candidate: candidate["predicted_loss"])
         warnings.append(
