@@ -96,8 +96,8 @@ def _choice_sentences(run: RunRecord) -> list[str]:
     if p_best is not None and balanced:
         sentences.append(
             f"In {percent(p_best, 0)} of the bootstrap refits this choice has the lowest predicted validation loss "
-            f"of {_field(selection, balanced)} at {count(target)} training samples. Whether the law holds there is not in "
-            "that number."
+            f"of {_field(selection, balanced)} at {count(target)} training samples. Whether the law "
+            "holds there is not in that number."
         )
     picked = picked_candidate(run)
     steps = {m: t for m, t in (picked.get("convergence_steps") or {}).items() if t is not None and math.isfinite(t)}
