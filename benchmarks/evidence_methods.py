@@ -134,7 +134,10 @@ def ours(cell: Cell, sampling: str, grid: Grid, prices: Prices) -> tuple[list[Me
     found = []
     for rule, laws in laws_of.items():
         search = prices.probes(probes, rule)
-        for form in ("chosen form", "power form", *(("paper",) if len(laws.convergence) == len(SEARCHED) else ())):
+        forms = ["chosen form"]
+        forms += ["power form"] if laws.performance is not laws.multiplicative else []
+        forms += ["paper"] if len(laws.convergence) == len(SEARCHED) else []
+        for form in forms:
             found.append(_picked(f"{rule}, {form}", selected(cell, laws, form), grid, prices, search))
         selection = selected(cell, laws, "chosen form")
         open_ = candidates_for_sweep(selection) if selection.needs_sweep() else [selection.pick]
