@@ -15,10 +15,11 @@ Runs of one pair differ between seeds, so the lowest of 25 losses is partly luck
 regret is of losses that are means over the seeds of a task.
 
 Compute is counted in final runs, the winner's own included. Final runs are only four times as long as a probe here, so
-that a whole grid of them can be paid for: a search that costs several of them costs little beside long ones. "sweep" is successive halving over the final runs' own curves. TPE is optuna's, with asynchronous successive
-halving, replayed on the recorded curves (mean of 20 replays); random search is the exact expectation. The definitions
-are in evidence_methods.py and evidence_claims.py, the lanes in evidence_runs.py. Methods are named by probes, rule and
-form of Law-P ("power form" where another was chosen); a rule that can't time both modules leaves the pick to the loss.
+that a whole grid of them can be paid for: a search that costs several of them costs little beside long ones. "sweep" is
+successive halving over the final runs' own curves. TPE is optuna's, with asynchronous successive halving, replayed on
+the recorded curves (mean of 20 replays); random search is the exact expectation. The definitions are in
+evidence_methods.py and evidence_claims.py, the lanes in evidence_runs.py. Methods are named by probes, rule and form of
+Law-P ("power form" where another was chosen); a rule that can't time both modules leaves the pick to the loss.
 
 figure = share of cells (task x seed) in which the regret of the default rule and form with the sweep, on nested probes,
 which every cell has, is at most 0.5 %.
