@@ -50,7 +50,7 @@ def picture(document: Mapping[str, Any]) -> str:
         upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.25)))
         for axes, task in zip(upper.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
             grid_panel(axes, task, [cell["grid"] for cell in cells if cell["task"] == task])
-        regret_panel(lower.subplots(), document["detail"]["tables"]["Methods, over all cells"])
+        regret_panel(lower.subplots(), document["detail"]["tables"]["Methods, over the cells that have them"])
         return to_svg(figure, "evidence")
 
 
