@@ -89,7 +89,7 @@ def regret_panel(axes: "Axes", methods: Sequence[Mapping[str, Any]]) -> None:
     plain_log_axis(axes, "x", [1, 2, 4, 8, 16])
     plain_log_axis(axes, "y", [0.5, 1, 2, 5, 10, 20, 50])
     axes.set(title="mean regret (dashed: 0.5 %)", xlabel="compute, final runs", ylabel="% above the best pair")
-    axes.legend(handles=handles, loc="center left")
+    axes.legend(handles=handles, loc=(0.01, 0.12))
 
 
 if __name__ == "__main__":
