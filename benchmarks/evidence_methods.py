@@ -18,12 +18,11 @@ from trials import RULES, records_by
 
 from mars_jax import lora, tpe
 from mars_jax.errors import NoValidResultError
-from mars_jax.flops import evaluation_flops
 from mars_jax.halving import halving_schedule, survivors
 from mars_jax.laws import Laws, fit_laws
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.splice import hybrids
-from mars_jax.programs import step_flops
+from mars_jax.programs import look_flops, step_flops
 from mars_jax.selection import Selection, candidates_for_sweep, select
 
 Document = dict[str, Any]
@@ -107,21 +106,10 @@ class Prices:
         return total
 
     def _price(self, ranks: Mapping[str, int], steps: float, looks: float, samples: int) -> float:
-        workspace = self._workspace
-        shapes, batch_size = workspace.shapes, workspace.config.probe.batch_size
-        cached = not ranks["vision"]
-        read = evaluation_flops(
-            workspace.model_config,
-            workspace.targets,
-            ranks,
-            batch_size=batch_size,
-            tokens=shapes.max_tokens,
-            tiles=shapes.max_tiles,
-            supervised=shapes.max_supervised,
-            cached_encoder=cached,
-        ).total
-        batches = workspace.look_batches(samples, batch_size)
-        return (steps * step_flops(workspace, ranks, cached_encoder=cached) + looks * batches * read) / self._final
+        workspace, cached = self._workspace, not ranks["vision"]
+        flops = steps * step_flops(workspace, ranks, cached_encoder=cached)
+        flops += looks * look_flops(workspace, ranks, samples, cached_encoder=cached)
+        return flops / self._final
 
 
 # Ours.

@@ -18,7 +18,7 @@ from jax.scipy.special import log_ndtr
 from numpy.typing import ArrayLike
 
 from mars_jax.errors import DataError, NoValidResultError
-from mars_jax.least_squares import in_blocks, levenberg_marquardt, pad_points
+from mars_jax.least_squares import device_column, in_blocks, levenberg_marquardt, pad_points
 
 NAMES = ("k", "gamma", "delta", "E")
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
@@ -154,11 +154,11 @@ def fit_convergence_law(
     rank_mean, samples_mean = log_rank.mean(), log_samples.mean()
     time_mean = np.log(time).mean()
     points = _Points(
-        x=_device(log_rank - rank_mean),
-        d=_device(log_samples - samples_mean),
-        y=_device(np.log(time) - time_mean),
-        weight=_device(weight / weight.mean()),
-        censored=_device(hidden) > 0,
+        x=device_column(log_rank - rank_mean),
+        d=device_column(log_samples - samples_mean),
+        y=device_column(np.log(time) - time_mean),
+        weight=device_column(weight / weight.mean()),
+        censored=device_column(hidden) > 0,
     )
     rows = pad_points(np.concatenate([np.ones((1, len(time))), resamples]).T, 0.0).T
     # E is at most the shortest measured time.
@@ -231,10 +231,6 @@ class _Points(NamedTuple):
     y: jax.Array
     weight: jax.Array
     censored: jax.Array
-
-
-def _device(column: np.ndarray) -> jax.Array:
-    return jnp.asarray(pad_points(column.astype(np.float32), 0.0))
 
 
 def _log_time(theta: jax.Array, points: _Points) -> jax.Array:

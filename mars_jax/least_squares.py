@@ -41,6 +41,11 @@ def pad_points(values: np.ndarray, fill: float, multiple: int = 32) -> np.ndarra
     return np.concatenate([values, np.full((padding, *values.shape[1:]), fill, values.dtype)])
 
 
+def device_column(column: np.ndarray) -> jax.Array:
+    """Points in float32 on the device, padded with zeros."""
+    return jnp.asarray(pad_points(column.astype(np.float32), 0.0))
+
+
 def levenberg_marquardt(
     residual: Callable[[jax.Array], jax.Array],
     theta: jax.Array,

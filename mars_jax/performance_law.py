@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from mars_jax.convergence_law import percentile_intervals
 from mars_jax.errors import NoValidResultError
-from mars_jax.least_squares import in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
+from mars_jax.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
 
 Form = Literal["power", "power_overfit"]
 
@@ -182,7 +182,7 @@ def fit_performance_law(
     # Below half of the median loss differences are no longer relative, and one such lane must not outweigh the rest.
     scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
     rows, resamples = (pad_points(counts.T, 0.0).T for counts in (rows, resamples))
-    points = _Points(*(_device(column) for column in (log_rank, log_samples, loss, 1.0 / scale)))
+    points = _Points(*(device_column(column) for column in (log_rank, log_samples, loss, 1.0 / scale)))
     bend = jnp.float32(_NO_BEND if huber is None else huber)
     starts = _starts(*_exponent_bounds(form, len(modules)))
 
@@ -324,10 +324,6 @@ class _Points(NamedTuple):
     log_samples: jax.Array
     losses: jax.Array
     inverse_scale: jax.Array
-
-
-def _device(column: np.ndarray) -> jax.Array:
-    return jnp.asarray(pad_points(column.astype(np.float32), 0.0))
 
 
 def _bent(errors: jax.Array, bend: jax.Array) -> jax.Array:

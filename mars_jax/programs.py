@@ -120,7 +120,7 @@ def step_flops(workspace: Workspace, ranks: Ranks, *, cached_encoder: bool = Fal
     ).total
 
 
-def look_flops(workspace: Workspace, ranks: Ranks, samples: int) -> float:
+def look_flops(workspace: Workspace, ranks: Ranks, samples: int, *, cached_encoder: bool = False) -> float:
     """Least FLOPs of a look of one lane at some validation samples."""
     shapes, batch_size = workspace.shapes, workspace.config.probe.batch_size
     batch = evaluation_flops(
@@ -131,6 +131,7 @@ def look_flops(workspace: Workspace, ranks: Ranks, samples: int) -> float:
         tokens=shapes.max_tokens,
         tiles=shapes.max_tiles,
         supervised=shapes.max_supervised,
+        cached_encoder=cached_encoder,
     )
     return workspace.look_batches(samples, batch_size) * batch.total
 
