@@ -15,14 +15,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of one file go to one worker, for what they compile and run once; so do all that share one run."""
-    for item in items:
-        shared = "killable_job" in vars(getattr(item, "module", None) or pytest)
-        item.add_marker(pytest.mark.xdist_group("killable_job" if shared else str(item.path)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_programs(tmp_path_factory):
     """Commands that run in this process keep their programs in a temporary folder, not in the user's own."""
