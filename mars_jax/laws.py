@@ -29,7 +29,8 @@ class Laws:
 
     Attributes:
       convergence: Law-C of each searched module (more than one rank among the lanes) whose times determine it.
-      untimed: each other one whose times the lanes tell -> why its Law-C is not determined, and what to add.
+      untimed: each other searched module -> why its Law-C is not determined, and what to add; empty where the lanes
+        tell no times at all.
       performance: Law-P in the form chosen to select with.
       multiplicative: Law-P in the paper's form; the same object when that form was chosen.
       diverged: lanes left out because they diverged.
@@ -131,8 +132,6 @@ def fit_laws(
         raise ConfigError(f"num_bootstraps is {num_bootstraps}; allowed: {_FEWEST_DRAWS} or more.")
     if not measuring_interval > 0:
         raise ConfigError(f"measuring_interval is {measuring_interval}; allowed: a share of t above 0, such as 0.05.")
-    if huber is not None and not huber > 0:
-        raise ConfigError(f"huber is {huber}; allowed: a relative error above 0, such as 0.02, or None.")
     for index, lane in enumerate(lanes):
         _check_record(index, lane)
     kept = [lane for lane in lanes if lane["status"] != "diverged"]
@@ -159,7 +158,8 @@ def fit_laws(
         )
 
     untimed = {}
-    timed = [module for module in searched if any(module in lane["convergence_steps"] for lane in kept)]
+    # Without a rule no lane tells a time, and none is missed.
+    timed = searched if any(lane["convergence_steps"] for lane in kept) else []
     for module in timed:
         time, censored = times[module]
         used = np.isfinite(time)

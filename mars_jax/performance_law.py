@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mars_jax.convergence_law import percentile_intervals
-from mars_jax.errors import NoValidResultError
+from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
 
 Form = Literal["power", "power_overfit"]
@@ -165,8 +165,11 @@ def fit_performance_law(
       The law.
 
     Raises:
+      ConfigError: `huber` is not above 0.
       NoValidResultError: the points do not determine the parameters; the message says what to add.
     """
+    if huber is not None and not huber > 0:
+        raise ConfigError(f"huber is {huber}; allowed: a relative error above 0, such as 0.02, or None.")
     modules = tuple(ranks)
     rank = np.stack([np.asarray(ranks[module], np.float64) for module in modules], axis=1)
     samples, loss = np.asarray(num_samples, np.float64), np.asarray(losses, np.float64)

@@ -9,7 +9,7 @@ from planted_laws import ALPHA, BETA, PLANTED_RANKS, planted_loss
 from scipy import optimize
 
 from mars_jax.convergence_law import ConvergenceLaw, fit_convergence_law, fit_data_exponent
-from mars_jax.errors import DataError, NoValidResultError
+from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.performance_law import choose_form, fit_performance_law
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -251,6 +251,13 @@ def test_one_lane_gone_wrong_does_not_decide_a_fit_with_hubers_loss(planted_poin
         misses.append(np.abs(alphas - [ALPHA["vision"], ALPHA["llm"], BETA]).max())
     assert misses[0] > 0.02
     assert misses[1] < 0.1 * misses[0]
+
+
+@pytest.mark.parametrize("huber", [0.0, -0.1, float("nan")])
+def test_an_error_that_is_never_small_is_refused(planted_points, huber):
+    ranks, samples = planted_points
+    with pytest.raises(ConfigError, match=r"huber is .*; allowed: a relative error above 0"):
+        fit_performance_law("power", ranks, samples, np.ones(len(samples)), huber=huber)
 
 
 def test_hubers_loss_of_small_errors_is_least_squares(planted_points):

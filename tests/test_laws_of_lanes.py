@@ -165,6 +165,15 @@ def test_lanes_that_never_converge_still_give_law_p_and_a_pick_by_loss_that_says
         select(found, grids, 4096, method="paper", parameters_per_rank=parameters)
 
 
+def test_a_module_whose_times_no_lane_tells_is_missed_where_anothers_are_told(lanes):
+    def silent(record):
+        return {**record, "convergence_steps": {m: t for m, t in record["convergence_steps"].items() if m == "llm"}}
+
+    found = fit_laws([silent(record) for record in lanes], key=jax.random.key(0), num_bootstraps=20)
+    assert set(found.convergence) == {"llm"}
+    assert "Law-C of module 'vision'" in found.untimed["vision"]
+
+
 def test_lanes_that_tell_no_times_are_picked_among_by_loss_without_an_apology(lanes):
     joint = [{**record, "convergence_steps": {}, "censored": {}} for record in lanes if all(record["ranks"].values())]
     found = fit_laws(joint, key=jax.random.key(0), num_bootstraps=20)
