@@ -25,13 +25,13 @@ from results import write_result
 
 from mars_jax import lora
 from mars_jax.config_schema import DEFAULT_MODULES
-from mars_jax.data.images import Geometry, image_tokens
+from mars_jax.data.anyres import Geometry, image_tokens
 from mars_jax.flops import lane_step_flops
 from mars_jax.hub.adapter import write_adapter
+from mars_jax.hub.families import parameters
 from mars_jax.hub.read import read_config
-from mars_jax.hub.tables import parameters
 from mars_jax.models.configs import LlavaOnevisionConfig, TextConfig, VisionConfig
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.families import build_model
 from mars_jax.probe.engine import mean_loss
 
 DEMO_BASE = Path(__file__).parents[1] / "demo" / "base"
@@ -126,7 +126,9 @@ def large() -> Case:
 def demo() -> Case:
     """The demo's base and data at its largest ranks (configs/demo.yaml)."""
     ranks = {"vision": 32, "projector": 8, "llm": 32}
-    return Case(read_config(DEMO_BASE), ranks, batch_size=16, tokens=43, tiles=2, supervised=2)
+    config = read_config(DEMO_BASE)
+    assert isinstance(config, LlavaOnevisionConfig)
+    return Case(config, ranks, batch_size=16, tokens=43, tiles=2, supervised=2)
 
 
 def compile_step(
@@ -140,7 +142,7 @@ def compile_step(
         lanes: K lanes in one vmapped program, each with its own batch; None for one lane without vmap.
         options: options of the compiler.
     """
-    model, base = LlavaOnevision(case.config), case.base
+    model, base = build_model(case.config), case.base
 
     def loss(trainable: Any, scales: Any, base: Any, batch: Any) -> Array:
         return mean_loss(model, base, lora.join_trainable(trainable, scales), batch)

@@ -29,10 +29,11 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from mars_jax import lora
 from mars_jax.config_schema import OptimizerConfig
-from mars_jax.data.images import NEWLINE, Geometry, image_tokens
+from mars_jax.data.anyres import Geometry, image_tokens
+from mars_jax.data.pictures import NEWLINE
 from mars_jax.data.template import load_tokenizer
-from mars_jax.hub import tables
 from mars_jax.hub.adapter import write_adapter
+from mars_jax.hub.llava_onevision import FAMILY
 from mars_jax.hub.read import read_config
 
 Head = Literal["all", "supervised"]
@@ -207,7 +208,7 @@ class PeftGrid:
         """AdamW with one group a module; `step` scales the rates."""
         groups: dict[str, list[torch.Tensor]] = {}
         for name, parameter in parameters.items():
-            groups.setdefault(_MODULES[tables.hub_key(name).split(".")[0]], []).append(parameter)
+            groups.setdefault(_MODULES[FAMILY.hub_key(name).split(".")[0]], []).append(parameter)
         settings = self.optimizer
         return torch.optim.AdamW(
             [{"params": group, "rate": learning_rates[module]} for module, group in groups.items()],

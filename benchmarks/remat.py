@@ -21,7 +21,7 @@ from results import require_quiet, write_result
 
 from mars_jax import lora
 from mars_jax.memory import activation_bytes
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.families import build_model
 from mars_jax.probe.engine import mean_loss
 
 POLICIES = ("none", "attention", "full")
@@ -30,7 +30,7 @@ REPEATS = 30
 
 def gradient(case: b3.Case, remat: str) -> jax.stages.Compiled:
     """Compiles loss and gradients of a case under a policy."""
-    loss = partial(mean_loss, LlavaOnevision(case.config, remat))
+    loss = partial(mean_loss, build_model(case.config, remat))
     adapters = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), case.targets, case.ranks))
     return jax.jit(jax.grad(loss, argnums=1)).lower(case.base, adapters, case.batch).compile()
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 # The linears of LLaVA-OneVision that LoRA adapts when the config doesn't say.
 DEFAULT_MODULES: Mapping[str, Mapping[str, Sequence[str | int]]] = {
     "vision": {
-        "targets": ["vision/layers/self_attn/(q|k|v|out)_proj", "vision/layers/mlp/fc[12]"],
+        "targets": ["vision/layers/(self_attn|mlp)/.*"],
         "ranks": [4, 8, 16, 32, 64],
     },
     "projector": {"targets": ["projector/linear_[12]"], "ranks": [16]},
@@ -72,6 +72,9 @@ class DataConfig(_Section):
     validation_fraction: Share = Field(default=0.1, description="share split off when validation is null")
     test_fraction: Share = Field(default=0.1, description="share split off when test is null")
     max_tokens: Count | None = Field(default=None, description="longer samples are dropped, by name; null: none")
+    max_pixels: Count | None = Field(
+        default=None, description="larger pictures are scaled down (Qwen2.5-VL); null: what the processor's file says"
+    )
 
     @model_validator(mode="after")
     def _check_split(self) -> "DataConfig":

@@ -118,7 +118,7 @@ class Evaluator:
         self._controls, self._rows = controls, rows
         self.candidates = tuple(candidates)
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
-        if controls and len({record.group for record in records if record.images}) > 1:
+        if controls and len({digest for record in records for digest in record.digests}) > 1:
             self._views["shuffled"] = shuffle_images(records, seed)
         tokenizer = preprocessor.tokenizer
         self._answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in self.candidates]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mars_jax.hub.tables import parameters
+from mars_jax.hub.families import parameters
 from mars_jax.lora import Targets
-from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.configs import ModelConfig, QwenVisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Flops:
 
 
 def lane_step_flops(
-    config: LlavaOnevisionConfig,
+    config: ModelConfig,
     targets: Targets,
     ranks: Mapping[str, int],
     *,
@@ -62,7 +62,7 @@ def lane_step_flops(
         ranks: module -> rank; give the padded ranks for what a bucket really computes. 0 freezes a module.
         batch_size: B, samples.
         tokens: T, a sample.
-        tiles: N, a sample.
+        tiles: N, a sample; windows where the encoder has window attention.
         supervised: S, positions of a sample that need logits.
         cached_encoder: whether features of the vision encoder are read instead of computed.
 
@@ -74,7 +74,7 @@ def lane_step_flops(
 
 
 def evaluation_flops(
-    config: LlavaOnevisionConfig,
+    config: ModelConfig,
     targets: Targets,
     ranks: Mapping[str, int],
     *,
@@ -89,10 +89,11 @@ def evaluation_flops(
     return walk.model(tokens, tiles, supervised, cached_encoder)
 
 
-# What differs between the layers of the two transformers: the linears on both sides of attention and of the MLP.
-_LAYERS: dict[str, dict[str, Any]] = {
-    "vision": {"output": "out_proj", "up": ("fc1",), "down": "fc2"},
-    "llm": {"output": "o_proj", "up": ("gate_proj", "up_proj"), "down": "down_proj"},
+# What differs between the layers of transformers: the linears on both sides of attention and of the MLP.
+_GATED = {"output": "o_proj", "up": ("gate_proj", "up_proj"), "down": "down_proj"}
+_LAYERS: dict[str, dict[str, dict[str, Any]]] = {
+    "llava_onevision": {"vision": {"output": "out_proj", "up": ("fc1",), "down": "fc2"}, "llm": _GATED},
+    "qwen2_5_vl": {"vision": _GATED | {"output": "proj"}, "llm": _GATED},
 }
 
 
@@ -103,7 +104,7 @@ class _Walk:
     """
 
     def __init__(
-        self, config: LlavaOnevisionConfig, targets: Targets, ranks: Mapping[str, int], batch_size: int, trains: bool
+        self, config: ModelConfig, targets: Targets, ranks: Mapping[str, int], batch_size: int, trains: bool
     ) -> None:
         self.config, self.batch_size, self.trains = config, batch_size, trains
         weights = [p for p in parameters(config) if p.path.endswith(("/kernel", "/embedding"))]
@@ -116,7 +117,7 @@ class _Walk:
 
     def model(self, tokens: int, tiles: int, supervised: int, cached_encoder: bool) -> Flops:
         """The whole model; sizes are those of one sample."""
-        config, patches = self.config, self.config.vision.num_patches
+        config, vision, patches = self.config, self.config.vision, self.config.vision.num_patches
         if cached_encoder:
             adapted = [path for path, rank in self.ranks.items() if path.startswith("vision/") and rank]
             if adapted:
@@ -124,10 +125,13 @@ class _Walk:
             moves = False
         else:
             moves = self.linear("encoder", "vision/patch_embed", tiles * patches, False)
-            for _ in range(config.num_vision_layers_used):
-                moves = self.layer("encoder", "vision", tiles, patches, moves, patches)
+            for number in range(config.num_vision_layers_used):
+                whole = isinstance(vision, QwenVisionConfig) and number in vision.full_attention_layers
+                sequences, length = (1, tiles * patches) if whole else (tiles, patches)
+                moves = self.layer("encoder", "vision", sequences, length, moves, length)
+        group = vision.merge_size**2 if isinstance(vision, QwenVisionConfig) else 1
         for path in ("projector/linear_1", "projector/linear_2"):
-            moves = self.linear("projector", path, tiles * patches, moves)
+            moves = self.linear("projector", path, tiles * patches // group, moves)
         for left in reversed(range(config.text.num_layers)):
             # Of the last layer only the supervised positions are asked for.
             moves = self.layer("llm", "llm", 1, tokens, moves, tokens if left else supervised)
@@ -140,9 +144,12 @@ class _Walk:
 
         Returns whether its output moves.
         """
-        rows, prefix, names = sequences * asked, f"{module}/layers", _LAYERS[module]
-        query = self.linear(part, f"{prefix}/self_attn/q_proj", rows, moves)
-        key, value = (self.linear(part, f"{prefix}/self_attn/{x}_proj", sequences * length, moves) for x in "kv")
+        rows, prefix, names = sequences * asked, f"{module}/layers", _LAYERS[self.config.family][module]
+        if f"{prefix}/self_attn/qkv" in self.shapes:
+            query = key = value = self.linear(part, f"{prefix}/self_attn/qkv", rows, moves)
+        else:
+            query = self.linear(part, f"{prefix}/self_attn/q_proj", rows, moves)
+            key, value = (self.linear(part, f"{prefix}/self_attn/{x}_proj", sequences * length, moves) for x in "kv")
         output = f"{prefix}/self_attn/{names['output']}"
         # Two products forward; backward one each for queries, keys, values and attention weights, where they move.
         products = 2 + self.trains * (query + key + value + (query or key))

@@ -5,7 +5,7 @@ Estimates for planning, compared with a compiler's own plan in `benchmarks/remat
 
 from collections.abc import Mapping
 
-from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.configs import ModelConfig, QwenVisionConfig
 from mars_jax.models.layers import SCAN_UNROLL
 
 # What XLA plans for over what the layers' outputs take: 2.3 at LLaVA-OneVision-0.5B's shapes (benchmarks/remat.py).
@@ -18,7 +18,7 @@ def lane_state_bytes(parameters: int, looks_per_doubling: int) -> int:
 
 
 def activation_bytes(
-    config: LlavaOnevisionConfig,
+    config: ModelConfig,
     ranks: Mapping[str, int],
     *,
     batch_size: int,
@@ -34,12 +34,16 @@ def activation_bytes(
         ranks: module -> rank.
         batch_size: B, samples.
         tokens: T, a sample.
-        tiles: N, a sample.
+        tiles: N, a sample; windows where the encoder has window attention.
         remat: see `models.layers.rematerialised`.
         itemsize: bytes of an activation.
     """
     vision, text = config.vision, config.text
-    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1, vision.num_heads * vision.num_patches)
+    windowed = isinstance(vision, QwenVisionConfig)
+    seen: float = vision.num_patches
+    if isinstance(vision, QwenVisionConfig):  # the mean over layers with full and with window attention
+        seen *= 1 + (tiles - 1) * len(vision.full_attention_layers) / vision.num_layers
+    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + windowed, int(vision.num_heads * seen))
     decoder = _layer(text.hidden_size, text.intermediate_size, 2, text.num_heads * tokens)
     rows = {"vision": tiles * vision.num_patches, "llm": tokens}
     layers = {"vision": config.num_vision_layers_used, "llm": text.num_layers}

@@ -29,8 +29,8 @@ _BATCH_AXES = ("data", "fsdp")
 # communicates once (Shoeybi et al., arXiv 1909.08053); `fsdp` splits the other side. The embedding's rows are looked
 # up, so both axes split its columns. (With rows over `tensor` and columns over `fsdp`, the XLA of jaxlib 0.10.1 ends
 # the process where the mesh has a lane axis too: a failed check in spmd_partitioner_util.cc.)
-_COLUMN = r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|linear_1)"
-_ROW = r".*/(o_proj|out_proj|down_proj|fc2|linear_2)"
+_COLUMN = r".*/(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|linear_1)"
+_ROW = r".*/(o_proj|out_proj|proj|down_proj|fc2|linear_2)"
 _Axis = str | tuple[str, ...] | None
 _RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
     (rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
@@ -41,7 +41,7 @@ _RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
     (r"llm/lm_head/kernel", ("fsdp", "tensor")),
     (r"vision/(patch_embed/kernel|position_embed)", (None, None)),
     (r"vision/patch_embed/bias|image_newline", (None,)),
-    (r".*/(layer_norm1|layer_norm2|input_layernorm|post_attention_layernorm|norm)/(scale|bias)", (None,)),
+    (r".*/(layer_norm1|layer_norm2|norm1|norm2|input_layernorm|post_attention_layernorm|norm)/(scale|bias)", (None,)),
 )
 _LAYERS = "/layers/"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mars_jax.data.examples import ExampleSource, plan_shapes
-from mars_jax.data.images import image_size
+from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
+from mars_jax.data.images import load_rgb
 from mars_jax.data.records import Record
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import verify_adapter, verify_merged
@@ -24,7 +24,7 @@ def verify_run(workspace: Workspace, adapters: Any, directory: RunDirectory, mer
     records = workspace.test_records[:_RECORDS]
     source = ExampleSource(records, workspace.preprocessor, plan_shapes(records, workspace.preprocessor, 2**31).shapes)
     batch = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
-    inputs = _torch_inputs(records, batch, workspace.preprocessor.tokenizer.pad_token_id)
+    inputs = _torch_inputs(records, batch, workspace.preprocessor)
     checkpoint = workspace.config.model.checkpoint
 
     def logits(base: Any, lora_tree: Any) -> np.ndarray:
@@ -42,17 +42,16 @@ def verify_run(workspace: Workspace, adapters: Any, directory: RunDirectory, mer
 
 
 def _torch_inputs(
-    records: Sequence[Record], batch: Mapping[str, np.ndarray], pad_token_id: int
+    records: Sequence[Record], batch: Mapping[str, np.ndarray], preprocessor: Preprocessor
 ) -> dict[str, np.ndarray]:
     """The same records as inputs of the Hugging Face model."""
     tokens = batch["tokens"]
-    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != pad_token_id, axis=1)
+    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != preprocessor.tokenizer.pad_token_id, axis=1)
     inputs = {
         "input_ids": tokens.astype(np.int64),
         "attention_mask": (np.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(np.int64),
     }
-    pictured = [i for i, record in enumerate(records) if record.images]
-    if pictured:
-        inputs["pixel_values"] = batch["pixels"][pictured]
-        inputs["image_sizes"] = np.asarray([image_size(records[i].images[0]) for i in pictured])
-    return inputs
+    if "positions" in batch:
+        inputs["position_ids"] = batch["positions"].transpose(2, 0, 1).astype(np.int64)
+    images = [[load_rgb(path) for path in record.images] for record in records if record.images]
+    return inputs | preprocessor.pictures.torch_inputs(images) if images else inputs

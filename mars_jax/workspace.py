@@ -21,14 +21,16 @@ from mars_jax.config import Config
 from mars_jax.data.batches import Batch, eval_batches, nested_stream, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, ShapePlan, Shapes, load_preprocessor, plan_shapes
 from mars_jax.data.features import FeatureSource
+from mars_jax.data.pictures import ENCODER_INPUTS
 from mars_jax.data.records import Record, load_records
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.devices import device_memory_bytes, devices_to_use, single_lane_mesh
 from mars_jax.errors import ConfigError
-from mars_jax.hub import tables
+from mars_jax.hub.families import parameters
 from mars_jax.hub.read import open_safetensors, read_checkpoint, read_config, weight_files
 from mars_jax.memory import activation_bytes, lane_state_bytes
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.families import build_model
+from mars_jax.models.multimodal import Multimodal
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
 from mars_jax.progress import Reporter
@@ -58,8 +60,8 @@ class Workspace:
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
-        """Tokenizer, image processor and geometry of the checkpoint."""
-        return load_preprocessor(self.config.model.checkpoint)
+        """Tokenizer and pictures of the checkpoint."""
+        return load_preprocessor(self.config.model.checkpoint, self.config.data.max_pixels)
 
     @cached_property
     def _splits(self) -> Splits:
@@ -130,7 +132,7 @@ class Workspace:
         shapes = self.shapes
         return {
             **{name: len(plan.kept) for name, plan in plans.items()},
-            "images": {name: len({r.group for r in plan.kept if r.images}) for name, plan in plans.items()},
+            "images": {name: len({d for r in plan.kept for d in r.digests}) for name, plan in plans.items()},
             "dropped": dropped,
             "shapes": {
                 name: getattr(shapes, name) for name in ("max_tokens", "max_tiles", "max_supervised", "corners")
@@ -149,9 +151,9 @@ class Workspace:
         return read_config(self.config.model.checkpoint)
 
     @cached_property
-    def model(self) -> LlavaOnevision:
+    def model(self) -> Multimodal:
         """The Linen module."""
-        return LlavaOnevision(self.model_config, self.remat)
+        return build_model(self.model_config, self.remat)
 
     @cached_property
     def remat(self) -> str:
@@ -217,8 +219,8 @@ class Workspace:
     @cached_property
     def base(self) -> Any:
         """Frozen parameters on the devices."""
-        parameters = read_checkpoint(self.config.model.checkpoint, self.config.model.dtype)[1]
-        return place(parameters, base_shardings(self.abstract_base, self.mesh))
+        loaded = read_checkpoint(self.config.model.checkpoint, self.config.model.dtype)[1]
+        return place(loaded, base_shardings(self.abstract_base, self.mesh))
 
     def base_on(self, mesh: Mesh) -> Any:
         """Frozen parameters as an engine on this mesh takes them."""
@@ -228,8 +230,8 @@ class Workspace:
     def abstract_base(self) -> Any:
         """Shapes of the parameters, from the config alone."""
         dtype = jnp.dtype(self.config.model.dtype)
-        parameters = tables.parameters(self.model_config)
-        return lora.unflatten({p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters})
+        base = parameters(self.model_config)
+        return lora.unflatten({p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in base})
 
     @property
     def base_bytes(self) -> int:
@@ -316,10 +318,10 @@ class Workspace:
 
     @cached_property
     def _encode(self) -> Callable[[Any], Any]:
-        apply = jax.jit(lambda base, pixels: self.model.apply({"params": base}, pixels, method="encode"))
+        apply = jax.jit(lambda base, batch: self.model.apply({"params": base}, batch, method="encode"))
         dtype = jnp.dtype(self.config.model.dtype)
         base = self.base_on(self.single_lane_mesh)
-        return lambda pixels: jax.device_get(apply(base, pixels.astype(dtype)))
+        return lambda inputs: jax.device_get(apply(base, {**inputs, "pixels": inputs["pixels"].astype(dtype)}))
 
     @cached_property
     def _feature_source(self) -> FeatureSource:
@@ -341,7 +343,7 @@ class Workspace:
             batches += [batch for batch, _ in eval_batches(source, batch_size)]
         if cached_encoder:
             for batch in batches:
-                batch["features"] = self._encode(batch.pop("pixels"))
+                batch["features"] = self._encode({name: batch.pop(name) for name in ENCODER_INPUTS if name in batch})
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     def look_batches(self, samples: int, batch_size: int) -> int:

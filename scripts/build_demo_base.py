@@ -29,7 +29,8 @@ from mars_jax.data.records import Record, Turn
 from mars_jax.evaluate import Evaluator, candidate_answers
 from mars_jax.hub.read import read_config
 from mars_jax.hub.write import write_checkpoint
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.families import build_model
+from mars_jax.models.multimodal import Multimodal
 from mars_jax.probe.loop import warmup_multipliers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
@@ -109,6 +110,7 @@ def as_records(questions: list[Question]) -> list[Record]:
             turns=(Turn("user", f"<image>{question.text}"), Turn("assistant", question.answer)),
             source="easy-vqa",
             group=str(question.picture),
+            digests=(str(question.picture),),
         )
         for number, question in enumerate(questions)
     ]
@@ -150,13 +152,13 @@ def batches(source: ExampleSource, args: argparse.Namespace) -> Iterator[dict[st
         step += 1
 
 
-def full_loss(model: LlavaOnevision, params: Any, batch: Any) -> jax.Array:
+def full_loss(model: Multimodal, params: Any, batch: Any) -> jax.Array:
     """Mean cross-entropy over the supervised tokens, with a gradient for every parameter, the head too."""
     losses = optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, batch), batch["targets"])
     return (losses * batch["target_weights"]).sum() / batch["target_weights"].sum()
 
 
-def pretrain(model: LlavaOnevision, source: ExampleSource, args: argparse.Namespace) -> Any:
+def pretrain(model: Multimodal, source: ExampleSource, args: argparse.Namespace) -> Any:
     """Trains every parameter; returns them."""
     stream = batches(source, args)
     params = model.init(jax.random.key(args.seed), next(stream))["params"]
@@ -185,7 +187,7 @@ def pretrain(model: LlavaOnevision, source: ExampleSource, args: argparse.Namesp
     return jax.device_get(params)
 
 
-def score(model: LlavaOnevision, params: Any, preprocessor: Preprocessor, args: argparse.Namespace) -> dict[str, Any]:
+def score(model: Multimodal, params: Any, preprocessor: Preprocessor, args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy on the whole published test split, image-blind and with shuffled pictures too."""
     records = as_records(load("test"))
     candidates = candidate_answers(records, most=64)
@@ -277,7 +279,7 @@ def main() -> None:
     (args.out / "config.json").write_text(hf_config.to_json_string(), encoding="utf-8")
 
     preprocessor = load_preprocessor(args.out)
-    model = LlavaOnevision(read_config(args.out))
+    model = build_model(read_config(args.out))
     records = as_records(questions)
     source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, max_tokens=256).shapes)
     start = time.monotonic()

@@ -11,9 +11,10 @@ import pytest
 import tiny_data
 from tiny_data import IMAGE_TOKEN_ID, save_picture
 
+from mars_jax.data.anyres import AnyresPictures, image_tokens
 from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, Shapes, load_preprocessor, plan_shapes
-from mars_jax.data.images import image_pixels, image_tokens, load_rgb
+from mars_jax.data.images import load_rgb
 from mars_jax.data.records import Record, Turn
 from mars_jax.errors import ConfigError, DataError
 
@@ -33,8 +34,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def record(number: int, picture: Path | None, answer: str = "a red square") -> Record:
     question = "what shape?" if picture is None else "<image>\nwhat shape?"
-    images, group = ((), f"text:{number}") if picture is None else ((picture,), f"image:{picture.name}")
-    return Record(str(number), images, (Turn("user", question), Turn("assistant", answer)), f"item {number}", group)
+    turns = (Turn("user", question), Turn("assistant", answer))
+    images, digests = ((), ()) if picture is None else ((picture,), (picture.name,))
+    group = f"image:{digests[0]}" if digests else f"text:{number}"
+    return Record(str(number), images, turns, f"item {number}", group, digests)
 
 
 @pytest.fixture
@@ -81,10 +84,11 @@ def test_example_follows_the_batch_contract(
         np.testing.assert_array_equal(example["image_index"][:, 0] >= 0, is_image)
         np.testing.assert_array_equal(example["image_weight"][:, 0], is_image)
         if one.images:
-            own = image_tokens(*SIZES[number % 4], preprocessor.geometry)
-            expected = np.where(own.index == -1, tiles * preprocessor.geometry.num_patches, own.index)
+            assert isinstance(preprocessor.pictures, AnyresPictures)
+            own = image_tokens(*SIZES[number % 4], preprocessor.pictures.geometry)
+            expected = np.where(own.index == -1, tiles * preprocessor.pictures.rows_per_tile, own.index)
             np.testing.assert_array_equal(example["image_index"][is_image], expected)
-            pixels = image_pixels(load_rgb(one.images[0]), preprocessor.image_processor)
+            pixels = preprocessor.pictures.tiles([load_rgb(one.images[0])])["pixels"]
             np.testing.assert_array_equal(example["pixels"][: len(pixels)], pixels)
             assert not example["pixels"][len(pixels) :].any()
         else:
@@ -252,10 +256,26 @@ def test_shuffled_pictures_are_always_others(records: list[Record], seed: int) -
     shuffled = shuffle_images(records, seed)
     for before, after in zip(records, shuffled, strict=True):
         assert (after.id, after.turns) == (before.id, before.turns)
-        assert (after.group != before.group) == bool(before.images)
+        assert (after.digests != before.digests) == bool(before.images)
         assert bool(after.images) == bool(before.images)
-    assert {r.group for r in shuffled} == {r.group for r in records}
+    assert {r.digests for r in shuffled} == {r.digests for r in records}
     assert shuffled == shuffle_images(list(records), seed)
+
+
+def test_a_limit_of_pixels_is_refused_where_pictures_are_tiled(tmp_path: Path) -> None:
+    folder = tiny_data.checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"max_pixels is 99, but .*config.json is of llava_onevision, which cuts"):
+        load_preprocessor(folder, max_pixels=99)
+
+
+def test_every_one_of_several_pictures_is_swapped(pictures: list[Path]) -> None:
+    digests = ("a", "b", "c")
+    both = [
+        replace(record(n, pictures[n]), images=(pictures[n], pictures[2]), digests=(digests[n], "c")) for n in (0, 1)
+    ]
+    for before, after in zip(both, shuffle_images(both, 0), strict=True):
+        assert all(old != new for old, new in zip(before.digests, after.digests, strict=True))
+        assert after.images == tuple(pictures[digests.index(digest)] for digest in after.digests)
 
 
 def test_shuffled_pictures_need_two(pictures: list[Path]) -> None:

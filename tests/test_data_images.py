@@ -9,23 +9,15 @@ import tiny_data
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tiny_data import GEOMETRY, save_picture
 from transformers import LlavaOnevisionConfig
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from mars_jax.data.images import (
-    NEWLINE,
-    Geometry,
-    ImageTokens,
-    image_pixels,
-    image_size,
-    image_tokens,
-    load_image_processor,
-    load_rgb,
-)
+from mars_jax.data.anyres import Geometry, image_tokens, load_anyres_pictures
+from mars_jax.data.images import load_rgb
+from mars_jax.data.pictures import NEWLINE, ImageTokens
 from mars_jax.errors import ConfigError, DataError
 
 REAL = Geometry(384, 14, tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)), 9)
@@ -151,15 +143,15 @@ def test_geometry_errors(change: dict[str, object], text: str) -> None:
 
 def test_processor_is_checked_against_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has neither preprocessor_config.json nor processor_config.json"):
-        load_image_processor(tmp_path, GEOMETRY)
+        load_anyres_pictures(tmp_path, GEOMETRY)
     folder = tiny_data.checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"has image_grid_pinpoints = .* but config.json says \(\(28, 28\),\)"):
-        load_image_processor(folder, Geometry(28, 14, ((28, 28),), 9))
+        load_anyres_pictures(folder, Geometry(28, 14, ((28, 28),), 9))
     with pytest.raises(ConfigError, match=r"has size = \(28, 28\), but config.json says \(14, 14\)"):
-        load_image_processor(folder, Geometry(14, 14, GEOMETRY.image_grid_pinpoints, 9))
+        load_anyres_pictures(folder, Geometry(14, 14, GEOMETRY.image_grid_pinpoints, 9))
     (folder / "preprocessor_config.json").write_text("{")
     with pytest.raises(ConfigError, match="the image processor's configuration cannot be read"):
-        load_image_processor(folder, GEOMETRY)
+        load_anyres_pictures(folder, GEOMETRY)
 
 
 def test_processor_nested_in_processor_config(tmp_path: Path) -> None:
@@ -167,67 +159,15 @@ def test_processor_nested_in_processor_config(tmp_path: Path) -> None:
     values = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
-    assert load_image_processor(folder, GEOMETRY).image_grid_pinpoints == tiny_data.PINPOINTS
+    assert load_anyres_pictures(folder, GEOMETRY).geometry == GEOMETRY
 
 
 def test_pixels_are_the_thumbnail_and_the_tiles(tmp_path: Path) -> None:
-    processor = load_image_processor(tiny_data.checkpoint(tmp_path), GEOMETRY)
+    pictures = load_anyres_pictures(tiny_data.checkpoint(tmp_path), GEOMETRY)
     image = load_rgb(save_picture(tmp_path / "a.png", 56, 56))
-    pixels = image_pixels(image, processor)
+    pixels = pictures.tiles([image])["pixels"]
     assert (pixels.shape, pixels.dtype) == ((5, 3, 28, 28), np.float32)
     assert image_tokens(56, 56, GEOMETRY).num_tiles == 5
+    processor = LlavaOnevisionImageProcessorPil()
     raw = (np.asarray(image, np.float32) / 255 - processor.image_mean) / processor.image_std
     np.testing.assert_allclose(pixels[2], raw[:28, 28:].transpose(2, 0, 1), atol=1e-5)  # top right
-
-
-RED = (200, 30, 40)
-
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
-    red = Image.new("RGB", (6, 4), RED)
-    clear = Image.new("RGBA", (6, 4), (*RED, 0))
-    palette = red.quantize(2)
-    pictures = {
-        "rgb.png": (red, RED),
-        "grey.png": (Image.new("L", (6, 4), 77), (77, 77, 77)),
-        "grey_alpha.png": (Image.new("LA", (6, 4), (77, 0)), (255, 255, 255)),
-        "bits.png": (Image.new("1", (6, 4), 1), (255, 255, 255)),
-        "palette.png": (palette, RED),
-        "rgba.png": (Image.new("RGBA", (6, 4), (*RED, 255)), RED),
-        "clear.png": (clear, (255, 255, 255)),
-        "cmyk.jpg": (Image.new("CMYK", (6, 4), (0, 255, 255, 0)), (255, 0, 0)),
-        "grey16.png": (Image.fromarray(np.full((4, 6), 0x8080, np.uint16)), (128, 128, 128)),
-        "grey32.tiff": (Image.fromarray(np.full((4, 6), 65535, np.int32)), (255, 255, 255)),
-    }
-    for name, (picture, expected) in pictures.items():
-        picture.save(tmp_path / name)
-        rgb = load_rgb(tmp_path / name)
-        assert (rgb.mode, rgb.size, image_size(tmp_path / name)) == ("RGB", (6, 4), (4, 6)), name
-        np.testing.assert_allclose(np.asarray(rgb).reshape(-1, 3), [expected] * 24, atol=3, err_msg=name)
-
-
-def test_transparent_palette_is_laid_on_white(tmp_path: Path) -> None:
-    palette = Image.new("RGB", (6, 4), RED).quantize(2)
-    for transparency in (palette.getpixel((0, 0)), bytes(256)):
-        palette.save(tmp_path / "a.png", transparency=transparency)
-        assert load_rgb(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(tmp_path: Path, orientation: int, suffix: str) -> None:
-    picture = Image.new("L", (16, 8), 0)
-    picture.paste(255, (0, 0, 8, 8))  # stored: white on the left
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"a.{suffix}"
-    picture.save(path, exif=exif)
-    upright = load_rgb(path)
-    assert image_size(path) == (upright.height, upright.width)
-    white_edge = {1: "left", 2: "right", 3: "right", 4: "left", 5: "top", 6: "top", 7: "bottom", 8: "bottom"}[
-        orientation
-    ]
-    height, width = image_size(path)
-    places = {"left": (1, height // 2), "right": (width - 2, height // 2)}
-    places |= {"top": (width // 2, 1), "bottom": (width // 2, height - 2)}
-    assert upright.getpixel(places[white_edge])[0] > 200

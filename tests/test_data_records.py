@@ -91,7 +91,7 @@ def test_copies_of_a_picture_are_one_group(tmp_path: Path, pictures: Path) -> No
         ),
         (
             {"image": ["a.png", "sub/b.jpg"], "conversations": [LOOK, GPT]},
-            "2 images; this version supports one image in a record",
+            "1 <image> in the user turns but 2 images. Write <image> once",
         ),
         ({"image": "/etc/a.png", "conversations": [LOOK, GPT]}, "image '/etc/a.png' points outside the image folder"),
         ({"image": "C:\\a.png", "conversations": [LOOK, GPT]}, "points outside the image folder"),
@@ -182,3 +182,20 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load_records(tmp_path / "absent.json", tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         load_records(tmp_path, tmp_path)
+
+
+def test_records_that_share_a_picture_through_others_are_one_group(tmp_path: Path, pictures: Path) -> None:
+    images = [["a.png", "sub/b.jpg"], ["sub/b.jpg", "grey.png"], ["grey.png"], ["other.png"]]
+    for number, name in enumerate(("grey.png", "other.png")):
+        save_picture(pictures / name, seed=7 + number)
+    items = [
+        {"id": str(i), "image": names, "conversations": [{"from": "human", "value": "<image>" * len(names)}, GPT]}
+        for i, names in enumerate(images)
+    ]
+    path = tmp_path / "several.json"
+    path.write_text(json.dumps(items))
+    *tied, alone = load_records(path, pictures)
+    assert len({record.group for record in tied}) == 1
+    assert alone.group not in {record.group for record in tied}
+    assert tied[0].group == f"image:{min(digest for record in tied for digest in record.digests)}"
+    assert [len(record.digests) for record in (*tied, alone)] == [2, 2, 1, 1]

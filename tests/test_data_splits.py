@@ -14,7 +14,8 @@ from mars_jax.errors import ConfigError, DataError
 def record(number: int, picture: int | None) -> Record:
     images = () if picture is None else (Path(f"{picture}.png"),)
     group = f"text:{number}" if picture is None else f"image:{picture}"
-    return Record(str(number), images, (Turn("user", "?"), Turn("assistant", "!")), f"data.json item {number}", group)
+    turns, digests = (Turn("user", "?"), Turn("assistant", "!")), tuple(path.name for path in images)
+    return Record(str(number), images, turns, f"data.json item {number}", group, digests)
 
 
 def test_fractions_hold_and_pictures_stay_together() -> None:
@@ -53,6 +54,12 @@ def test_explicit_files_may_not_share_a_picture() -> None:
         DataError, match=r"item 2 \(id '2'\) in test has the same picture as data.json item 0 .* in train"
     ):
         splits_of_files([record(0, 0)], [record(1, 1)], [record(2, 0)])
+
+
+def test_no_picture_of_several_may_be_shared() -> None:
+    several = replace(record(5, 0), images=(Path("0.png"), Path("3.png")), digests=("0.png", "3.png"))
+    with pytest.raises(DataError, match=r"item 2 .* in test has the same picture as .* in train: 3\.png"):
+        splits_of_files([several], [record(1, 1)], [record(2, 3)])
 
 
 def test_explicit_files_keep_records_and_may_repeat_default_ids_of_text() -> None:

@@ -23,7 +23,9 @@ TOKENIZERS = {
 
 def record(*turns: tuple[str, str]) -> Record:
     images = (Path("a.png"),) if any("<image>" in text for _, text in turns) else ()
-    return Record("r1", images, tuple(Turn(role, text) for role, text in turns), "data.json item 0", "g")
+    return Record(
+        "r1", images, tuple(Turn(role, text) for role, text in turns), "data.json item 0", "g", ("g",) * len(images)
+    )
 
 
 CONVERSATIONS = [

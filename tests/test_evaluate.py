@@ -57,7 +57,7 @@ def test_answers_in_one_sequence_lose_what_each_loses_in_its_own_record(tmp_path
     tokenizer = tiny_data.tokenizer(template)
     preprocessor = replace(preprocessor, tokenizer=tokenizer)
     text_only = Record(
-        "t", (), (Turn("system", "be brief"), Turn("user", "why?"), Turn("assistant", "so")), "", "text:t"
+        "t", (), (Turn("system", "be brief"), Turn("user", "why?"), Turn("assistant", "so")), "", "text:t", ()
     )
     rows = [records[0], records[1], text_only]
     assert [len(record.turns) for record in rows] == [2, 4, 3]
@@ -182,8 +182,8 @@ def test_the_blind_control_sees_zero_pixels(outcomes):
 
 def test_the_shuffled_control_keeps_the_answers_and_swaps_the_pictures(outcomes, lettered):
     shuffled = shuffle_images(lettered, 3)
-    letter_of = {record.group: record.turns[-1].text for record in lettered}
-    shown = "".join(letter_of[record.group] for record in shuffled)
+    letter_of = {record.digests: record.turns[-1].text for record in lettered}
+    shown = "".join(letter_of[record.digests] for record in shuffled)
     assert shown != truth(lettered) == truth(shuffled)
     outcome = outcomes["right_shuffled"]
     assert responses(outcome) == shown

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.hub import tables
 from mars_jax.hub.adapter import read_adapter, write_adapter
+from mars_jax.hub.llava_onevision import FAMILY
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.lora import flatten, unflatten
 
@@ -96,7 +96,7 @@ def test_round_trip(ranks, scale, base, tmp_path):
     config, params = base
     adapters = tiny_llava.random_adapters(params, ranks, scale)
     export(tmp_path, adapters, ranks, config)
-    back, ranks_back = read_adapter(tmp_path)
+    back, ranks_back = read_adapter(tmp_path, config)
     assert ranks_back == ranks
     assert jax.tree.structure(back) == jax.tree.structure(adapters)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7), back, adapters)
@@ -105,10 +105,10 @@ def test_round_trip(ranks, scale, base, tmp_path):
 def test_names_without_vision_model_are_read(base, tmp_path):
     config, params = base
     export(tmp_path, tiny_llava.random_adapters(params, RANKS), RANKS, config)
-    before = read_adapter(tmp_path)[0]
+    before = read_adapter(tmp_path, config)[0]
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({key.replace("vision_model.", ""): value for key, value in tensors.items()}, tmp_path / WEIGHTS)
-    jax.tree.map(np.testing.assert_array_equal, read_adapter(tmp_path)[0], before)
+    jax.tree.map(np.testing.assert_array_equal, read_adapter(tmp_path, config)[0], before)
 
 
 def test_a_frozen_module_is_left_out_of_everything(base, tmp_path):
@@ -118,11 +118,11 @@ def test_a_frozen_module_is_left_out_of_everything(base, tmp_path):
     assert (written["r"], written["rank_pattern"]) == (2, {r".*multi_modal_projector\..*": 3})
     assert "language_model" not in written["target_modules"]
     assert not any("language_model" in name for name in load_file(tmp_path / WEIGHTS))
-    assert read_adapter(tmp_path)[1] == {"vision": 2, "projector": 3}
+    assert read_adapter(tmp_path, config)[1] == {"vision": 2, "projector": 3}
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sets(st.sampled_from(sorted(tables.LINEARS)), min_size=1))
+@given(st.sets(st.sampled_from(sorted(FAMILY.linears)), min_size=1))
 def test_the_target_expression_matches_what_was_trained_and_nothing_else(model, base, tmp_path_factory, chosen):
     config, params = base
     flat = flatten(tiny_llava.random_adapters(params, RANKS))
@@ -138,11 +138,11 @@ def test_the_target_expression_matches_what_was_trained_and_nothing_else(model, 
     }
     in_memory = [name for name, _ in model.named_modules()]
     older = [name.replace("vision_tower.", "vision_tower.vision_model.") for name in in_memory]
-    hub = [tables.hub_key(name) for name in in_memory]
+    hub = [FAMILY.hub_key(name) for name in in_memory]
     for names, expected in [
         (older, trained),
         (in_memory, {name.replace("vision_model.", "") for name in trained}),
-        (hub, {tables.hub_key(name) for name in trained}),
+        (hub, {FAMILY.hub_key(name) for name in trained}),
     ]:
         assert {name for name in names if re.fullmatch(expression, name)} == expected
 
@@ -233,9 +233,9 @@ def test_adapters_that_cannot_be_read(settings_change, tensors_change, message, 
     tensors = load_file(tmp_path / WEIGHTS) | tensors_change
     save_file({key: value for key, value in tensors.items() if value is not None}, tmp_path / WEIGHTS)
     with pytest.raises(ConfigError, match=message):
-        read_adapter(tmp_path)
+        read_adapter(tmp_path, config)
 
 
-def test_a_directory_that_is_no_adapter(tmp_path):
+def test_a_directory_that_is_no_adapter(tmp_path, base):
     with pytest.raises(ConfigError, match=r"adapter_config.json: cannot be read"):
-        read_adapter(tmp_path)
+        read_adapter(tmp_path, base[0])

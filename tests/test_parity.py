@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_data
 import tiny_llava
 import torch
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from mars_jax.hub import tables
+from mars_jax.data.images import load_rgb
 from mars_jax.hub.adapter import read_adapter
+from mars_jax.hub.llava_onevision import FAMILY
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.lora import flatten, join_trainable, split_trainable
 from mars_jax.models.llava_onevision import LlavaOnevision
@@ -60,6 +63,27 @@ def test_logits_equal_transformers(model_name, batch_name, tmp_path):
     np.testing.assert_allclose(np.asarray(logits)[mask], expected[mask], rtol=0, atol=TOLERANCE)
 
 
+def test_records_with_several_pictures_are_what_transformers_makes_of_them(tmp_path):
+    model = tiny_llava.torch_model(
+        text={"vocab_size": 300, "max_position_embeddings": 512}, image_token_index=tiny_data.IMAGE_TOKEN_ID
+    )
+    model.save_pretrained(tmp_path / "base")
+    config_json = (tmp_path / "base" / "config.json").read_text()
+    tiny_data.checkpoint(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(config_json)
+    records, batch, mask = tiny_data.batch(tiny_data.conversations(tmp_path), tmp_path / "base")
+    processor = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path / "base")
+    theirs = dict(processor([[load_rgb(path) for path in r.images] for r in records if r.images], return_tensors="np"))
+    theirs |= {"input_ids": batch["tokens"].astype(np.int64), "attention_mask": mask.astype(np.int64)}
+    assert sorted(len(record.images) for record in records) == [0, 1, 2, 2]
+
+    expected = tiny_llava.torch_logits(model, {name: np.asarray(value) for name, value in theirs.items()})
+    config, params = read_checkpoint(tmp_path / "base", "float32")
+    apply = partial(LlavaOnevision(config).apply, method="logits")
+    logits = np.asarray(jax.jit(apply, compiler_options=COMPILER_OPTIONS)({"params": params}, batch))
+    np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=TOLERANCE)
+
+
 def test_lora_gradients_equal_peft(tmp_path):
     import peft
 
@@ -87,7 +111,7 @@ def test_lora_gradients_equal_peft(tmp_path):
     their_loss.backward()
 
     config, params = read_checkpoint(tmp_path / "base", "float32")
-    adapters, ranks = read_adapter(tmp_path / "adapter")
+    adapters, ranks = read_adapter(tmp_path / "adapter", config)
     assert ranks == {"vision": 2, "projector": 3, "llm": 4}
     supervised = labels[:, 1:] != -100
     count = supervised.shape[1]
@@ -112,7 +136,7 @@ def test_lora_gradients_equal_peft(tmp_path):
     compared = 0
     for path, gradient in flatten(gradients).items():
         linear, _, side = path.rpartition("/")
-        key = tables.memory_key(tables.LINEARS[linear].key.removesuffix(".weight")).replace("vision_model.", "")
+        key = FAMILY.memory_key(FAMILY.linears[linear].key.removesuffix(".weight")).replace("vision_model.", "")
         layers = gradient if gradient.ndim == 3 else gradient[None]
         for layer, ours_here in enumerate(layers):
             name = f"base_model.model.{key.format(layer=layer)}.lora_{side.upper()}.default.weight"

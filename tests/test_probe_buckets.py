@@ -191,7 +191,7 @@ def test_cached_features_give_the_losses_and_gradients_of_pixels(workspace):
 def test_the_pixels_of_the_validation_went_along_with_their_features(workspace):
     pixels, features = (workspace.validation_batches(4, cached_encoder=cached) for cached in (False, True))
     encode = jax.jit(lambda x: workspace.model.apply({"params": jax.device_get(workspace.base)}, x, method="encode"))
-    np.testing.assert_allclose(features["features"][0], encode(pixels["pixels"][0]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features["features"][0], encode({"pixels": pixels["pixels"][0]}), rtol=1e-5, atol=1e-5)
     assert features.keys() - {"features"} == pixels.keys() - {"pixels"}
     assert "pixels" not in features
 
@@ -200,14 +200,15 @@ def test_every_picture_is_encoded_once():
     class Source:
         """Eight records of three pictures."""
 
-        records = tuple(SimpleNamespace(group="abc"[i % 3]) for i in range(8))
+        records = tuple(SimpleNamespace(digests=("abc"[i % 3],)) for i in range(8))
 
         def __getitem__(self, index):
             return {"pixels": np.full((1, 3, 2, 2), index % 3, np.float32), "tokens": np.int32([index])}
 
     calls = []
 
-    def encode(pixels):
+    def encode(inputs):
+        pixels = inputs["pixels"]
         calls.append(pixels[:, 0, 0, 0, 0].tolist())
         return 10 * pixels[:, :, :1, 0]
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from mars_jax import lora
 from mars_jax.errors import ConfigError
-from mars_jax.hub import tables
+from mars_jax.hub.families import parameters
 from mars_jax.hub.read import read_config
 from mars_jax.sharding import (
     AXES,
@@ -97,7 +97,7 @@ def test_the_rules_split_a_pair_of_linears_the_opposite_way_and_never_the_layers
 
 def test_every_parameter_of_the_demo_has_a_rule_and_all_large_ones_are_split():
     mesh = make_mesh({"fsdp": 4, "lane": 2})
-    shapes = {parameter.path: parameter.shape for parameter in tables.parameters(read_config(DEMO_BASE))}
+    shapes = {parameter.path: parameter.shape for parameter in parameters(read_config(DEMO_BASE))}
     shardings = lora.flatten(base_shardings(abstract(shapes), mesh))
     assert shardings.keys() == shapes.keys()
     whole = {path for path, sharding in shardings.items() if sharding.is_fully_replicated}

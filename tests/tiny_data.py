@@ -9,10 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from mars_jax.data.images import Geometry
+from mars_jax.data.anyres import Geometry
+from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
+from mars_jax.data.records import Record, load_records
 
 IMAGE_TOKEN_ID = 3
 PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56]]
+_LAYERS = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEOMETRY = Geometry(28, 14, tuple((h, w) for h, w in PINPOINTS), 9)
 
 TYPED_CHATML = (
@@ -66,7 +69,8 @@ def checkpoint(directory: Path, **config: object) -> Path:
         "image_token_index": IMAGE_TOKEN_ID,
         "image_grid_pinpoints": PINPOINTS,
         "vision_aspect_ratio": "anyres_max_9",
-        "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+        "text_config": {"vocab_size": 300, **_LAYERS},
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **_LAYERS},
         **config,
     }
     (directory / "config.json").write_text(json.dumps(values))
@@ -79,3 +83,39 @@ def save_picture(path: Path, height: int = 40, width: int = 60, seed: int = 0) -
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
+
+
+PICTURE_SIZES = [(60, 90), (200, 57), (33, 130), (28, 28)]
+
+
+def conversations(directory: Path) -> Path:
+    """A LLaVA JSON of a record with one picture, one with two, one with none, and one whose picture comes late."""
+    for number, size in enumerate(PICTURE_SIZES):
+        save_picture(directory / f"{number}.png", *size, seed=number)
+    asked = [
+        (["0.png"], "<image>\nwhat shape?", "a red square"),
+        (["1.png", "2.png"], "<image> and <image>?", "two"),
+        ([], "why is this?", "it is red"),
+        (["3.png", "0.png"], "what shape is this? <image><image>", "a square"),
+    ]
+    items = [
+        {
+            "id": str(number),
+            "image": images,
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        }
+        for number, (images, question, answer) in enumerate(asked)
+    ]
+    path = directory / "records.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def batch(path: Path, checkpoint_directory: Path) -> tuple[tuple[Record, ...], dict[str, np.ndarray], np.ndarray]:
+    """The records of a file, all of them as one batch, and bool [B, T]: which tokens aren't padding."""
+    records = load_records(path, path.parent)
+    preprocessor = load_preprocessor(checkpoint_directory)
+    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 10**6).shapes)
+    arrays = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
+    lengths = [int(np.flatnonzero(row).max()) + 1 for row in arrays["tokens"]]
+    return records, arrays, np.arange(arrays["tokens"].shape[1])[None] < np.asarray(lengths)[:, None]

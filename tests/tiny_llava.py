@@ -8,8 +8,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from mars_jax.data.images import NEWLINE, Geometry, image_tokens
-from mars_jax.hub.tables import LINEARS, hub_key
+from mars_jax.data.anyres import Geometry, image_tokens
+from mars_jax.data.pictures import NEWLINE
+from mars_jax.hub.llava_onevision import FAMILY
 from mars_jax.lora import flatten, unflatten
 
 IMAGE_TOKEN = 100
@@ -63,7 +64,7 @@ def config_json(model: transformers.PreTrainedModel) -> dict[str, Any]:
 
 def in_layout(key: str, layout: str) -> str:
     """A key in one of the three layouts: `hub`, `memory`, or `saved` by `save_pretrained` of transformers 5."""
-    key = hub_key(key)
+    key = FAMILY.hub_key(key)
     if layout == "hub":
         return key
     key = key.replace("vision_tower.vision_model.", "vision_tower.")
@@ -144,7 +145,7 @@ def random_adapters(
     for path, kernel in flatten(params).items():
         linear, _, name = path.rpartition("/")
         rank = ranks.get(path.split("/")[0], 0)
-        if name == "kernel" and linear in LINEARS and rank:
+        if name == "kernel" and linear in FAMILY.linears and rank:
             *layers, d_in, d_out = kernel.shape
             for side, shape in {"a": (*layers, d_in, rank), "b": (*layers, rank, d_out)}.items():
                 pad = [(0, 0)] * len(shape)

@@ -109,17 +109,19 @@ def shuffle_images(records: Sequence[Record], seed: int) -> tuple[Record, ...]:
     Raises:
         DataError: fewer than two distinct pictures.
     """
-    pictures = {record.group: record for record in records if record.images}
-    if len(pictures) < 2:
+    paths = {digest: path for record in records for digest, path in zip(record.digests, record.images, strict=True)}
+    if len(paths) < 2:
         raise DataError(
-            f"the shuffled-picture control needs two different pictures, the data have {len(pictures)}. Leave the "
+            f"the shuffled-picture control needs two different pictures, the data have {len(paths)}. Leave the "
             "control out, or evaluate on more data."
         )
-    ring = [sorted(pictures)[place] for place in np.random.default_rng(seed).permutation(len(pictures))]
-    donors = {group: pictures[ring[place - 1]] for place, group in enumerate(ring)}
+    ring = [sorted(paths)[place] for place in np.random.default_rng(seed).permutation(len(paths))]
+    donors = {digest: ring[place - 1] for place, digest in enumerate(ring)}
     return tuple(
-        replace(record, images=donors[record.group].images, group=donors[record.group].group)
-        if record.images
-        else record
+        replace(
+            record,
+            images=tuple(paths[donors[digest]] for digest in record.digests),
+            digests=tuple(donors[digest] for digest in record.digests),
+        )
         for record in records
     )

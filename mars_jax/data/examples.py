@@ -15,53 +15,66 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mars_jax.data.images import (
-    NEWLINE,
-    Geometry,
-    ImageTokens,
-    image_pixels,
-    image_size,
-    image_tokens,
-    load_image_processor,
-    load_rgb,
-)
+from mars_jax.data.anyres import Geometry, load_anyres_pictures
+from mars_jax.data.images import image_size, load_rgb
+from mars_jax.data.pictures import NEWLINE, ImageTokens, Pictures, rotary_positions
 from mars_jax.data.records import Record
 from mars_jax.data.template import Encoded, encode, load_tokenizer
+from mars_jax.data.windows import load_window_pictures
 from mars_jax.errors import ConfigError, DataError
+from mars_jax.models.configs import Qwen25VlConfig, model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 Example = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Preprocessor:
-    """What of a checkpoint turns records into numbers."""
+    """What of a checkpoint turns records into numbers.
+
+    Attributes:
+        tokenizer: with its chat template.
+        pictures: how pictures become tiles and image tokens.
+        image_token_id: the token that stands for a feature of a picture.
+        axes: of a rotary position: 1, or 3 (time, row, column).
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
-    image_processor: "LlavaOnevisionImageProcessorPil"
-    geometry: Geometry
+    pictures: Pictures
     image_token_id: int
+    axes: int = 1
 
 
-def load_preprocessor(directory: Path) -> Preprocessor:
+def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preprocessor:
     """Reads config.json, the tokenizer and the image processor of a checkpoint folder.
 
+    Args:
+        directory: the folder.
+        max_pixels: of a picture, larger ones are scaled down; None for what the processor's file says.
+
     Raises:
-        ConfigError: a file is missing or unusable.
+        ConfigError: a file is missing or unusable, or a limit that the family doesn't know.
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}). Point model.checkpoint at a checkpoint folder.") from error
-    image_token_id = config.get("image_token_index", config.get("image_token_id"))
-    if not isinstance(image_token_id, int):
-        raise ConfigError(f"{path}: image_token_index is {image_token_id!r}; the id of the image token is expected.")
-    geometry = Geometry.from_config(config, str(path))
-    return Preprocessor(load_tokenizer(directory), load_image_processor(directory, geometry), geometry, image_token_id)
+    config = model_config(stored, str(path))
+    pictures: Pictures
+    if isinstance(config, Qwen25VlConfig):
+        pictures = load_window_pictures(directory, config.vision, max_pixels)
+    elif max_pixels is not None:
+        raise ConfigError(
+            f"data.max_pixels is {max_pixels}, but {path} is of {config.family}, which cuts pictures into tiles "
+            f"whatever their size. Leave it out; fewer tiles come from image_grid_pinpoints of the checkpoint."
+        )
+    else:
+        pictures = load_anyres_pictures(directory, Geometry.from_config(stored, str(path)))
+    axes = len(config.text.mrope_section or (1,))
+    return Preprocessor(load_tokenizer(directory), pictures, config.image_token_id, axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +124,13 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
     dropped: list[tuple[Record, int]] = []
     shapes = Shapes(1, 1, 1, 1)
     for record in records:
-        encoded, image = _encode_text(record, preprocessor)
+        encoded, pictures = _encode_text(record, preprocessor)
         length = len(encoded.token_ids)
         if length > max_tokens:
             dropped.append((record, length))
             continue
         kept.append(record)
-        shapes = shapes.union(_shapes_of(encoded, image))
+        shapes = shapes.union(_shapes_of(encoded, pictures))
     if not kept:
         shortest = min((length for _, length in dropped), default=0)
         raise DataError(
@@ -127,37 +140,39 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
     return ShapePlan(shapes, tuple(kept), tuple(dropped))
 
 
-def _encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, ImageTokens | None]:
-    image = None
+def _encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:
+    pictures: tuple[ImageTokens, ...] = ()
     if record.images:
         try:
-            image = image_tokens(*image_size(record.images[0]), preprocessor.geometry)
+            pictures = preprocessor.pictures.tokens([image_size(path) for path in record.images])
         except (DataError, OSError) as error:
-            raise DataError(f"{record}: {record.images[0]}: {error}") from error
-    counts = [len(image.index)] if image else []
+            raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
+    counts = [len(picture.index) for picture in pictures]
     encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
     if not encoded.supervised.any():
         raise DataError(f"{record}: no supervised tokens, so nothing to learn. Give it an assistant turn.")
-    return encoded, image
+    return encoded, pictures
 
 
-def _shapes_of(encoded: Encoded, image: ImageTokens | None) -> Shapes:
-    tiles, corners = (image.num_tiles, image.index.shape[1]) if image else (1, 1)
-    return Shapes(len(encoded.token_ids), tiles, int(encoded.supervised.sum()), corners)
+def _shapes_of(encoded: Encoded, pictures: Sequence[ImageTokens]) -> Shapes:
+    tiles = sum(picture.num_tiles for picture in pictures)
+    corners = max((picture.index.shape[1] for picture in pictures), default=1)
+    return Shapes(len(encoded.token_ids), max(tiles, 1), int(encoded.supervised.sum()), corners)
 
 
 class ExampleSource:
     """Random access to examples of one shape, encoded on demand (a grain random-access source; safe in threads).
 
-    `source[i]` is a dict, with T, N, S, C of `shapes` and P patches in a tile:
+    `source[i]` is a dict, with T, N, S, C of `shapes` and R feature rows of a tile:
 
-        tokens            int32   [T]           right-padded with the padding token
-        pixels            float32 [N, 3, H, W]  zero tiles beyond the picture's own
-        image_index       int32   [T, C]        rows of the features [N*P + 1], row N*P the newline; -1 on text
-        image_weight      float32 [T, C]        a token is the weighted sum of its C rows; 0 on text
-        targets           int32   [S]           tokens to predict
-        target_positions  int32   [S]           position of the hidden state that predicts each
-        target_weights    float32 [S]           1, and 0 on padding
+        tokens            int32   [T]       right-padded with the padding token
+        pixels            float32 [N, ...]  and what else the encoder takes of tiles, see the family's `Pictures`
+        image_index       int32   [T, C]    rows of the features, row N*R the newline; -1 on text
+        image_weight      float32 [T, C]    a token is the weighted sum of its C rows; 0 on text
+        targets           int32   [S]       tokens to predict
+        target_positions  int32   [S]       position of the hidden state that predicts each
+        target_weights    float32 [S]       1, and 0 on padding
+        positions         int32   [T, 3]    rotary positions, where the decoder's have three axes
     """
 
     def __init__(
@@ -181,23 +196,30 @@ class ExampleSource:
         Raises:
             DataError: the picture cannot be read any more, or the record does not fit `shapes`.
         """
-        record = self.records[number]
-        encoded, image = self._cache.get(number, lambda: self._text(record))
-        example = _text_example(encoded, self.shapes, self._preprocessor.tokenizer.pad_token_id)
-        geometry = self._preprocessor.geometry
-        pixels = np.zeros((self.shapes.max_tiles, 3, geometry.image_size, geometry.image_size), np.float32)
-        index = np.full((self.shapes.max_tokens, self.shapes.corners), -1, np.int32)
-        weight = np.zeros((self.shapes.max_tokens, self.shapes.corners), np.float32)
-        if image:
-            (tiles,) = self._cache.get(record.images[0], lambda: self._tiles(record))
-            pixels[: len(tiles)] = tiles
-            rows = np.where(image.index == NEWLINE, self.shapes.max_tiles * geometry.num_patches, image.index)
-            places = np.flatnonzero(encoded.token_ids == self._preprocessor.image_token_id)
+        record, shapes = self.records[number], self.shapes
+        encoded, pictures = self._cache.get(number, lambda: self._text(record))
+        example = _text_example(encoded, shapes, self._preprocessor.tokenizer.pad_token_id)
+        maker = self._preprocessor.pictures
+        tiles = self._cache.get(record.images, lambda: self._tiles(record)) if record.images else {}
+        spare = maker.padding(shapes.max_tiles - len(next(iter(tiles.values()), ())))
+        example |= {name: np.concatenate([tiles[name], array]) if tiles else array for name, array in spare.items()}
+
+        places = np.flatnonzero(encoded.token_ids == self._preprocessor.image_token_id)
+        index = np.full((shapes.max_tokens, shapes.corners), -1, np.int32)
+        weight = np.zeros((shapes.max_tokens, shapes.corners), np.float32)
+        start, first_row = 0, 0
+        for picture in pictures:
+            newline = picture.index == NEWLINE
+            rows = np.where(newline, shapes.max_tiles * maker.rows_per_tile, picture.index + first_row)
+            own = places[start : start + len(rows)]
             # Spare corners repeat the first row with weight 0, so that -1 always means text.
-            index[places] = rows[:, :1]
-            index[places, : rows.shape[1]] = rows
-            weight[places, : rows.shape[1]] = image.weight
-        return {**example, "pixels": pixels, "image_index": index, "image_weight": weight}
+            index[own] = rows[:, :1]
+            index[own, : rows.shape[1]] = rows
+            weight[own, : rows.shape[1]] = picture.weight
+            start, first_row = start + len(rows), first_row + picture.num_tiles * maker.rows_per_tile
+        if self._preprocessor.axes > 1:
+            example["positions"] = rotary_positions(shapes.max_tokens, places, pictures)
+        return {**example, "image_index": index, "image_weight": weight}
 
     def with_answers(self, number: int, answers: Sequence[Sequence[int]]) -> Example:
         """Record `number` up to its last answer, then each of C other answers, tokenised, as a branch of its own.
@@ -206,6 +228,7 @@ class ExampleSource:
         every answer's tokens and the record's end token, S = A + C, answer after answer. Besides there are
 
             positions         int32   [T + A]   of the token in its branch; answers begin where the record broke off
+                                                ([T + A, 3] where positions have three axes)
             segments          int32   [T + A]   0 the record, 1 to C the answers, -1 padding
         """
         example = self[number]
@@ -215,46 +238,47 @@ class ExampleSource:
         length = self.shapes.max_tokens
         padding = np.arange(length) >= start
         tokens = [np.where(padding, self._preprocessor.tokenizer.pad_token_id, example["tokens"])]
-        positions, segments, targets, sources = [np.arange(length)], [np.where(padding, -1, 0)], [], []
-        place = length
+        before = example.get("positions", np.arange(length)[:, None])
+        positions, segments, targets, sources = [before], [np.where(padding, -1, 0)], [], []
+        place, following = length, before[start - 1].max() + 1
         for branch, answer in enumerate(answers, 1):
             count = len(answer)
             tokens.append(np.asarray(answer))
-            positions.append(start + np.arange(count))
+            positions.append(np.broadcast_to(following + np.arange(count)[:, None], (count, before.shape[1])))
             segments.append(np.full(count, branch))
             targets.append(np.asarray([*answer, encoded.token_ids[end]]))
             sources.append(np.asarray([start - 1, *range(place, place + count)]))
             place += count
         integers = {
             "tokens": tokens,
-            "positions": positions,
+            "positions": positions if self._preprocessor.axes > 1 else [part[:, 0] for part in positions],
             "segments": segments,
             "targets": targets,
             "target_positions": sources,
         }
         spare = [(0, place - length), (0, 0)]
-        return {
+        return example | {
             **{name: np.concatenate(parts).astype(np.int32) for name, parts in integers.items()},
             "target_weights": np.ones(place - length + len(answers), np.float32),
             "image_index": np.pad(example["image_index"], spare, constant_values=-1),
             "image_weight": np.pad(example["image_weight"], spare),
-            "pixels": example["pixels"],
         }
 
-    def _text(self, record: Record) -> tuple[tuple[Encoded, ImageTokens | None], int]:
-        encoded, image = _encode_text(record, self._preprocessor)
-        needed = _shapes_of(encoded, image)
+    def _text(self, record: Record) -> tuple[tuple[Encoded, tuple[ImageTokens, ...]], int]:
+        encoded, pictures = _encode_text(record, self._preprocessor)
+        needed = _shapes_of(encoded, pictures)
         if self.shapes.union(needed) != self.shapes:
             raise DataError(f"{record} needs {needed}, more than {self.shapes}. Plan the shapes with this record.")
-        return (encoded, image), encoded.token_ids.nbytes + encoded.supervised.nbytes
+        return (encoded, pictures), encoded.token_ids.nbytes + encoded.supervised.nbytes
 
-    def _tiles(self, record: Record) -> tuple[tuple[NDArray[np.float32]], int]:
-        path = record.images[0]
+    def _tiles(self, record: Record) -> tuple[dict[str, NDArray[Any]], int]:
         try:
-            tiles = image_pixels(load_rgb(path), self._preprocessor.image_processor)
+            tiles = self._preprocessor.pictures.tiles([load_rgb(path) for path in record.images])
         except OSError as error:
-            raise DataError(f"{record}: {path} cannot be read any more ({error}). Restore the file.") from error
-        return (tiles,), tiles.nbytes
+            raise DataError(
+                f"{record}: {error.filename or record.images[0]} cannot be read any more ({error}). Restore the file."
+            ) from error
+        return tiles, sum(array.nbytes for array in tiles.values())
 
 
 def _text_example(encoded: Encoded, shapes: Shapes, pad_token_id: int) -> Example:

@@ -10,39 +10,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mars_jax.data.examples import Example, ExampleSource
+from mars_jax.data.pictures import ENCODER_INPUTS
 
 
 class FeatureSource:
-    """Random access to examples of `indices`, with `features` [N, P, D vision] in place of `pixels`."""
+    """Random access to examples of `indices`, with `features` [N, P, D vision] in place of what the encoder takes."""
 
     def __init__(
         self,
         source: ExampleSource,
         indices: Sequence[int],
-        encode: Callable[[NDArray[np.float32]], NDArray[Any]],
+        encode: Callable[[Example], NDArray[Any]],
         batch_size: int,
     ) -> None:
-        """Encodes every distinct picture once.
+        """Encodes the pictures of every record once.
 
         Args:
             source: the examples.
             indices: those that will be asked for.
-            encode: pixels [B, N, 3, H, W] -> features [B, N, P, D vision].
+            encode: what the encoder takes of B examples, arrays [B, N, ...], to features [B, N, P, D vision].
             batch_size: B.
         """
         self._source = source
-        self._features: dict[str, NDArray[Any]] = {}
-        first = {source.records[index].group: index for index in reversed(list(indices))}
-        groups = list(first)
-        for start in range(0, len(groups), batch_size):
-            chosen = groups[start : start + batch_size]
+        self._features: dict[tuple[str, ...], NDArray[Any]] = {}
+        first = {source.records[index].digests: index for index in reversed(list(indices))}
+        distinct = list(first)
+        for start in range(0, len(distinct), batch_size):
+            chosen = distinct[start : start + batch_size]
             # The last batch is filled up, so that one program encodes them all.
-            filled = chosen + chosen[-1:] * (batch_size - len(chosen))
-            pixels = np.stack([source[first[group]]["pixels"] for group in filled])
-            self._features |= dict(zip(chosen, np.asarray(encode(pixels)), strict=False))
+            rows = [source[first[digests]] for digests in chosen + chosen[-1:] * (batch_size - len(chosen))]
+            inputs = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name in ENCODER_INPUTS}
+            self._features |= dict(zip(chosen, np.asarray(encode(inputs)), strict=False))
 
     def __getitem__(self, index: int) -> Example:
         """Example `index`, one of those given."""
-        example = dict(self._source[index])
-        del example["pixels"]
-        return {**example, "features": self._features[self._source.records[index].group]}
+        kept = {name: array for name, array in self._source[index].items() if name not in ENCODER_INPUTS}
+        return {**kept, "features": self._features[self._source.records[index].digests]}

@@ -45,10 +45,12 @@ class Record:
 
     Attributes:
         id: unique in its file.
-        images: paths of its pictures, at most one in this version.
+        images: paths of its pictures, in the order of their placeholders.
         turns: an optional system turn, then user and assistant in turn, ending with the assistant.
         source: "file:line" or "file item N", for messages.
         group: what must not cross splits: "image:SHA256 of the picture's bytes", or "text:ID" without a picture.
+            Records that share pictures, also through others, have the smallest of all their hashes in common.
+        digests: SHA256 of the bytes of each picture.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Record:
     turns: tuple[Turn, ...]
     source: str
     group: str
+    digests: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.source} (id {self.id!r})"
@@ -102,7 +105,8 @@ def load_records(path: Path, image_root: Path) -> tuple[Record, ...]:
         raise DataError(_summary(path, faults))
     if not items:
         raise DataError(f"{path}: no records in the file. Give it at least one conversation.")
-    return tuple(_record(item, image_root, pictures) for item in items)
+    groups = _groups([[pictures[name].sha256 for name in _image_names(item.value)] for item in items])
+    return tuple(_record(item, image_root, pictures, groups) for item in items)
 
 
 def _summary(path: Path, faults: list[str]) -> str:
@@ -204,8 +208,6 @@ def _faults(value: Any, pictures: Mapping[str, _Picture]) -> Iterator[str]:
         yield f"the record is a JSON {type(value).__name__}; an object with 'conversations' is expected."
         return
     names = _image_names(value)
-    if len(names) > 1:
-        yield f"{len(names)} images; this version supports one image in a record. Keep one, or leave the record out."
     for name in names:
         fault = _path_fault(name) or pictures[name].fault
         if fault:
@@ -258,12 +260,30 @@ def _turns(turns: list[dict[str, str]]) -> tuple[Turn, ...]:
     return tuple(Turn(_ROLES[turn["from"]], turn["value"]) for turn in turns)
 
 
-def _record(item: _Item, image_root: Path, pictures: Mapping[str, _Picture]) -> Record:
+def _groups(sets: list[list[str]]) -> dict[str, str]:
+    """Digest -> the smallest digest among all that are connected with it, two being so where a record has both."""
+    parent = {digest: digest for digests in sets for digest in digests}
+
+    def root(digest: str) -> str:
+        while parent[digest] != digest:
+            parent[digest] = digest = parent[parent[digest]]
+        return digest
+
+    for first, *others in filter(None, sets):
+        for other in others:
+            smaller, larger = sorted((root(first), root(other)))
+            parent[larger] = smaller
+    return {digest: root(digest) for digest in parent}
+
+
+def _record(item: _Item, image_root: Path, pictures: Mapping[str, _Picture], groups: Mapping[str, str]) -> Record:
     names = _image_names(item.value)
+    digests = tuple(pictures[name].sha256 for name in names)
     return Record(
         id=item.id,
         images=tuple(image_root / name for name in names),
         turns=_turns(item.value["conversations"]),
         source=item.source,
-        group=f"image:{pictures[names[0]].sha256}" if names else f"text:{item.id}",
+        group=f"image:{groups[digests[0]]}" if digests else f"text:{item.id}",
+        digests=digests,
     )

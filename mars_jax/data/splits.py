@@ -55,7 +55,8 @@ class Splits:
 def split_of(record: Record, fractions: Fractions) -> SplitName:
     """The split of a record: a fixed function of its picture's bytes (or of its id, when text only).
 
-    Records of the same picture always fall together, whatever the file's order, name or other records.
+    Records of the same picture always fall together, whatever the file's order, name or other records; a record with
+    several pictures ties theirs together.
     """
     digest = hashlib.sha256((_SALT + record.group).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
@@ -88,12 +89,13 @@ def splits_of_files(train: Sequence[Record], validation: Sequence[Record], test:
     first_use: dict[str, tuple[str, Record]] = {}
     for name, records in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         for record in records:
-            other_name, other = first_use.setdefault(record.group, (name, record))
-            if other_name != name and record.images:
-                raise DataError(
-                    f"{record} in {name} has the same picture as {other} in {other_name}: {record.images[0]}. A "
-                    "picture may be in one split only; move or remove one of the records."
-                )
+            for digest, path in zip(record.digests, record.images, strict=True):
+                other_name, other = first_use.setdefault(digest, (name, record))
+                if other_name != name:
+                    raise DataError(
+                        f"{record} in {name} has the same picture as {other} in {other_name}: {path}. A picture may be "
+                        "in one split only; move or remove one of the records."
+                    )
     return splits
 
 

@@ -194,7 +194,7 @@ def _takes_typed_content(tokenizer: "PreTrainedTokenizerBase", image_token: str)
             return typed
     raise ConfigError(
         f"tokenizer {_name(tokenizer)}: its chat template shows a user turn with one picture neither from typed "
-        f"content nor from text with {image_token!r}. Use the chat template of a LLaVA-OneVision checkpoint."
+        f"content nor from text with {image_token!r}. Use the chat template of the checkpoint's source."
     )
 
 

@@ -15,12 +15,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.hub import tables
 from mars_jax.hub.card import model_card
+from mars_jax.hub.families import family_of
 from mars_jax.hub.read import read_json, read_tensors
+from mars_jax.hub.tables import Family
 from mars_jax.hub.write import write_json
 from mars_jax.lora import Tree, flatten, unflatten
-from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.configs import LlavaOnevisionConfig, ModelConfig
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,18 +29,7 @@ PROVENANCE_FILE = "mars.json"
 CARD_FILE = "README.md"
 
 PEFT_PREFIX = "base_model.model."
-
-# Each module: the start of its hub keys, the same as an expression that fits the paths of every transformers version,
-# and the key under which `rank_pattern` and `alpha_pattern` reach it (PEFT matches those up to the end of a path).
-_VISION = ("vision_tower.vision_model.encoder.layers.{layer}.", r"vision_tower\.(vision_model\.)?encoder\.layers\.")
-_LLM = ("language_model.model.layers.{layer}.", r"language_model(\.model)?\.layers\.")
-_PROJECTOR = ("multi_modal_projector.", r"multi_modal_projector\.")
-_LAYOUT = {"vision": _VISION, "projector": _PROJECTOR, "llm": _LLM}
-_PATTERN_KEYS = {
-    "vision": r".*vision_tower\..*",
-    "projector": r".*multi_modal_projector\..*",
-    "llm": r".*language_model\..*",
-}
+_LAYER_NUMBER = r"(?<=\.layers|\.blocks)\.(\d+)\."
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +47,7 @@ def write_adapter(
     directory: str | Path,
     adapters: Mapping[str, Any],
     ranks: Mapping[str, int],
-    config: LlavaOnevisionConfig,
+    config: ModelConfig,
     *,
     base_name: str,
     base_revision: str | None = None,
@@ -83,13 +73,14 @@ def write_adapter(
     """
     directory = Path(directory)
     linears = _trained_linears(adapters, ranks, config)
-    modules = [module for module in _LAYOUT if any(linear.module == module for linear in linears)]
+    family = family_of(config)
+    modules = [module for module in family.modules if any(linear.module == module for linear in linears)]
     trained = {module: ranks[module] for module in modules}
     alphas = {module: _number(_scale(linears, module) * ranks[module]) for module in modules}
     default = "llm" if "llm" in trained else modules[0]
     others = [module for module in modules if module != default]
     adapter_config = {
-        "alpha_pattern": {_PATTERN_KEYS[module]: alphas[module] for module in others},
+        "alpha_pattern": {family.modules[module].pattern_key: alphas[module] for module in others},
         "base_model_name_or_path": base_name,
         "bias": "none",
         "inference_mode": True,
@@ -97,24 +88,30 @@ def write_adapter(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": trained[default],
-        "rank_pattern": {_PATTERN_KEYS[module]: trained[module] for module in others},
+        "rank_pattern": {family.modules[module].pattern_key: trained[module] for module in others},
         "revision": base_revision,
         "target_modules": _target_expression([linear.path for linear in linears], config),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor for linear in linears for key, tensor in _peft_tensors(linear).items()}
+    tensors = {key: tensor for linear in linears for key, tensor in _peft_tensors(linear, family).items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(directory / ADAPTER_CONFIG_FILE, adapter_config)
     record = {"ranks": dict(ranks), "alpha": alphas, "base_model": base_name, "base_revision": base_revision}
     write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)})
-    card = model_card(base_name, base_revision, trained, alphas, sum(tensor.size for tensor in tensors.values()))
+    card = model_card(
+        family, base_name, base_revision, trained, alphas, sum(tensor.size for tensor in tensors.values())
+    )
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def read_adapter(directory: str | Path) -> tuple[Tree, dict[str, int]]:
+def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict[str, int]]:
     """Reads an adapter that `write_adapter` wrote, or one that PEFT wrote with one rank and alpha for each module.
+
+    Args:
+        directory: with the adapter's files.
+        config: the base's configuration.
 
     Returns:
         The adapter tree in float32 numpy (a [L, in, r], b [L, r, out], scale [L]; no L in the projector), and the
@@ -124,24 +121,25 @@ def read_adapter(directory: str | Path) -> tuple[Tree, dict[str, int]]:
         ConfigError: a file that is missing or broken, or an adapter that is not plain LoRA on whole layer stacks.
     """
     directory = Path(directory)
-    config = read_json(directory / ADAPTER_CONFIG_FILE)
-    _check_plain_lora(config, directory / ADAPTER_CONFIG_FILE)
+    settings_file = read_json(directory / ADAPTER_CONFIG_FILE)
+    _check_plain_lora(settings_file, directory / ADAPTER_CONFIG_FILE)
+    family = family_of(config)
     file = directory / ADAPTER_WEIGHTS_FILE
-    paths = {row.key.removesuffix(".weight"): path for path, row in tables.LINEARS.items()}
+    paths = {row.key.removesuffix(".weight"): path for path, row in family.linears.items()}
     found: dict[str, dict[int, np.ndarray]] = {}
     settings: dict[str, tuple[int, float]] = {}
     for name, tensor in read_tensors(file):
         match = re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.*)\.lora_([AB])\.weight", name)
-        key = tables.hub_key(match[1]) if match else name
-        layer = re.search(r"\.layers\.(\d+)\.", key)
-        path = paths.get(re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", key))
+        key = family.hub_key(match[1]) if match else name
+        layer = re.search(_LAYER_NUMBER, key)
+        path = paths.get(re.sub(_LAYER_NUMBER, ".{layer}.", key))
         if not match or not path:
             raise ConfigError(
                 f"{file}: {name!r} is no LoRA tensor of a linear of the model. "
                 f"Give an adapter that was trained on the layers or the projector of this family."
             )
         side, module = match[2].lower(), path.split("/")[0]
-        rank, alpha = (_pattern_value(config, field, match[1]) for field in ("r", "lora_alpha"))
+        rank, alpha = (_pattern_value(settings_file, field, match[1]) for field in ("r", "lora_alpha"))
         stored = tensor.shape[0 if side == "a" else 1]
         setting = settings.setdefault(module, (stored, alpha / stored))
         if stored != rank or setting != (stored, alpha / stored):
@@ -155,13 +153,12 @@ def read_adapter(directory: str | Path) -> tuple[Tree, dict[str, int]]:
     return unflatten(_stacked(found, scales, file)), {module: rank for module, (rank, _) in settings.items()}
 
 
-def _trained_linears(
-    adapters: Mapping[str, Any], ranks: Mapping[str, int], config: LlavaOnevisionConfig
-) -> list[_Linear]:
+def _trained_linears(adapters: Mapping[str, Any], ranks: Mapping[str, int], config: ModelConfig) -> list[_Linear]:
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
-    shapes = {parameter.path: parameter.shape for parameter in tables.parameters(config)}
+    family = family_of(config)
+    shapes = {parameter.path: parameter.shape for parameter in family.parameters(config)}
     linears = []
-    for path in (path for path in tables.LINEARS if f"{path}/a" in flat):
+    for path in (path for path in family.linears if f"{path}/a" in flat):
         module = path.split("/")[0]
         rank = ranks.get(module)
         if rank == 0:
@@ -189,7 +186,7 @@ def _trained_linears(
         if np.ptp(scale):
             raise ConfigError(f"export: the scales of {path!r} differ between layers: {scale.min()} to {scale.max()}.")
         linears.append(_Linear(path, module, a[..., :rank], b[..., :rank, :], float(scale.flat[0])))
-    strays = {path.rpartition("/")[0] for path in flat} - set(tables.LINEARS)
+    strays = {path.rpartition("/")[0] for path in flat} - set(family.linears)
     bare = [module for module, rank in ranks.items() if rank and not any(x.module == module for x in linears)]
     if strays or bare or not linears:
         raise ConfigError(
@@ -207,8 +204,8 @@ def _scale(linears: list[_Linear], module: str) -> float:
     return scales.pop()
 
 
-def _peft_tensors(linear: _Linear) -> dict[str, np.ndarray]:
-    key = PEFT_PREFIX + tables.memory_key(tables.LINEARS[linear.path].key.removesuffix(".weight"))
+def _peft_tensors(linear: _Linear, family: Family) -> dict[str, np.ndarray]:
+    key = PEFT_PREFIX + family.memory_key(family.linears[linear.path].key.removesuffix(".weight"))
     tensors = {}
     for layer, (a, b) in enumerate(zip(linear.a, linear.b, strict=True)):
         # safetensors 0.8.0 writes garbage for transposed views, without a word.
@@ -217,30 +214,32 @@ def _peft_tensors(linear: _Linear) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _target_expression(paths: list[str], config: LlavaOnevisionConfig) -> str:
+def _target_expression(paths: list[str], config: ModelConfig) -> str:
     """An expression for `target_modules` that matches exactly these linears, under the names of every version."""
     numbers = {"vision": r"\d+", "projector": "", "llm": r"\d+"}
     if config.num_vision_layers_used < config.vision.num_layers:
         numbers["vision"] = f"({'|'.join(map(str, range(config.num_vision_layers_used)))})"
-    branches = []
-    for module, (prefix, expression) in _LAYOUT.items():
-        keys = [tables.LINEARS[path].key for path in paths if path.split("/")[0] == module]
-        leaves = [re.escape(key.removeprefix(prefix).removesuffix(".weight")) for key in keys]
+    branches, family = [], family_of(config)
+    for module, names in family.modules.items():
+        keys = [family.linears[path].key for path in paths if path.split("/")[0] == module]
+        leaves = [re.escape(key.removeprefix(names.prefix).removesuffix(".weight")) for key in keys]
         if leaves:
             dot = r"\." if numbers[module] else ""
-            branches.append(f"{expression}{numbers[module]}{dot}({'|'.join(leaves)})")
+            branches.append(f"{names.expression}{numbers[module]}{dot}({'|'.join(leaves)})")
     result = rf"(.*\.)?({'|'.join(branches)})"
     _check_expression(result, paths, config)
     return result
 
 
-def _check_expression(expression: str, paths: list[str], config: LlavaOnevisionConfig) -> None:
+def _check_expression(expression: str, paths: list[str], config: ModelConfig) -> None:
     """Asserts that the expression matches the trained linears and no other part of the model, in both layouts."""
-    for parameter in tables.parameters(replace(config, vision_feature_layer=-1)):
+    family = family_of(config)
+    whole = replace(config, vision_feature_layer=-1) if isinstance(config, LlavaOnevisionConfig) else config
+    for parameter in family.parameters(whole):
         linear = parameter.path.rpartition("/")[0]
         for layer, key in enumerate(parameter.keys):
             reached = not linear.startswith("vision/layers") or layer < config.num_vision_layers_used
-            name = tables.memory_key(key.rpartition(".")[0])
+            name = family.memory_key(key.rpartition(".")[0])
             for variant in (name, name.replace("vision_model.", "")):
                 assert bool(re.fullmatch(expression, variant)) == (linear in paths and reached), (expression, variant)
 

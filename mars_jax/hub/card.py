@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from mars_jax.hub.tables import Family
+
 _TEMPLATE = """\
 ---
 base_model: {base}
@@ -23,9 +25,9 @@ Base: `{base}`{revision}. Parameters: {size:,}, float32.
 
 ```python
 from peft import PeftModel
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import {auto_class}
 
-base = LlavaOnevisionForConditionalGeneration.from_pretrained({base!r}{revision_argument})
+base = {auto_class}.from_pretrained({base!r}{revision_argument})
 model = PeftModel.from_pretrained(base, "PATH/TO/THIS/DIRECTORY")
 ```
 
@@ -34,17 +36,18 @@ so check once that the outputs differ from the base's; `mars export RUN --verify
 
 ## Serve
 
-vLLM takes no LoRA adapter for LLaVA-OneVision (0.33): serve the merged checkpoint of the same run there.
+{serving}
 Where the adapter comes from (run, data, settings) is in `mars.json`.
 """
 
 
 def model_card(
-    base: str, revision: str | None, ranks: Mapping[str, int], alphas: Mapping[str, float], size: int
+    family: Family, base: str, revision: str | None, ranks: Mapping[str, int], alphas: Mapping[str, float], size: int
 ) -> str:
     """Markdown for the adapter's README.
 
     Args:
+        family: of the base.
         base: hub id or path of the base.
         revision: its commit.
         ranks: module -> rank, of the modules that are adapted.
@@ -53,6 +56,8 @@ def model_card(
     """
     rows = [f"| {module} | {rank} | {alphas[module]:g} | {alphas[module] / rank:g} |" for module, rank in ranks.items()]
     return _TEMPLATE.format(
+        auto_class=family.auto_class,
+        serving=family.serving,
         base=base,
         rows="\n".join(rows),
         revision=f" at revision `{revision}`" if revision else "",

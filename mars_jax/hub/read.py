@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from mars_jax.errors import ConfigError
 from mars_jax.hub import tables
+from mars_jax.hub.families import family_of
 from mars_jax.lora import Tree, unflatten
-from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.configs import ModelConfig, model_config
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -26,8 +27,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _LISTED = 8
 
 
-def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[LlavaOnevisionConfig, Tree]:
-    """Reads a checkpoint in any of the three key layouts, from a single file or from the shards that an index lists.
+def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[ModelConfig, Tree]:
+    """Reads a checkpoint in any key layout of its family, from a single file or from the shards that an index lists.
 
     Args:
         directory: a local directory with `config.json` and safetensors.
@@ -41,8 +42,9 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[LlavaOnevi
     """
     directory = Path(directory)
     config = read_config(directory)
+    family = family_of(config)
     wanted = {
-        key: (parameter, layer) for parameter in tables.parameters(config) for layer, key in enumerate(parameter.keys)
+        key: (parameter, layer) for parameter in family.parameters(config) for layer, key in enumerate(parameter.keys)
     }
     arrays = {parameter.path: np.empty(parameter.shape, jnp.dtype(dtype)) for parameter, _ in wanted.values()}
     seen: dict[str, str] = {}
@@ -50,7 +52,7 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[LlavaOnevi
     tied_head = None
     for file in weight_files(directory):
         for name, tensor in read_tensors(file):
-            key = tables.hub_key(name)
+            key = family.hub_key(name)
             if key in seen:
                 raise ConfigError(
                     f"{file}: {name!r} and {seen[key]!r} are the same parameter in two key layouts. "
@@ -61,11 +63,11 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[LlavaOnevi
                 parameter, layer = wanted[key]
                 place = arrays[parameter.path][layer] if parameter.stacked else arrays[parameter.path]
                 place[...] = tables.from_stored(_checked(tensor, parameter, file, name), parameter.transform)
-            elif key == tables.HEAD_KEY and config.text.tie_word_embeddings:
+            elif key == family.head_key and config.text.tie_word_embeddings:
                 tied_head = (file, name, tensor.astype(jnp.dtype(dtype)))
-            elif not tables.is_unused(key, config):
+            elif not family.unused(key, config):
                 unexpected.append(name)
-    _check_complete(directory, [key for key in wanted if key not in seen], unexpected)
+    _check_complete(directory, family.layouts, [key for key in wanted if key not in seen], unexpected)
     if tied_head is not None and not np.array_equal(tied_head[2], arrays[tables.EMBEDDING_PATH]):
         raise ConfigError(
             f"{tied_head[0]}: {CONFIG_FILE} ties the word embeddings, yet {tied_head[1]!r} differs from the embedding. "
@@ -74,7 +76,7 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[LlavaOnevi
     return config, unflatten(arrays)
 
 
-def read_config(directory: Path) -> LlavaOnevisionConfig:
+def read_config(directory: Path) -> ModelConfig:
     """Reads `config.json` of a checkpoint directory.
 
     Raises:
@@ -86,7 +88,7 @@ def read_config(directory: Path) -> LlavaOnevisionConfig:
             f"{path}: no such file. A checkpoint is a local directory with {CONFIG_FILE} and safetensors files; "
             f"fetch one with `hf download REPO --local-dir DIR` and point to that directory."
         )
-    return LlavaOnevisionConfig.from_hf(read_json(path), str(path))
+    return model_config(read_json(path), str(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,13 +190,12 @@ def _checked(tensor: tables.HostArray, parameter: tables.Parameter, file: Path, 
     return tensor
 
 
-def _check_complete(directory: Path, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+def _check_complete(directory: Path, layouts: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
     if missing or unexpected:
         raise ConfigError(
             f"{directory}: the tensors do not fit {CONFIG_FILE}. Missing {len(missing)}: {_some(missing)}. "
             f"Not part of the model {len(unexpected)}: {_some(unexpected)}. "
-            f"Known layouts start with language_model.model., model.language_model., vision_tower. or "
-            f"model.vision_tower.; use a checkpoint of the model that {CONFIG_FILE} describes."
+            f"Known layouts start with {layouts}; use a checkpoint of the model that {CONFIG_FILE} describes."
         )
 
 

@@ -1,30 +1,23 @@
 """One table per family: our parameter paths, the hub keys they are stored under, shapes, and the transform between.
 
-Initial shapes, loading, export of adapters and of whole checkpoints all derive from it. It reads and writes nothing.
-
-Three key layouts are in circulation, of which `hub_key` makes one (the hub's own):
-
-    hub files, transformers 4    language_model.model.layers.0...        vision_tower.vision_model.encoder...
-    in memory, transformers 5    model.language_model.layers.0...        model.vision_tower.encoder...
-    saved by transformers 5      language_model.model.layers.0...        vision_tower.encoder...
-
->>> hub_key("model.vision_tower.encoder.layers.0.mlp.fc1.weight")
-'vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight'
->>> hub_key("lm_head.weight")
-'language_model.lm_head.weight'
+Initial shapes, loading, export of adapters and of whole checkpoints all derive from it. Here is what tables are made
+of; each is in a file of its own, found through `families`. Nothing is read or written here.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.configs import ModelConfig, TextConfig
 
 Transform = Literal["copy", "transpose", "patches"]
 HostArray = np.ndarray[Any, Any]
+
+EMBEDDING_PATH = "llm/embed_tokens/embedding"
+HEAD_PATH = "llm/lm_head/kernel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +27,9 @@ class Row:
     Attributes:
         path: our path, "/"-joined; layers are stacked on a leading axis where `key` has a `{layer}`.
         key: hub key, with `{layer}` where there is one tensor a layer.
-        shape: names of the dimensions (see `dimensions`) of our array, without the axis of layers.
+        shape: names of the dimensions (see `Family.dimensions`) of our array, without the axis of layers.
         transform: how the stored tensor becomes ours. `copy`: as it is. `transpose`: a torch Linear, [out, in] to
-            [in, out]. `patches`: a torch Conv2d whose stride is its kernel, [D, 3, p, p] to [3 p p, D].
+            [in, out]. `patches`: a torch convolution whose stride is its kernel, [D, 3, (t,) p, p] to [3 (t) p p, D].
     """
 
     path: str
@@ -45,71 +38,99 @@ class Row:
     transform: Transform = "copy"
 
 
-def _linear(path: str, key: str, d_in: str, d_out: str, bias: bool = True) -> tuple[Row, ...]:
-    kernel = Row(f"{path}/kernel", f"{key}.weight", (d_in, d_out), "transpose")
-    return (kernel, Row(f"{path}/bias", f"{key}.bias", (d_out,))) if bias else (kernel,)
+@dataclass(frozen=True, slots=True)
+class ModuleKeys:
+    """How the linears of a module are called in adapters.
+
+    Attributes:
+        prefix: the start of their hub keys, with `{layer}` where there are layers.
+        expression: the same as a regular expression that fits the paths of every transformers version, up to the
+            number of the layer.
+        pattern_key: the key under which `rank_pattern` and `alpha_pattern` of PEFT reach them: PEFT matches it up to
+            the end of a path.
+    """
+
+    prefix: str
+    expression: str
+    pattern_key: str
 
 
-def _layer_norm(path: str, key: str) -> tuple[Row, ...]:
-    return Row(f"{path}/scale", f"{key}.weight", ("vision",)), Row(f"{path}/bias", f"{key}.bias", ("vision",))
+Substitutions = tuple[tuple[re.Pattern[str], str], ...]
 
 
-_VISION = "vision_tower.vision_model"
-_VISION_LAYER = f"{_VISION}.encoder.layers.{{layer}}"
-_PROJECTOR = "multi_modal_projector"
-_LLM = "language_model.model"
-_LLM_LAYER = f"{_LLM}.layers.{{layer}}"
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one model family is stored.
 
-LLAVA_ONEVISION: tuple[Row, ...] = (
-    Row("vision/patch_embed/kernel", f"{_VISION}.embeddings.patch_embedding.weight", ("pixels", "vision"), "patches"),
-    Row("vision/patch_embed/bias", f"{_VISION}.embeddings.patch_embedding.bias", ("vision",)),
-    Row("vision/position_embed", f"{_VISION}.embeddings.position_embedding.weight", ("positions", "vision")),
-    *_layer_norm("vision/layers/layer_norm1", f"{_VISION_LAYER}.layer_norm1"),
-    *_layer_norm("vision/layers/layer_norm2", f"{_VISION_LAYER}.layer_norm2"),
-    *_linear("vision/layers/self_attn/q_proj", f"{_VISION_LAYER}.self_attn.q_proj", "vision", "vision"),
-    *_linear("vision/layers/self_attn/k_proj", f"{_VISION_LAYER}.self_attn.k_proj", "vision", "vision"),
-    *_linear("vision/layers/self_attn/v_proj", f"{_VISION_LAYER}.self_attn.v_proj", "vision", "vision"),
-    *_linear("vision/layers/self_attn/out_proj", f"{_VISION_LAYER}.self_attn.out_proj", "vision", "vision"),
-    *_linear("vision/layers/mlp/fc1", f"{_VISION_LAYER}.mlp.fc1", "vision", "vision_ffn"),
-    *_linear("vision/layers/mlp/fc2", f"{_VISION_LAYER}.mlp.fc2", "vision_ffn", "vision"),
-    *_linear("projector/linear_1", f"{_PROJECTOR}.linear_1", "vision", "text"),
-    *_linear("projector/linear_2", f"{_PROJECTOR}.linear_2", "text", "text"),
-    Row("image_newline", "image_newline", ("text",)),
-    Row("llm/embed_tokens/embedding", f"{_LLM}.embed_tokens.weight", ("vocabulary", "text")),
-    Row("llm/layers/input_layernorm/scale", f"{_LLM_LAYER}.input_layernorm.weight", ("text",)),
-    Row("llm/layers/post_attention_layernorm/scale", f"{_LLM_LAYER}.post_attention_layernorm.weight", ("text",)),
-    *_linear("llm/layers/self_attn/q_proj", f"{_LLM_LAYER}.self_attn.q_proj", "text", "query"),
-    *_linear("llm/layers/self_attn/k_proj", f"{_LLM_LAYER}.self_attn.k_proj", "text", "key_value"),
-    *_linear("llm/layers/self_attn/v_proj", f"{_LLM_LAYER}.self_attn.v_proj", "text", "key_value"),
-    *_linear("llm/layers/self_attn/o_proj", f"{_LLM_LAYER}.self_attn.o_proj", "query", "text", bias=False),
-    *_linear("llm/layers/mlp/gate_proj", f"{_LLM_LAYER}.mlp.gate_proj", "text", "text_ffn", bias=False),
-    *_linear("llm/layers/mlp/up_proj", f"{_LLM_LAYER}.mlp.up_proj", "text", "text_ffn", bias=False),
-    *_linear("llm/layers/mlp/down_proj", f"{_LLM_LAYER}.mlp.down_proj", "text_ffn", "text", bias=False),
-    Row("llm/norm/scale", f"{_LLM}.norm.weight", ("text",)),
-    *_linear("llm/lm_head", "language_model.lm_head", "text", "vocabulary", bias=False),
-)
+    Attributes:
+        title: its name, for people.
+        auto_class: its class in transformers.
+        rows: every parameter that a model of the family can have.
+        dimensions: the sizes that rows name.
+        absent: paths of rows that a model doesn't have.
+        stored_patches: shape of a patch embedding's kernel as stored, without the leading D.
+        to_hub: makes a key of any layout in circulation one of the hub's.
+        to_memory: makes a hub key the name that transformers 4.52 and later give it in memory: the adapter layout.
+        unused: whether a hub key may be left over: what the model never reads.
+        head_key: hub key of the head, also where it is tied.
+        modules: module -> how adapters call its linears.
+        layouts: what keys start with, for people.
+        extra_tensors: hub key -> name of its dimension and value, of tensors that transformers builds and never reads.
+        serving: what to know before serving an adapter, for the model card.
+    """
 
-# The linears that take an adapter, by the path of the linear: every Linear of the layers and of the projector.
-LINEARS: dict[str, Row] = {
-    row.path.removesuffix("/kernel"): row
-    for row in LLAVA_ONEVISION
-    if row.transform == "transpose" and ("{layer}" in row.key or row.path.startswith("projector/"))
-}
+    title: str
+    auto_class: str
+    rows: tuple[Row, ...]
+    dimensions: Callable[[Any], dict[str, int]]
+    absent: Callable[[Any], set[str]]
+    stored_patches: Callable[[Any], tuple[int, ...]]
+    to_hub: Substitutions
+    to_memory: Substitutions
+    unused: Callable[[str, Any], bool]
+    head_key: str
+    modules: Mapping[str, ModuleKeys]
+    layouts: str
+    extra_tensors: Mapping[str, tuple[str, float]]
+    serving: str
 
-EMBEDDING_PATH = "llm/embed_tokens/embedding"
-HEAD_PATH = "llm/lm_head/kernel"
-HEAD_KEY = "language_model.lm_head.weight"
+    @property
+    def linears(self) -> dict[str, Row]:
+        """The linears that take an adapter, by the path of the linear: every Linear of the layers and the projector."""
+        return {
+            row.path.removesuffix("/kernel"): row
+            for row in self.rows
+            if row.transform == "transpose" and ("{layer}" in row.key or row.path.startswith("projector/"))
+        }
 
-# Stored, but never read by the model: the encoder is used up to the state before its last norm.
-_UNUSED = re.compile(rf"{re.escape(_VISION)}\.(post_layernorm|head)\..*|.*\.position_ids|.*\.rotary_emb\.inv_freq")
-_LAYER_OF_VISION = re.compile(rf"{re.escape(_VISION)}\.encoder\.layers\.(\d+)\..*")
+    def hub_key(self, key: str) -> str:
+        """The hub's name of a key of any layout."""
+        return _substituted(key, self.to_hub)
 
-_TO_HUB = (
-    (re.compile(r"^model\.language_model\."), "language_model.model."),
-    (re.compile(r"^model\.(?=(vision_tower|multi_modal_projector|image_newline)\b)"), ""),
-    (re.compile(r"^lm_head\."), "language_model.lm_head."),
-    (re.compile(r"^vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."),
-)
+    def memory_key(self, key: str) -> str:
+        """The adapter layout's name of a hub key."""
+        return _substituted(key, self.to_memory)
+
+    def parameters(self, config: ModelConfig) -> "tuple[Parameter, ...]":
+        """The table for one model: every parameter it has, with shapes."""
+        sizes, absent = self.dimensions(config), self.absent(config)
+        layers = {"vision": config.num_vision_layers_used, "llm": config.text.num_layers}
+        resolved = []
+        for row in self.rows:
+            if row.path in absent:
+                continue
+            shape = tuple(sizes[name] for name in row.shape)
+            stored = {
+                "copy": shape,
+                "transpose": shape[::-1],
+                "patches": (shape[-1], *self.stored_patches(config)),
+            }[row.transform]
+            stacked = "{layer}" in row.key
+            count = layers[row.path.split("/")[0]] if stacked else 1
+            keys = tuple(row.key.format(layer=layer) for layer in range(count))
+            full = (count, *shape) if stacked else shape
+            resolved.append(Parameter(row.path, keys, stacked, full, stored, row.transform))
+        return tuple(resolved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +154,34 @@ class Parameter:
     transform: Transform
 
 
-def dimensions(config: LlavaOnevisionConfig) -> dict[str, int]:
-    """The sizes that the table names."""
-    vision, text = config.vision, config.text
+def linear(path: str, key: str, d_in: str, d_out: str, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a torch Linear."""
+    kernel = Row(f"{path}/kernel", f"{key}.weight", (d_in, d_out), "transpose")
+    return (kernel, Row(f"{path}/bias", f"{key}.bias", (d_out,))) if bias else (kernel,)
+
+
+def decoder_rows(prefix: str, head_key: str) -> tuple[Row, ...]:
+    """The rows of a Qwen2 decoder whose hub keys start with `prefix`."""
+    layer, attention = f"{prefix}.layers.{{layer}}", f"{prefix}.layers.{{layer}}.self_attn"
+    return (
+        Row(EMBEDDING_PATH, f"{prefix}.embed_tokens.weight", ("vocabulary", "text")),
+        Row("llm/layers/input_layernorm/scale", f"{layer}.input_layernorm.weight", ("text",)),
+        Row("llm/layers/post_attention_layernorm/scale", f"{layer}.post_attention_layernorm.weight", ("text",)),
+        *linear("llm/layers/self_attn/q_proj", f"{attention}.q_proj", "text", "query"),
+        *linear("llm/layers/self_attn/k_proj", f"{attention}.k_proj", "text", "key_value"),
+        *linear("llm/layers/self_attn/v_proj", f"{attention}.v_proj", "text", "key_value"),
+        *linear("llm/layers/self_attn/o_proj", f"{attention}.o_proj", "query", "text", bias=False),
+        *linear("llm/layers/mlp/gate_proj", f"{layer}.mlp.gate_proj", "text", "text_ffn", bias=False),
+        *linear("llm/layers/mlp/up_proj", f"{layer}.mlp.up_proj", "text", "text_ffn", bias=False),
+        *linear("llm/layers/mlp/down_proj", f"{layer}.mlp.down_proj", "text_ffn", "text", bias=False),
+        Row("llm/norm/scale", f"{prefix}.norm.weight", ("text",)),
+        *linear("llm/lm_head", head_key.removesuffix(".weight"), "text", "vocabulary", bias=False),
+    )
+
+
+def decoder_dimensions(text: TextConfig) -> dict[str, int]:
+    """The sizes that `decoder_rows` names."""
     return {
-        "pixels": 3 * vision.patch_size**2,
-        "positions": vision.num_patches,
-        "vision": vision.hidden_size,
-        "vision_ffn": vision.intermediate_size,
         "text": text.hidden_size,
         "text_ffn": text.intermediate_size,
         "query": text.num_heads * text.head_dim,
@@ -149,55 +190,10 @@ def dimensions(config: LlavaOnevisionConfig) -> dict[str, int]:
     }
 
 
-def parameters(config: LlavaOnevisionConfig) -> tuple[Parameter, ...]:
-    """The table for one model: every parameter it has, with shapes."""
-    sizes = dimensions(config)
-    layers = {"vision": config.num_vision_layers_used, "llm": config.text.num_layers}
-    resolved = []
-    for row in LLAVA_ONEVISION:
-        if row.path == HEAD_PATH and config.text.tie_word_embeddings:
-            continue
-        if re.fullmatch("projector/.*/bias", row.path) and not config.projector_bias:
-            continue
-        shape = tuple(sizes[name] for name in row.shape)
-        patch = config.vision.patch_size
-        stored = {
-            "copy": shape,
-            "transpose": shape[::-1],
-            "patches": (shape[-1], 3, patch, patch),
-        }[row.transform]
-        stacked = "{layer}" in row.key
-        count = layers[row.path.split("/")[0]] if stacked else 1
-        keys = tuple(row.key.format(layer=layer) for layer in range(count))
-        full = (count, *shape) if stacked else shape
-        resolved.append(Parameter(row.path, keys, stacked, full, stored, row.transform))
-    return tuple(resolved)
-
-
-def hub_key(key: str) -> str:
-    """The hub's name of a key of any of the three layouts."""
-    for pattern, replacement in _TO_HUB:
+def _substituted(key: str, substitutions: Substitutions) -> str:
+    for pattern, replacement in substitutions:
         key = pattern.sub(replacement, key)
     return key
-
-
-def memory_key(key: str) -> str:
-    """The name that transformers 4.52 and later give a hub key in memory, keeping `vision_model.`: the adapter layout.
-
-    >>> memory_key("language_model.model.layers.0.mlp.up_proj")
-    'model.language_model.layers.0.mlp.up_proj'
-    """
-    if key.startswith("language_model.lm_head"):
-        return key.removeprefix("language_model.")
-    return "model." + re.sub(r"^language_model\.model\.", "language_model.", key)
-
-
-def is_unused(key: str, config: LlavaOnevisionConfig) -> bool:
-    """Whether a hub key may be left over: norms and heads past the hidden state that the model reads, and buffers."""
-    layer = _LAYER_OF_VISION.fullmatch(key)
-    if layer:
-        return config.num_vision_layers_used <= int(layer[1]) < config.vision.num_layers
-    return bool(_UNUSED.fullmatch(key))
 
 
 def from_stored(tensor: HostArray, transform: Transform) -> HostArray:

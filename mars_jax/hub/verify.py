@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.hub import tables
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX
-from mars_jax.hub.read import read_tensors
+from mars_jax.hub.families import family_of
+from mars_jax.hub.read import read_config, read_tensors
+from mars_jax.hub.tables import Family
 
 
 def verify_adapter(
@@ -29,7 +30,7 @@ def verify_adapter(
     Args:
         adapter_dir: from `write_adapter`.
         base_dir: the base checkpoint.
-        batch: inputs of the Hugging Face model: input_ids and attention_mask [B, T], pixel_values, image_sizes.
+        batch: inputs of the Hugging Face model: input_ids and attention_mask [B, T], and what it takes of pictures.
         our_logits: our logits with the adapter, float32 [B, T, V]; compared where the attention mask is 1.
         base_logits: our logits without it, float32 [B, T, V].
         tolerance: largest absolute difference of a logit.
@@ -46,13 +47,15 @@ def verify_adapter(
     torch, transformers = _imports()
     from peft import PeftModel, get_peft_model_state_dict
 
-    base = _load(transformers, torch, base_dir)[0]
+    family = family_of(read_config(Path(base_dir)))
+    base = _load(transformers, torch, family, base_dir)[0]
     theirs_base = _logits(base, batch)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
     # With the default, peft asks the hub whether the embeddings changed size.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    loaded = {_hub_name(name): tensor.numpy() for name, tensor in state.items()}
-    stored = {_hub_name(name): tensor for name, tensor in read_tensors(Path(adapter_dir) / ADAPTER_WEIGHTS_FILE)}
+    loaded = {_hub_name(family, name): tensor.numpy() for name, tensor in state.items()}
+    file = Path(adapter_dir) / ADAPTER_WEIGHTS_FILE
+    stored = {_hub_name(family, name): tensor for name, tensor in read_tensors(file)}
     missing, unexpected = sorted(set(loaded) - set(stored)), sorted(set(stored) - set(loaded))
     different = [name for name in stored if name in loaded and not np.array_equal(stored[name], loaded[name])]
     if missing or unexpected or different:
@@ -93,8 +96,9 @@ def verify_merged(
             move from the base's.
     """
     torch, transformers = _imports()
-    theirs_base = _logits(_load(transformers, torch, base_dir)[0], batch)
-    model, info = _load(transformers, torch, merged_dir)
+    family = family_of(read_config(Path(base_dir)))
+    theirs_base = _logits(_load(transformers, torch, family, base_dir)[0], batch)
+    model, info = _load(transformers, torch, family, merged_dir)
     astray = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if astray:
         raise NoValidResultError(
@@ -117,8 +121,8 @@ def _imports() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def _load(transformers: Any, torch: Any, directory: str | Path) -> tuple[Any, dict[str, Any]]:
-    model, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+def _load(transformers: Any, torch: Any, family: Family, directory: str | Path) -> tuple[Any, dict[str, Any]]:
+    model, info = getattr(transformers, family.auto_class).from_pretrained(
         str(directory), dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     return model.eval(), info
@@ -132,8 +136,8 @@ def _logits(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         return model(**inputs).logits.float().numpy()
 
 
-def _hub_name(name: str) -> str:
-    return tables.hub_key(name.removeprefix(PEFT_PREFIX))
+def _hub_name(family: Family, name: str) -> str:
+    return family.hub_key(name.removeprefix(PEFT_PREFIX))
 
 
 def _compare(

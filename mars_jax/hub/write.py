@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mars_jax.errors import ConfigError
 from mars_jax.hub import tables
+from mars_jax.hub.families import family_of
 from mars_jax.hub.read import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -27,7 +28,7 @@ from mars_jax.hub.read import (
     weight_files,
 )
 from mars_jax.lora import flatten
-from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.configs import ModelConfig, model_config
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")
@@ -58,7 +59,8 @@ def write_checkpoint(
         ConfigError: parameters that are not those of the configuration.
     """
     directory = Path(directory)
-    config = LlavaOnevisionConfig.from_hf(config_json, "config_json")
+    config = model_config(config_json, "config_json")
+    family = family_of(config)
     if config.num_vision_layers_used != config.vision.num_layers:
         raise ConfigError(
             f"config_json: has {config.vision.num_layers} vision layers, of which the parameters hold the "
@@ -66,7 +68,7 @@ def write_checkpoint(
             f"{config.num_vision_layers_used} and vision_feature_layer to -1: it is the same model."
         )
     flat = flatten(params)
-    table = tables.parameters(config)
+    table = family.parameters(config)
     differing = {parameter.path for parameter in table} ^ set(flat)
     if differing:
         raise ConfigError(
@@ -83,10 +85,8 @@ def write_checkpoint(
         array = array.astype(jnp.dtype(dtype))
         for key, layer in zip(parameter.keys, array if parameter.stacked else [array], strict=True):
             tensors[key] = tables.to_stored(layer, parameter)
-    # transformers builds this norm although the model never reads it, and warns where it is missing.
-    norm = "vision_tower.vision_model.post_layernorm"
-    tensors[f"{norm}.weight"] = np.ones(config.vision.hidden_size, jnp.dtype(dtype))
-    tensors[f"{norm}.bias"] = np.zeros(config.vision.hidden_size, jnp.dtype(dtype))
+    for key, (size, value) in family.extra_tensors.items():
+        tensors[key] = np.full(family.dimensions(config)[size], value, jnp.dtype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, metadata=_METADATA)
     write_json(directory / CONFIG_FILE, config_json)
@@ -114,11 +114,12 @@ def write_merged(directory: str | Path, base_directory: str | Path, adapters: Ma
         raise ConfigError(f"{directory}: is the base checkpoint itself. Give another directory for the merged one.")
     updates = _updates_by_key(adapters, config, base)
     directory.mkdir(parents=True, exist_ok=True)
+    family = family_of(config)
     weight_map: dict[str, str] = {}
     for file in weight_files(base):
         tensors = {}
         for name, tensor in read_tensors(file):
-            key = tables.hub_key(name)
+            key = family.hub_key(name)
             tensors[key] = _merged(tensor, updates.pop(key), file, name) if key in updates else tensor
         save_file(tensors, directory / file.name, metadata=_METADATA)
         weight_map |= dict.fromkeys(tensors, file.name)
@@ -139,15 +140,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _updates_by_key(adapters: Mapping[str, Any], config: LlavaOnevisionConfig, base: Path) -> dict[str, Update]:
+def _updates_by_key(adapters: Mapping[str, Any], config: ModelConfig, base: Path) -> dict[str, Update]:
     """Maps hub keys to the update of one tensor: a [in, R], b [R, out], scale []."""
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
-    keys = {parameter.path: parameter for parameter in tables.parameters(config)}
+    family = family_of(config)
+    keys, linears = {parameter.path: parameter for parameter in family.parameters(config)}, family.linears
     updates: dict[str, Update] = {}
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         parameter = keys.get(f"{path}/kernel")
         a, b, scale = (flat[f"{path}/{name}"] for name in ("a", "b", "scale"))
-        if not parameter or path not in tables.LINEARS or (parameter.stacked and len(a) != len(parameter.keys)):
+        if not parameter or path not in linears or (parameter.stacked and len(a) != len(parameter.keys)):
             raise ConfigError(
                 f"{base}: has no place for the adapter of {path!r} with shape {list(a.shape)}. "
                 f"Give the checkpoint that the adapters were trained on."

@@ -93,6 +93,22 @@ class RMSNorm(nn.Module):
         return normal.astype(x.dtype) * _over(scale, x).astype(x.dtype)
 
 
+def rotate(x: Array, angles: Array) -> Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout.
+
+    Args:
+        x: [B, T, H, head].
+        angles: float32 [B or 1, T, head / 2], by which each pair of numbers turns.
+
+    Returns:
+        [B, T, H, head] in the dtype of x.
+    """
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
 def attention(query: Array, key: Array, value: Array, visible: Array | None = None) -> Array:
     """Softmax attention with grouped queries; the softmax is in float32.
 

@@ -8,55 +8,55 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.head import frozen_head_loss
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised, rotate
 
 
-def rotary(x: Array, theta: float, positions: Array) -> Array:
-    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout.
+class Layout(NamedTuple):
+    """Where the tokens of a sequence stand, when that isn't one after the other.
 
-    Args:
-        x: [B, T, H, head].
-        theta: the base of the wavelengths.
-        positions: int32 [B or 1, T].
-
-    Returns:
-        [B, T, H, head] in the dtype of x.
+    Attributes:
+        positions: int32 [B, T], or [B, T, 3] for a decoder with `mrope_section`: rotary positions.
+        segments: int32 [B, T]: 0 a beginning that all see, k >= 1 one of several ways to go on, which sees the
+            beginning and itself, -1 padding; None where a token sees all before it.
     """
-    head_dim = x.shape[3]
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+
+    positions: Array
+    segments: Array | None = None
 
 
-class Branches(NamedTuple):
-    """Several ways to go on after one beginning, in one sequence: each sees the beginning and itself."""
-
-    positions: Array  # int32 [B, T], rotary positions; every branch goes on where the beginning ends
-    segments: Array  # int32 [B, T]: 0 the beginning, k >= 1 branch k, -1 padding
+def rotary_angles(config: TextConfig, positions: Array) -> Array:
+    """Angles float32 [B or 1, T, head / 2] of rotary positions [B or 1, T] or, by `mrope_section`, [B or 1, T, 3]."""
+    frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if config.mrope_section is None:
+        places = positions[:, :, None]
+    else:
+        if positions.ndim == 2:  # text alone: all axes go on together
+            positions = jnp.broadcast_to(positions[:, :, None], (*positions.shape, len(config.mrope_section)))
+        axes = np.repeat(np.arange(len(config.mrope_section)), config.mrope_section)
+        places = positions[:, :, axes]
+    return places.astype(jnp.float32) * frequencies[None, None, :]
 
 
 def take_positions(x: Array, positions: Array) -> Array:
-    """Rows of x [B, T, D] at positions [B, S]: [B, S, D]."""
-    return jnp.take_along_axis(x, positions[:, :, None], axis=1)
+    """Rows of x [B, T, ...] at positions [B, S]: [B, S, ...]."""
+    return jnp.take_along_axis(x, positions.reshape(*positions.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def causal_visibility(length: int, positions: Array | None, branches: Branches | None) -> Array:
-    """Which of T keys each query sees, bool [B or 1, S, T]: none after itself, and none of another branch."""
+def causal_visibility(length: int, positions: Array | None, layout: Layout | None) -> Array:
+    """Which of T keys each query sees, bool [B or 1, S, T]: none after itself, and none of another segment."""
     places = jnp.arange(length)[None] if positions is None else positions
     visible = jnp.arange(length)[None, None, :] <= places[:, :, None]
-    if branches is None:
+    if layout is None or layout.segments is None:
         return visible
-    of_key = branches.segments
-    of_query = of_key if positions is None else jnp.take_along_axis(of_key, positions, axis=1)
+    of_key = layout.segments
+    of_query = of_key if positions is None else take_positions(of_key, positions)
     return visible & ((of_key == 0)[:, None, :] | (of_key[:, None, :] == of_query[:, :, None]))
 
 
@@ -66,20 +66,21 @@ class SelfAttention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array | None = None, branches: Branches | None = None) -> Array:
+    def __call__(self, x: Array, positions: Array | None = None, layout: Layout | None = None) -> Array:
         """Maps x [B, T, D] to [B, T, D], or to [B, S, D]: the outputs at positions [B, S]."""
         config = self.config
-        places = jnp.arange(x.shape[1])[None] if branches is None else branches.positions
+        places = jnp.arange(x.shape[1])[None] if layout is None else layout.positions
         asking, of_query = x, places
         if positions is not None:
             asking = take_positions(x, positions)
-            of_query = positions if branches is None else jnp.take_along_axis(places, positions, axis=1)
+            of_query = positions if layout is None else take_positions(places, positions)
         query = Dense(config.num_heads * config.head_dim, name="q_proj")(asking)
         key = Dense(config.num_kv_heads * config.head_dim, name="k_proj")(x)
         value = Dense(config.num_kv_heads * config.head_dim, name="v_proj")(x)
         query, key, value = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (query, key, value))
-        query, key = rotary(query, config.rope_theta, of_query), rotary(key, config.rope_theta, places)
-        mixed = attention(query, key, value, causal_visibility(x.shape[1], positions, branches))
+        query = rotate(query, rotary_angles(config, of_query))
+        key = rotate(key, rotary_angles(config, places))
+        mixed = attention(query, key, value, causal_visibility(x.shape[1], positions, layout))
         return Dense(config.hidden_size, use_bias=False, name="o_proj")(mixed)
 
 
@@ -104,11 +105,11 @@ class DecoderLayer(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array | None, branches: Branches | None = None) -> tuple[Array, None]:
+    def __call__(self, x: Array, positions: Array | None, layout: Layout | None = None) -> tuple[Array, None]:
         """Maps x [B, T, D] to ([B, T, D], None), or to [B, S, D]: the outputs at positions [B, S]."""
         eps = self.config.rms_norm_eps
         normal = RMSNorm(eps, name="input_layernorm")(x)
-        mixed = SelfAttention(self.config, name="self_attn")(normal, positions, branches)
+        mixed = SelfAttention(self.config, name="self_attn")(normal, positions, layout)
         x = (x if positions is None else take_positions(x, positions)) + mixed
         x = x + Mlp(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         return x, None
@@ -132,6 +133,7 @@ class Qwen2Decoder(nn.Module):
         self.layers = nn.scan(
             DecoderLayer,
             variable_axes={"params": 0, "lora": 0},
+            in_axes=nn.broadcast,
             split_rngs={"params": True},
             length=config.num_layers,
             unroll=SCAN_UNROLL,
@@ -144,15 +146,15 @@ class Qwen2Decoder(nn.Module):
         """Maps token ids [B, T] to embeddings [B, T, D]."""
         return jnp.take(self.embed_tokens.embedding, tokens, axis=0)
 
-    def hidden(self, embeddings: Array) -> Array:
+    def hidden(self, embeddings: Array, layout: Layout | None = None) -> Array:
         """Maps embeddings [B, T, D] to final hidden states [B, T, D]. Padding belongs on the right."""
-        x, _ = self.layers(embeddings, None)
+        x, _ = self.layers(embeddings, None, layout)
         return self.norm(x)
 
-    def hidden_at(self, embeddings: Array, positions: Array, branches: Branches | None = None) -> Array:
+    def hidden_at(self, embeddings: Array, positions: Array, layout: Layout | None = None) -> Array:
         """Final hidden states [B, S, D] at positions [B, S]; the last layer works for those positions only."""
         if self.is_initializing():
-            return take_positions(self.hidden(embeddings), positions)
+            return take_positions(self.hidden(embeddings, layout), positions)
         layer = rematerialised(DecoderLayer, self.remat)(self.config, parent=None)
         count = self.config.num_layers
         variables = self.layers.variables
@@ -161,12 +163,12 @@ class Qwen2Decoder(nn.Module):
         def body(x: Array, place: tuple[Array, Any]) -> tuple[Array, None]:
             # Frozen weights are indexed where they lie: a slice of them would be a copy of the base.
             weights = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place[0]], base)
-            return layer.apply({"params": weights, "lora": place[1]}, x, None, branches)  # type: ignore[return-value]
+            return layer.apply({"params": weights, "lora": place[1]}, x, None, layout)  # type: ignore[return-value]
 
         first = jnp.arange(count - 1), jax.tree.map(lambda leaf: leaf[:-1], adapters)
         x, _ = jax.lax.scan(body, embeddings, first, unroll=SCAN_UNROLL)
         last = {"params": jax.tree.map(lambda leaf: leaf[-1], base), "lora": jax.tree.map(lambda a: a[-1], adapters)}
-        x, _ = layer.apply(last, x, positions, branches)
+        x, _ = layer.apply(last, x, positions, layout)
         return self.norm(x)
 
     def head(self, hidden: Array) -> Array:
