@@ -6,7 +6,7 @@ Estimates for planning, compared with a compiler's own plan in `benchmarks/remat
 from collections.abc import Mapping
 
 from mars_jax.models.configs import ModelConfig, QwenVisionConfig
-from mars_jax.models.layers import SCAN_UNROLL
+from mars_jax.models.layers import MAX_SCORES, SCAN_UNROLL
 
 # What XLA plans for over what the layers' outputs take: 2.3 at LLaVA-OneVision-0.5B's shapes (benchmarks/remat.py).
 _OVERHEAD = 2.3
@@ -39,12 +39,15 @@ def activation_bytes(
         itemsize: bytes of an activation.
     """
     vision, text = config.vision, config.text
-    windowed = isinstance(vision, QwenVisionConfig)
-    seen: float = vision.num_patches
+    windowed, seen = isinstance(vision, QwenVisionConfig), float(vision.num_patches)
     if isinstance(vision, QwenVisionConfig):  # the mean over layers with full and with window attention
-        seen *= 1 + (tiles - 1) * len(vision.full_attention_layers) / vision.num_layers
+        whole = tiles * vision.num_patches
+        full = len(vision.full_attention_layers) / vision.num_layers
+        seen = (1 - full) * seen + full * (whole if whole**2 <= MAX_SCORES else 0)
     encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + windowed, int(vision.num_heads * seen))
-    decoder = _layer(text.hidden_size, text.intermediate_size, 2, text.num_heads * tokens)
+    # Of longer sequences scores are computed again, see `models.layers.attention`.
+    scores = text.num_heads * tokens if tokens**2 <= MAX_SCORES else 0
+    decoder = _layer(text.hidden_size, text.intermediate_size, 2, scores)
     rows = {"vision": tiles * vision.num_patches, "llm": tokens}
     layers = {"vision": config.num_vision_layers_used, "llm": text.num_layers}
     kept = {

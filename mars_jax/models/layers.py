@@ -20,6 +20,9 @@ from mars_jax.lora import lora_dense
 # large one.
 SCAN_UNROLL = 4
 
+# Scores of a head in memory at once, of one sample: those of 1024 tokens with each other.
+MAX_SCORES = 2**20
+
 # What a layer keeps for its backward pass when it is rematerialised; the rest is computed twice.
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -112,6 +115,9 @@ def rotate(x: Array, angles: Array) -> Array:
 def attention(query: Array, key: Array, value: Array, visible: Array | None = None) -> Array:
     """Softmax attention with grouped queries; the softmax is in float32.
 
+    Of long sequences some queries are worked off at a time, and again in the backward pass, so that memory grows with
+    the length and not with its square.
+
     Args:
         query: [B, S, H, head].
         key: [B, T, G, head], with H a multiple of G.
@@ -122,14 +128,33 @@ def attention(query: Array, key: Array, value: Array, visible: Array | None = No
         [B, S, H * head].
     """
     batch, length, heads, head_dim = query.shape
-    groups = key.shape[2]
+    keys, groups = key.shape[1:3]
     query = query.reshape(batch, length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * head_dim**-0.5
+    if length * keys <= MAX_SCORES:
+        mixed = _attend(query, key, value, visible)
+    else:
+        rows = max(1, MAX_SCORES // keys)
+        pieces = -(-length // rows)
+        spare = pieces * rows - length
+        seen = jnp.ones((1, length, keys), bool) if visible is None else visible
+
+        def in_pieces(x: Array) -> Array:
+            padded = jnp.pad(x, [(0, spare) if axis == 1 else (0, 0) for axis in range(x.ndim)])
+            return padded.reshape(x.shape[0], pieces, rows, *x.shape[2:]).swapaxes(0, 1)
+
+        piece = jax.checkpoint(lambda pair: _attend(pair[0], key, value, pair[1]))
+        mixed = jax.lax.map(piece, (in_pieces(query), in_pieces(seen)))
+        mixed = mixed.swapaxes(0, 1).reshape(batch, pieces * rows, groups, -1, head_dim)[:, :length]
+    return checkpoint_name(mixed.reshape(batch, length, heads * head_dim), "attention")
+
+
+def _attend(query: Array, key: Array, value: Array, visible: Array | None) -> Array:
+    """Attention of queries [B, S, G, H / G, head], in the same shape."""
+    scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
     if visible is not None:
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads * head_dim)
-    return checkpoint_name(mixed, "attention")
+    return jnp.einsum("bghts,bsgd->btghd", weights, value)
 
 
 def _over(vector: Array, x: Array) -> Array:
