@@ -51,6 +51,7 @@ LLAVA_05B = LlavaOnevisionConfig(
         tie_word_embeddings=True,
     ),
     image_token_id=151_646,
+    vision_feature_layers=(26,),
     image_grid_pinpoints=((384, 384),),
 )
 
@@ -113,6 +114,7 @@ class Case:
             self.config,
             vision=dataclasses.replace(self.config.vision, num_layers=vision),
             text=dataclasses.replace(self.config.text, num_layers=llm),
+            vision_feature_layers=(vision,),
         )
         return dataclasses.replace(self, config=config)
 

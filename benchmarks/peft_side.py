@@ -33,7 +33,7 @@ from mars_jax.data.anyres import Geometry, image_tokens
 from mars_jax.data.pictures import NEWLINE
 from mars_jax.data.template import load_tokenizer
 from mars_jax.hub.adapter import write_adapter
-from mars_jax.hub.llava_onevision import FAMILY
+from mars_jax.hub.llava import ONEVISION as FAMILY
 from mars_jax.hub.read import read_config
 
 Head = Literal["all", "supervised"]

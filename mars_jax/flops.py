@@ -117,14 +117,14 @@ class _Walk:
 
     def model(self, tokens: int, tiles: int, supervised: int, cached_encoder: bool) -> Flops:
         """The whole model; sizes are those of one sample."""
-        config, vision, patches = self.config, self.config.vision, self.config.vision.num_patches
+        config, vision, patches = self.config, self.config.vision, self.config.vision.num_positions
         if cached_encoder:
             adapted = [path for path, rank in self.ranks.items() if path.startswith("vision/") and rank]
             if adapted:
                 raise ValueError(f"flops: features can't come from a cache while {adapted[0]!r} is adapted.")
             moves = False
         else:
-            moves = self.linear("encoder", "vision/patch_embed", tiles * patches, False)
+            moves = self.linear("encoder", "vision/patch_embed", tiles * vision.num_patches, False)
             for number in range(config.num_vision_layers_used):
                 whole = isinstance(vision, QwenVisionConfig) and number in vision.full_attention_layers
                 sequences, length = (1, tiles * patches) if whole else (tiles, patches)

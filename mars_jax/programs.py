@@ -143,7 +143,8 @@ def compile_flops() -> float:
 
 def _features_fit(workspace: Workspace) -> bool:
     """Whether the encoder's output for the largest D takes at most a quarter of this machine's memory."""
-    vision = workspace.model_config.vision
+    config = workspace.model_config
+    vision, states = config.vision, len(getattr(config, "vision_feature_layers", (0,)))
     samples = max(workspace.config.probe.num_samples)
-    count = samples * workspace.shapes.max_tiles * vision.num_patches * vision.hidden_size
+    count = samples * workspace.shapes.max_tiles * vision.num_positions * vision.hidden_size * states
     return count * 4 <= physical_memory_bytes() / 4

@@ -31,6 +31,7 @@ _BATCH_AXES = ("data", "fsdp")
 # the process where the mesh has a lane axis too: a failed check in spmd_partitioner_util.cc.)
 _COLUMN = r".*/(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|linear_1)"
 _ROW = r".*/(o_proj|out_proj|proj|down_proj|fc2|linear_2)"
+_NORM = r"(pre|input|post_attention)_layernorm|layer_norm[12]|layer_scale[12]|norm[12]?"
 _Axis = str | tuple[str, ...] | None
 _RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
     (rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
@@ -40,8 +41,8 @@ _RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
     (r"llm/embed_tokens/embedding", (None, ("fsdp", "tensor"))),
     (r"llm/lm_head/kernel", ("fsdp", "tensor")),
     (r"vision/(patch_embed/kernel|position_embed)", (None, None)),
-    (r"vision/patch_embed/bias|image_newline", (None,)),
-    (r".*/(layer_norm1|layer_norm2|norm1|norm2|input_layernorm|post_attention_layernorm|norm)/(scale|bias)", (None,)),
+    (r"vision/patch_embed/bias|vision/class_embed|image_newline", (None,)),
+    (rf".*/({_NORM})/(scale|bias)", (None,)),
 )
 _LAYERS = "/layers/"
 

@@ -17,7 +17,7 @@ from mars_jax.config_schema import OptimizerConfig
 from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
 from mars_jax.data.records import load_records
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 from mars_jax.probe.engine import mean_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

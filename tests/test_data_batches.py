@@ -264,7 +264,7 @@ def test_shuffled_pictures_are_always_others(records: list[Record], seed: int) -
 
 def test_a_limit_of_pixels_is_refused_where_pictures_are_tiled(tmp_path: Path) -> None:
     folder = tiny_data.checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match=r"max_pixels is 99, but .*config.json is of llava_onevision, which cuts"):
+    with pytest.raises(ConfigError, match=r"max_pixels is 99, but .*config.json is of llava_onevision, whose tiles"):
         load_preprocessor(folder, max_pixels=99)
 
 

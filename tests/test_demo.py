@@ -13,7 +13,7 @@ from mars_jax.data.images import image_size
 from mars_jax.data.records import load_records
 from mars_jax.evaluate import Evaluator, candidate_answers
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 from mars_jax.search import planned_lanes
 
 ROOT = Path(__file__).parent.parent

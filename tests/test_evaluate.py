@@ -18,7 +18,7 @@ from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
 from mars_jax.data.records import Record, Turn, load_records
 from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 from mars_jax.sharding import make_mesh, row_sharding
 
 LETTERS = {"red": "A", "green": "B", "blue": "C"}

@@ -12,7 +12,7 @@ import tiny_lanes
 
 from mars_jax import lora
 from mars_jax.flops import evaluation_flops, lane_step_flops
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 from mars_jax.probe.engine import mean_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -23,6 +23,7 @@ TWO_LAYERS = dataclasses.replace(
     tiny_lanes.CONFIG,
     vision=dataclasses.replace(tiny_lanes.CONFIG.vision, num_layers=2),
     text=dataclasses.replace(tiny_lanes.CONFIG.text, num_layers=2, tie_word_embeddings=True),
+    vision_feature_layers=(2,),
 )
 ALL = {"vision": 4, "projector": 2, "llm": 3}
 FROZEN = {"vision": 0, "projector": 0, "llm": 0}

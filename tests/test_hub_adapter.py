@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.adapter import read_adapter, write_adapter
-from mars_jax.hub.llava_onevision import FAMILY
+from mars_jax.hub.llava import ONEVISION as FAMILY
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.lora import flatten, unflatten
 
@@ -149,7 +149,7 @@ def test_the_target_expression_matches_what_was_trained_and_nothing_else(model, 
 
 def test_layers_that_the_projector_never_sees_are_not_targeted(base, tmp_path):
     config, params = base
-    config = replace(config, vision_feature_layer=-2)
+    config = replace(config, vision_feature_layers=(1,))
     adapters = jax.tree.map(lambda leaf: leaf[:1], tiny_llava.random_adapters(params, {"vision": 2}))
     expression = export(tmp_path, adapters, {"vision": 2}, config)["target_modules"]
     assert re.fullmatch(expression, "model.vision_tower.encoder.layers.0.mlp.fc1")

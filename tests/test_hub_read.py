@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from mars_jax.errors import ConfigError
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.lora import flatten
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 
 HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -170,7 +170,7 @@ def test_tensors_that_do_not_fit(change, message, copy):
         ("config.json", '{"model_type": ', r"config.json: not JSON at line 1, column 16"),
         ("config.json", "[]", r"holds a JSON list; an object is needed"),
         ("config.json", b"\xff\xfe", r"config.json: cannot be read"),
-        ("config.json", '{"model_type": "llava_next"}', r"'llava_next'.*Supported families: llava_onevision"),
+        ("config.json", '{"model_type": "llava_next"}', r"'llava_next'.*Supported families: llava, llava_onevision, qwen2_5_vl"),
         ("model.safetensors", None, r"neither model.safetensors nor .* found: config.json.*Only safetensors"),
         ("model.safetensors", "version https://git-lfs", r"not a complete safetensors file \(23 bytes\).*Git LFS"),
         ("model.safetensors.index.json", "{}", r"has no weight_map"),

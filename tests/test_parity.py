@@ -13,10 +13,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from mars_jax.data.images import load_rgb
 from mars_jax.hub.adapter import read_adapter
-from mars_jax.hub.llava_onevision import FAMILY
+from mars_jax.hub.llava import ONEVISION as FAMILY
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.lora import flatten, join_trainable, split_trainable
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 
 TOLERANCE = 1e-4
 # Every model is compiled to run once: the time goes to the compiler.

@@ -26,8 +26,8 @@ from mars_jax.hub.read import read_checkpoint, read_json
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_checkpoint, write_merged
 from mars_jax.lora import flatten, join_trainable, split_trainable, unflatten
-from mars_jax.models.configs import model_config
 from mars_jax.models.families import build_model
+from mars_jax.models.hf_configs import model_config
 
 TOLERANCE = 1e-4
 # Every model is compiled to run once: the time goes to the compiler.

@@ -12,7 +12,7 @@ import optax
 
 from mars_jax import lora
 from mars_jax.models.configs import LlavaOnevisionConfig, TextConfig, VisionConfig
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import LlavaOnevision
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.loop import GroupResult, Schedule, run_group, warmup_multipliers
 from mars_jax.probe.plan import Lane
@@ -22,6 +22,7 @@ CONFIG = LlavaOnevisionConfig(
     vision=VisionConfig(16, 24, num_layers=1, num_heads=2, image_size=28, patch_size=14),
     text=TextConfig(24, 16, 24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8),
     image_token_id=1,
+    vision_feature_layers=(1,),
     image_grid_pinpoints=((28, 28),),
 )
 MODEL = LlavaOnevision(CONFIG)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from mars_jax.data.anyres import Geometry, image_tokens
 from mars_jax.data.pictures import NEWLINE
-from mars_jax.hub.llava_onevision import FAMILY
+from mars_jax.hub.llava import ONEVISION as FAMILY
 from mars_jax.lora import flatten, unflatten
 
 IMAGE_TOKEN = 100

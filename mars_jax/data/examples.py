@@ -20,9 +20,11 @@ from mars_jax.data.images import image_size, load_rgb
 from mars_jax.data.pictures import NEWLINE, ImageTokens, Pictures, rotary_positions
 from mars_jax.data.records import Record
 from mars_jax.data.template import Encoded, encode, load_tokenizer
+from mars_jax.data.tiles import load_tile_pictures
 from mars_jax.data.windows import load_window_pictures
 from mars_jax.errors import ConfigError, DataError
-from mars_jax.models.configs import Qwen25VlConfig, model_config
+from mars_jax.models.configs import LlavaOnevisionConfig, Qwen25VlConfig
+from mars_jax.models.hf_configs import model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,11 +70,13 @@ def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preproc
         pictures = load_window_pictures(directory, config.vision, max_pixels)
     elif max_pixels is not None:
         raise ConfigError(
-            f"data.max_pixels is {max_pixels}, but {path} is of {config.family}, which cuts pictures into tiles "
-            f"whatever their size. Leave it out; fewer tiles come from image_grid_pinpoints of the checkpoint."
+            f"data.max_pixels is {max_pixels}, but {path} is of {config.family}, whose tiles have one size whatever "
+            f"the picture's. Leave it out."
         )
-    else:
+    elif isinstance(config, LlavaOnevisionConfig):
         pictures = load_anyres_pictures(directory, Geometry.from_config(stored, str(path)))
+    else:
+        pictures = load_tile_pictures(directory, config)
     axes = len(config.text.mrope_section or (1,))
     return Preprocessor(load_tokenizer(directory), pictures, config.image_token_id, axes)
 

@@ -21,7 +21,7 @@ from mars_jax.hub.read import read_json, read_tensors
 from mars_jax.hub.tables import Family
 from mars_jax.hub.write import write_json
 from mars_jax.lora import Tree, flatten, unflatten
-from mars_jax.models.configs import LlavaOnevisionConfig, ModelConfig
+from mars_jax.models.configs import LlavaConfig, ModelConfig
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,7 +29,7 @@ PROVENANCE_FILE = "mars.json"
 CARD_FILE = "README.md"
 
 PEFT_PREFIX = "base_model.model."
-_LAYER_NUMBER = r"(?<=\.layers|\.blocks)\.(\d+)\."
+_LAYER_NUMBER = r"(?<=layers|blocks|\.layer)\.(\d+)\."
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,8 @@ def _target_expression(paths: list[str], config: ModelConfig) -> str:
     branches, family = [], family_of(config)
     for module, names in family.modules.items():
         keys = [family.linears[path].key for path in paths if path.split("/")[0] == module]
-        leaves = [re.escape(key.removeprefix(names.prefix).removesuffix(".weight")) for key in keys]
+        ends = [key.removeprefix(names.prefix).removesuffix(".weight") for key in keys]
+        leaves = [family.aliases.get(end, re.escape(end)) for end in ends]
         if leaves:
             dot = r"\." if numbers[module] else ""
             branches.append(f"{names.expression}{numbers[module]}{dot}({'|'.join(leaves)})")
@@ -234,7 +235,9 @@ def _target_expression(paths: list[str], config: ModelConfig) -> str:
 def _check_expression(expression: str, paths: list[str], config: ModelConfig) -> None:
     """Asserts that the expression matches the trained linears and no other part of the model, in both layouts."""
     family = family_of(config)
-    whole = replace(config, vision_feature_layer=-1) if isinstance(config, LlavaOnevisionConfig) else config
+    whole = config
+    if isinstance(config, LlavaConfig):
+        whole = replace(config, vision_feature_layers=(config.vision.num_layers,))
     for parameter in family.parameters(whole):
         linear = parameter.path.rpartition("/")[0]
         for layer, key in enumerate(parameter.keys):

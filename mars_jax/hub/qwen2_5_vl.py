@@ -11,7 +11,7 @@
 
 import re
 
-from mars_jax.hub.tables import HEAD_PATH, Family, ModuleKeys, Row, decoder_dimensions, decoder_rows, linear
+from mars_jax.hub.tables import Family, ModuleKeys, Row, absent_from_decoder, decoder_dimensions, decoder_rows, linear
 from mars_jax.models.configs import Qwen25VlConfig
 
 _LAYER = "visual.blocks.{layer}"
@@ -53,7 +53,7 @@ FAMILY = Family(
         *decoder_rows("model", "lm_head.weight"),
     ),
     dimensions=_dimensions,
-    absent=lambda config: {HEAD_PATH} if config.text.tie_word_embeddings else set(),
+    absent=lambda config: absent_from_decoder(config.text),
     stored_patches=_stored_patches,
     to_hub=(
         (re.compile(r"^model\.language_model\."), "model."),

@@ -19,7 +19,8 @@ from mars_jax.errors import ConfigError
 from mars_jax.hub import tables
 from mars_jax.hub.families import family_of
 from mars_jax.lora import Tree, unflatten
-from mars_jax.models.configs import ModelConfig, model_config
+from mars_jax.models.configs import ModelConfig
+from mars_jax.models.hf_configs import model_config
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -6,14 +6,14 @@ of; each is in a file of its own, found through `families`. Nothing is read or w
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from mars_jax.models.configs import ModelConfig, TextConfig
 
-Transform = Literal["copy", "transpose", "patches"]
+Transform = Literal["copy", "transpose", "patches", "squeeze"]
 HostArray = np.ndarray[Any, Any]
 
 EMBEDDING_PATH = "llm/embed_tokens/embedding"
@@ -30,6 +30,7 @@ class Row:
         shape: names of the dimensions (see `Family.dimensions`) of our array, without the axis of layers.
         transform: how the stored tensor becomes ours. `copy`: as it is. `transpose`: a torch Linear, [out, in] to
             [in, out]. `patches`: a torch convolution whose stride is its kernel, [D, 3, (t,) p, p] to [3 (t) p p, D].
+            `squeeze`: leading dimensions of one left out; `shape` names them.
     """
 
     path: str
@@ -77,6 +78,8 @@ class Family:
         layouts: what keys start with, for people.
         extra_tensors: hub key -> name of its dimension and value, of tensors that transformers builds and never reads.
         serving: what to know before serving an adapter, for the model card.
+        aliases: end of a linear's hub key -> expression that fits it in the memory of every transformers version, where
+            they differ in more than prefixes.
     """
 
     title: str
@@ -93,6 +96,7 @@ class Family:
     layouts: str
     extra_tensors: Mapping[str, tuple[str, float]]
     serving: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, Row]:
@@ -119,9 +123,11 @@ class Family:
         for row in self.rows:
             if row.path in absent:
                 continue
-            shape = tuple(sizes[name] for name in row.shape)
+            named = tuple(sizes[name] for name in row.shape)
+            shape = tuple(size for name, size in zip(row.shape, named, strict=True) if name != "one")
             stored = {
                 "copy": shape,
+                "squeeze": named,
                 "transpose": shape[::-1],
                 "patches": (shape[-1], *self.stored_patches(config)),
             }[row.transform]
@@ -190,6 +196,12 @@ def decoder_dimensions(text: TextConfig) -> dict[str, int]:
     }
 
 
+def absent_from_decoder(text: TextConfig) -> set[str]:
+    """The paths of `decoder_rows` that a decoder doesn't have."""
+    biases = set() if text.attention_bias else {f"llm/layers/self_attn/{name}_proj/bias" for name in "qkv"}
+    return biases | ({HEAD_PATH} if text.tie_word_embeddings else set())
+
+
 def _substituted(key: str, substitutions: Substitutions) -> str:
     for pattern, replacement in substitutions:
         key = pattern.sub(replacement, key)
@@ -202,11 +214,12 @@ def from_stored(tensor: HostArray, transform: Transform) -> HostArray:
         "copy": lambda x: x,
         "transpose": lambda x: x.T,
         "patches": lambda x: x.reshape(x.shape[0], -1).T,
+        "squeeze": lambda x: x.reshape([size for axis, size in enumerate(x.shape) if size > 1 or axis == x.ndim - 1]),
     }
     return to_ours[transform](tensor)
 
 
 def to_stored(array: HostArray, parameter: Parameter) -> HostArray:
     """Inverse of `from_stored` for one layer; contiguous, because safetensors writes garbage for views."""
-    oriented = array if parameter.transform == "copy" else array.T
+    oriented = array if parameter.transform in ("copy", "squeeze") else array.T
     return np.ascontiguousarray(oriented).reshape(parameter.stored_shape)

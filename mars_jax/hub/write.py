@@ -28,7 +28,8 @@ from mars_jax.hub.read import (
     weight_files,
 )
 from mars_jax.lora import flatten
-from mars_jax.models.configs import ModelConfig, model_config
+from mars_jax.models.configs import ModelConfig
+from mars_jax.models.hf_configs import model_config
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")
@@ -62,10 +63,12 @@ def write_checkpoint(
     config = model_config(config_json, "config_json")
     family = family_of(config)
     if config.num_vision_layers_used != config.vision.num_layers:
+        layers = list(getattr(config, "vision_feature_layers", ()))
         raise ConfigError(
             f"config_json: has {config.vision.num_layers} vision layers, of which the parameters hold the "
             f"{config.num_vision_layers_used} in use. Set vision_config.num_hidden_layers to "
-            f"{config.num_vision_layers_used} and vision_feature_layer to -1: it is the same model."
+            f"{config.num_vision_layers_used} and vision_feature_layer to {layers if len(layers) > 1 else layers[0]}: "
+            f"it is the same model."
         )
     flat = flatten(params)
     table = family.parameters(config)

@@ -5,11 +5,11 @@ line in the registry of each, and a parity test with transformers.
 """
 
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.llava_onevision import LlavaOnevision
+from mars_jax.models.llava import Llava, LlavaOnevision
 from mars_jax.models.multimodal import Multimodal
 from mars_jax.models.qwen2_5_vl import Qwen25Vl
 
-_MODELS: dict[str, type[Multimodal]] = {"llava_onevision": LlavaOnevision, "qwen2_5_vl": Qwen25Vl}
+_MODELS: dict[str, type[Multimodal]] = {"llava": Llava, "llava_onevision": LlavaOnevision, "qwen2_5_vl": Qwen25Vl}
 
 
 def build_model(config: ModelConfig, remat: str = "none") -> Multimodal:

@@ -1,4 +1,5 @@
-"""The Qwen2 decoder (arXiv 2407.10671): grouped-query attention, rotary positions, gated MLP, RMS norms.
+"""The Qwen2 decoder (arXiv 2407.10671): grouped-query attention, rotary positions, gated MLP, RMS norms. Llama's is the
+same without biases.
 
 It starts from embeddings, so that a multimodal family can place image features among them, and stops at hidden
 states: head and loss are separate methods, applied to the positions that need logits.
@@ -74,9 +75,10 @@ class SelfAttention(nn.Module):
         if positions is not None:
             asking = take_positions(x, positions)
             of_query = positions if layout is None else take_positions(places, positions)
-        query = Dense(config.num_heads * config.head_dim, name="q_proj")(asking)
-        key = Dense(config.num_kv_heads * config.head_dim, name="k_proj")(x)
-        value = Dense(config.num_kv_heads * config.head_dim, name="v_proj")(x)
+        bias = config.attention_bias
+        query = Dense(config.num_heads * config.head_dim, bias, name="q_proj")(asking)
+        key = Dense(config.num_kv_heads * config.head_dim, bias, name="k_proj")(x)
+        value = Dense(config.num_kv_heads * config.head_dim, bias, name="v_proj")(x)
         query, key, value = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (query, key, value))
         query = rotate(query, rotary_angles(config, of_query))
         key = rotate(key, rotary_angles(config, places))
