@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mars_jax import lora
-from mars_jax.models.llava_onevision import Batch
+from mars_jax.models.multimodal import Batch
 from mars_jax.probe.layout import Layout
 from mars_jax.sharding import share_cores
 
