@@ -170,7 +170,11 @@ def test_tensors_that_do_not_fit(change, message, copy):
         ("config.json", '{"model_type": ', r"config.json: not JSON at line 1, column 16"),
         ("config.json", "[]", r"holds a JSON list; an object is needed"),
         ("config.json", b"\xff\xfe", r"config.json: cannot be read"),
-        ("config.json", '{"model_type": "llava_next"}', r"'llava_next'.*Supported families: llava, llava_onevision, qwen2_5_vl"),
+        (
+            "config.json",
+            '{"model_type": "llava_next"}',
+            r"'llava_next'.*Supported families: llava, llava_onevision, qwen2_5_vl",
+        ),
         ("model.safetensors", None, r"neither model.safetensors nor .* found: config.json.*Only safetensors"),
         ("model.safetensors", "version https://git-lfs", r"not a complete safetensors file \(23 bytes\).*Git LFS"),
         ("model.safetensors.index.json", "{}", r"has no weight_map"),

@@ -163,8 +163,8 @@ ONEVISION = Family(
     layouts="language_model.model., model.language_model., vision_tower. or model.vision_tower.",
     # transformers builds this norm although the model never reads it, and warns where it is missing.
     extra_tensors={
-        f"{_VISION}.post_layernorm.weight": ("vision", 1.0),
-        f"{_VISION}.post_layernorm.bias": ("vision", 0.0),
+        f"{_VISION}.post_layernorm.weight": (("vision",), 1.0),
+        f"{_VISION}.post_layernorm.bias": (("vision",), 0.0),
     },
     serving="vLLM takes no LoRA adapter for LLaVA-OneVision (0.33): serve the merged checkpoint of the same run there.",
 )
@@ -204,7 +204,8 @@ WITH_DINOV2 = replace(
         "attention.output.dense": r"attention\.(output\.dense|o_proj)",
     },
     extra_tensors={
-        "vision_tower.layernorm.weight": ("vision", 1.0),
-        "vision_tower.layernorm.bias": ("vision", 0.0),
+        "vision_tower.layernorm.weight": (("vision",), 1.0),
+        "vision_tower.layernorm.bias": (("vision",), 0.0),
+        "vision_tower.embeddings.mask_token": (("one", "vision"), 0.0),
     },
 )

@@ -76,7 +76,8 @@ class Family:
         head_key: hub key of the head, also where it is tied.
         modules: module -> how adapters call its linears.
         layouts: what keys start with, for people.
-        extra_tensors: hub key -> name of its dimension and value, of tensors that transformers builds and never reads.
+        extra_tensors: hub key -> names of its dimensions, and its value, of tensors that transformers builds and never
+            reads.
         serving: what to know before serving an adapter, for the model card.
         aliases: end of a linear's hub key -> expression that fits it in the memory of every transformers version, where
             they differ in more than prefixes.
@@ -94,7 +95,7 @@ class Family:
     head_key: str
     modules: Mapping[str, ModuleKeys]
     layouts: str
-    extra_tensors: Mapping[str, tuple[str, float]]
+    extra_tensors: Mapping[str, tuple[tuple[str, ...], float]]
     serving: str
     aliases: Mapping[str, str] = field(default_factory=dict)
 

@@ -88,8 +88,9 @@ def write_checkpoint(
         array = array.astype(jnp.dtype(dtype))
         for key, layer in zip(parameter.keys, array if parameter.stacked else [array], strict=True):
             tensors[key] = tables.to_stored(layer, parameter)
-    for key, (size, value) in family.extra_tensors.items():
-        tensors[key] = np.full(family.dimensions(config)[size], value, jnp.dtype(dtype))
+    sizes = family.dimensions(config)
+    for key, (names, value) in family.extra_tensors.items():
+        tensors[key] = np.full([sizes[name] for name in names], value, jnp.dtype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, metadata=_METADATA)
     write_json(directory / CONFIG_FILE, config_json)
