@@ -15,6 +15,7 @@ from mars_jax.data.anyres import AnyresPictures, image_tokens
 from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, Shapes, load_preprocessor, plan_shapes
 from mars_jax.data.images import load_rgb
+from mars_jax.data.preview import shown
 from mars_jax.data.records import Record, Turn
 from mars_jax.errors import ConfigError, DataError
 
@@ -266,6 +267,23 @@ def test_a_limit_of_pixels_is_refused_where_pictures_are_tiled(tmp_path: Path) -
     folder = tiny_data.checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"max_pixels is 99, but .*config.json is of llava_onevision, whose tiles"):
         load_preprocessor(folder, max_pixels=99)
+
+
+def test_samples_are_shown_with_the_tokens_of_each_picture_counted(
+    preprocessor: Preprocessor, pictures: list[Path]
+) -> None:
+    two = replace(
+        record(0, pictures[0]),
+        images=(pictures[0], pictures[1]),
+        digests=("a", "b"),
+        turns=(Turn("user", "<image> or <image>?"), Turn("assistant", "a red square")),
+    )
+    records = [two, record(1, pictures[1]), record(2, None)]
+    both, one, none = shown(records, preprocessor, plan_shapes(records, preprocessor, 500).shapes)
+    assert both["text"].count("[5 image tokens]") == 2  # one tile of four patches and a newline each
+    assert one["text"].count("[10 image tokens]") == 1  # thumbnail, tile, and two newlines
+    assert "image tokens" not in none["text"]
+    assert both["supervised"] == "a red square<|im_end|>"
 
 
 def test_every_one_of_several_pictures_is_swapped(pictures: list[Path]) -> None:

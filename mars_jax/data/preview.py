@@ -1,5 +1,6 @@
 """Samples as the model sees them, for people to look at before anything is trained."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,15 +15,15 @@ def shown(records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes)
     tokenizer = preprocessor.tokenizer
     found = []
     for record, example in zip(records, (source[i] for i in range(len(records))), strict=True):
-        image_tokens = int((example["image_index"][:, 0] >= 0).sum())
         supervised = example["targets"][example["target_weights"] > 0]
         used = np.flatnonzero(example["tokens"] != tokenizer.pad_token_id)[-1] + 1
         text = str(tokenizer.decode(example["tokens"][:used]))
-        image = str(tokenizer.decode([preprocessor.image_token_id]))
+        image = re.escape(str(tokenizer.decode([preprocessor.image_token_id])))
+        counted = re.sub(f"({image})+", lambda run: f"[{len(run[0]) // len(run[1])} image tokens]", text)
         found.append(
             {
                 "id": record.id,
-                "text": text.replace(image * image_tokens, f"[{image_tokens} image tokens]") if image_tokens else text,
+                "text": counted,
                 "supervised": str(tokenizer.decode(supervised)),
             }
         )
