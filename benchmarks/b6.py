@@ -138,14 +138,14 @@ def write_peft_job(folder: Path) -> None:
     """See `prepare_peft`."""
     import torch
     from peft_side import PeftGrid
-    from PIL import Image
 
+    from mars_jax.data.images import load_rgb
     from mars_jax.probe.plan import Lane
     from mars_jax.workspace import Workspace
 
     workspace = Workspace(demo_config(folder), Warnings())
     config = workspace.config
-    width, height = Image.open(workspace.search.train[0].images[0]).size
+    width, height = load_rgb(workspace.search.train[0].images[0]).size
     grid = PeftGrid(config.model.checkpoint, workspace.targets, workspace.alpha, config.optimizer, (height, width))
     lane = Lane(RANKS, max(config.probe.num_samples), seed=0)
     batch = grid.encode(workspace.probe_stream(lane, cached_encoder=False)[0])

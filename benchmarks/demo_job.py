@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from peft_side import Head, PeftGrid
-from PIL import Image
 from results import MAX_FOREIGN_CORES, foreign_load, require_quiet
 
 from mars_jax.config import load_config
+from mars_jax.data.images import load_rgb
 from mars_jax.probe.engine import Engine, LaneState
 from mars_jax.probe.feed import Piece
 from mars_jax.probe.loop import Schedule, chunk_work, lane_slots
@@ -123,7 +123,7 @@ def demo_workspace(*overrides: str) -> Workspace:
 
 def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa") -> PeftGrid:
     """The PyTorch side of a workspace."""
-    width, height = Image.open(workspace.search.train[0].images[0]).size
+    width, height = load_rgb(workspace.search.train[0].images[0]).size
     config = workspace.config
     return PeftGrid(
         config.model.checkpoint,

@@ -17,6 +17,7 @@ from mars_jax.adapterfiles import read_adapters
 from mars_jax.compare import compare_run
 from mars_jax.config import Config
 from mars_jax.data.preview import shown
+from mars_jax.data.rows import source_files
 from mars_jax.errors import ConfigError
 from mars_jax.evaluate import evaluate_run
 from mars_jax.finetune import finetune as run_finetune
@@ -176,7 +177,7 @@ class _Session:
     def data(self) -> Document:
         """Checks checkpoint and targets, then reads and checks every record; writes data.json."""
         paths = (self.config.data.train, self.config.data.validation, self.config.data.test)
-        files = {str(path): hash_inputs(path) for path in paths if path and path.exists()}
+        files = {str(file): hash_inputs(file) for path in paths if path for file in source_files(path)}
         self._check_same_data(files)
         inputs = hash_inputs(repr(files), self._sections("data", "model"))
 
@@ -187,7 +188,8 @@ class _Session:
             self.workspace.check_sizes()
             write_json(self.directory.data_file, summary)
             sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))
-            self.reporter.notice(f"data: {sizes} samples, {len(summary['dropped'])} left out")
+            formats = ", ".join(summary["formats"])
+            self.reporter.notice(f"data: {sizes} samples, read as {formats}, {len(summary['dropped'])} left out")
             return summary
 
         return self._skip_or_run("data", inputs, self.directory.data_file, work)

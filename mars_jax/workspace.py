@@ -68,7 +68,7 @@ class Workspace:
         data = self.config.data
 
         def load(path: Path) -> tuple[Record, ...]:
-            return load_records(path, data.image_root or path.parent)
+            return load_records(path, data.image_root)
 
         train = load(data.train)
         validation_share = 0.0 if data.validation else data.validation_fraction
@@ -133,6 +133,7 @@ class Workspace:
         return {
             **{name: len(plan.kept) for name, plan in plans.items()},
             "images": {name: len({d for r in plan.kept for d in r.digests}) for name, plan in plans.items()},
+            "formats": sorted({record.format for plan in plans.values() for record in plan.kept}),
             "dropped": dropped,
             "shapes": {
                 name: getattr(shapes, name) for name in ("max_tokens", "max_tiles", "max_supervised", "corners")

@@ -14,9 +14,10 @@ from tiny_data import IMAGE_TOKEN_ID, save_picture
 from mars_jax.data.anyres import AnyresPictures, image_tokens
 from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, Shapes, load_preprocessor, plan_shapes
+from mars_jax.data.formats import Turn
 from mars_jax.data.images import load_rgb
 from mars_jax.data.preview import shown
-from mars_jax.data.records import Record, Turn
+from mars_jax.data.records import Record
 from mars_jax.errors import ConfigError, DataError
 
 SIZES = [(40, 60), (28, 28), (60, 40), (56, 56)]

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from tiny_data import save_picture
 
-from mars_jax.data.records import Turn, load_records
+from mars_jax.data.formats import Turn
+from mars_jax.data.records import load_records
 from mars_jax.errors import DataError
 
 HUMAN = {"from": "human", "value": "what?"}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mars_jax.data.records import Record, Turn
+from mars_jax.data.formats import Turn
+from mars_jax.data.records import Record
 from mars_jax.data.splits import Fractions, SearchData, split_of, split_records, splits_of_files
 from mars_jax.errors import ConfigError, DataError
 

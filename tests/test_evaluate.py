@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from mars_jax.data.batches import shuffle_images
 from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
-from mars_jax.data.records import Record, Turn, load_records
+from mars_jax.data.formats import Turn
+from mars_jax.data.records import Record, load_records
 from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.llava import LlavaOnevision

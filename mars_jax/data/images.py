@@ -1,5 +1,7 @@
 """Picture files to upright 8-bit RGB, whatever their mode, depth and rotation. Nothing here knows of models."""
 
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,25 @@ _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _EXIF_ORIENTATION, _EXIF_ROTATED = 0x0112, (5, 6, 7, 8)
 
 
-def load_rgb(path: Path) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class PictureBytes:
+    """An encoded picture that a file of samples held itself."""
+
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"picture of {len(self.data)} bytes"
+
+
+Picture = Path | PictureBytes
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Opens a picture; Pillow reads its header only."""
+    return Image.open(io.BytesIO(picture.data) if isinstance(picture, PictureBytes) else picture)
+
+
+def load_rgb(path: Picture) -> Image.Image:
     """Decodes a picture to upright 8-bit RGB.
 
     The EXIF rotation is applied, 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white), and
@@ -22,7 +42,7 @@ def load_rgb(path: Path) -> Image.Image:
         DataError: floating-point pixels, whose range is not defined, or more pixels than Pillow's safety limit.
         Exception: whatever Pillow's decoder raises on a broken file; `records.load_records` turns it into a DataError.
     """
-    with Image.open(path) as opened:
+    with open_picture(path) as opened:
         _refuse_huge(opened, path)
         image = ImageOps.exif_transpose(opened)
     if image.mode == "F":
@@ -37,15 +57,15 @@ def load_rgb(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_size(path: Path) -> Size:
+def image_size(path: Picture) -> Size:
     """Height and width in pixels of the upright picture, from its header (a PNG is decoded: its EXIF may come last)."""
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         width, height = image.size
         rotated = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_ROTATED
     return (width, height) if rotated else (height, width)
 
 
-def _refuse_huge(image: Image.Image, path: Path) -> None:
+def _refuse_huge(image: Image.Image, path: Picture) -> None:
     width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:

@@ -1,42 +1,24 @@
-"""LLaVA JSON and JSONL files to checked records. Every fault of a file is found before the first training step.
+"""Files of samples to checked records. Every fault of a file is found before the first training step.
 
-Reads text and opens pictures to check them; tokens and tiles are made elsewhere, from the records.
+Reading files is for `rows`, their formats for `formats`. Here pictures are opened and conversations checked; tokens
+and tiles are made elsewhere, from the records.
 """
 
 import hashlib
-import json
-import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from pathlib import Path
 
 from PIL import Image
 
-from mars_jax.data.images import load_rgb
+from mars_jax.data.formats import IMAGE_PLACEHOLDER, Draft, FaultError, Format, Turn, draft
+from mars_jax.data.images import Picture, PictureBytes, load_rgb, open_picture
+from mars_jax.data.rows import Row, read_rows
 from mars_jax.errors import DataError
 
-IMAGE_PLACEHOLDER = "<image>"
-
-Role = Literal["user", "assistant", "system"]
-_ROLES: Mapping[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 _MAX_FAULTS_SHOWN = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a conversation; user text holds `<image>` where the picture goes."""
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,68 +27,61 @@ class Record:
 
     Attributes:
         id: unique in its file.
-        images: paths of its pictures, in the order of their placeholders.
+        images: its pictures, in the order of their placeholders: paths, or bytes that the file itself held.
         turns: an optional system turn, then user and assistant in turn, ending with the assistant.
         source: "file:line" or "file item N", for messages.
         group: what must not cross splits: "image:SHA256 of the picture's bytes", or "text:ID" without a picture.
             Records that share pictures, also through others, have the smallest of all their hashes in common.
         digests: SHA256 of the bytes of each picture.
+        format: that it was read from.
     """
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     source: str
     group: str
     digests: tuple[str, ...]
+    format: Format = "llava"
 
     def __str__(self) -> str:
         return f"{self.source} (id {self.id!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A parsed but unchecked entry of the file."""
+def load_records(path: Path, image_root: Path | None = None) -> tuple[Record, ...]:
+    """Reads and checks a whole file or folder, in any of the formats of `formats` and `rows`.
 
-    number: int
-    source: str
-    value: Any
-
-    @property
-    def id(self) -> str:
-        given = self.value.get("id") if isinstance(self.value, dict) else None
-        return f"item-{self.number}" if given is None else str(given)
-
-    def fault(self, what: str) -> str:
-        return f"{self.source} (id {self.id!r}): {what}"
-
-
-def load_records(path: Path, image_root: Path) -> tuple[Record, ...]:
-    """Reads and checks a whole LLaVA file: a JSON list, or JSON lines if the name ends in `.jsonl`.
-
-    An entry is `{"id", "image", "conversations": [{"from": "human"|"gpt"|..., "value": text}, ...]}`. Without "image"
-    it is text only; without "id" it is called "item-N".
+    A record without an id of its own is called "item-N".
 
     Args:
-        path: the file.
-        image_root: folder that the entries' image paths are relative to.
+        path: the file, or `folder` or `folder#split`.
+        image_root: folder that paths of pictures are relative to; None: that of the file, or the folder's own.
 
     Raises:
         DataError: lists up to ten faults, each with item (and line), id, the value seen and what to do.
     """
-    items, faults = _read_items(path)
-    pictures = _check_pictures(items, image_root)
-    uses = Counter(item.id for item in items)
-    for item in items:
-        faults.extend(item.fault(what) for what in _faults(item.value, pictures))
-        if uses[item.id] > 1:
-            faults.append(item.fault(f"the id is used {uses[item.id]} times. Make ids unique."))
+    rows, faults, own_root = read_rows(path)
+    drafts: list[tuple[Row, Draft]] = []
+    for row in rows:
+        try:
+            drafts.append((row, draft(row.value)))
+        except FaultError as error:
+            faults.extend(row.fault(what) for what in error.args)
+    checked = _check_pictures([made for _, made in drafts], image_root or own_root)
+    for row, made in drafts:
+        pictures = [checked[image] for image in made.images]
+        faults.extend(row.fault(picture.fault) for picture in pictures if picture.fault)
+        faults.extend(row.fault(what) for what in _conversation_faults(made.turns, len(pictures)))
+    uses = Counter(row.id for row in rows)
+    faults.extend(
+        row.fault(f"the id is used {uses[row.id]} times. Make ids unique.") for row in rows if uses[row.id] > 1
+    )
     if faults:
         raise DataError(_summary(path, faults))
-    if not items:
+    if not rows:
         raise DataError(f"{path}: no records in the file. Give it at least one conversation.")
-    groups = _groups([[pictures[name].sha256 for name in _image_names(item.value)] for item in items])
-    return tuple(_record(item, image_root, pictures, groups) for item in items)
+    groups = _groups([[checked[image].sha256 for image in made.images] for _, made in drafts])
+    return tuple(_record(row, made, checked, groups) for row, made in drafts)
 
 
 def _summary(path: Path, faults: list[str]) -> str:
@@ -117,118 +92,37 @@ def _summary(path: Path, faults: list[str]) -> str:
     return f"{path}: {count}. Nothing was trained; mend the file and run again.\n  " + "\n  ".join(shown)
 
 
-def _read_items(path: Path) -> tuple[list[_Item], list[str]]:
-    """The entries that parse, and a fault for each line that does not."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Check the path in the configuration.") from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Give a readable LLaVA JSON or JSONL file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
-    if path.suffix == ".jsonl":
-        return _read_lines(path, text)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = " For one object on each line, name the file .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{path}:{error.lineno}: not valid JSON at column {error.colno} ({error.msg}). Mend it there.{hint}"
-        ) from error
-    if not isinstance(values, list):
-        raise DataError(f"{path}: the file holds a JSON {type(values).__name__}; a list of records is expected.")
-    return [_Item(number, f"{path.name} item {number}", value) for number, value in enumerate(values)], []
-
-
-def _read_lines(path: Path, text: str) -> tuple[list[_Item], list[str]]:
-    items, faults = [], []
-    # Not splitlines(): JSON strings may hold other Unicode line ends.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for item_number, (line_number, line) in enumerate(lines):
-        source = f"{path.name}:{line_number}"
-        try:
-            items.append(_Item(item_number, source, json.loads(line)))
-        except json.JSONDecodeError as error:
-            faults.append(f"{source}: not valid JSON at column {error.colno} ({error.msg}). Mend or remove the line.")
-    return items, faults
-
-
-def _image_names(value: Any) -> list[Any]:
-    names = value.get("image") if isinstance(value, dict) else None
-    if names is None:
-        return []
-    return names if isinstance(names, list) else [names]
-
-
-def _path_fault(name: Any) -> str | None:
-    if not isinstance(name, str) or not name:
-        return f"image is {name!r}; a path relative to the image folder is expected."
-    windows = PureWindowsPath(name)
-    if PurePosixPath(name).is_absolute() or windows.is_absolute() or ".." in windows.parts:
-        return f"image {name!r} points outside the image folder. Use a path below it, without '..'."
-    return None
-
-
 @dataclass(frozen=True, slots=True)
-class _Picture:
+class _Checked:
+    picture: Picture
     sha256: str
     fault: str | None
 
 
-def _check_pictures(items: list[_Item], image_root: Path) -> dict[str, _Picture]:
+def _check_pictures(drafts: Sequence[Draft], image_root: Path) -> dict[str | bytes, _Checked]:
     """Decodes every picture once, however many records share it."""
-    names = {name for item in items for name in _image_names(item.value) if _path_fault(name) is None}
+    images = {image for made in drafts for image in made.images}
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: _check_picture(name, image_root), names), strict=True))
+        return dict(zip(images, pool.map(lambda image: _check_picture(image, image_root), images), strict=True))
 
 
-def _check_picture(name: str, image_root: Path) -> _Picture:
-    path = image_root / name
+def _check_picture(image: str | bytes, image_root: Path) -> _Checked:
+    picture: Picture = PictureBytes(image) if isinstance(image, bytes) else image_root / image
+    name = "in the file" if isinstance(image, bytes) else repr(image)
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        with Image.open(path) as image:
-            image.verify()
-        load_rgb(path)
+        digest = hashlib.sha256(image if isinstance(image, bytes) else (image_root / image).read_bytes()).hexdigest()
+        with open_picture(picture) as opened:
+            opened.verify()
+        load_rgb(picture)
     except FileNotFoundError:
-        return _Picture("", f"image {name!r} does not exist in {image_root}. Add the file or mend the path.")
+        return _Checked(picture, "", f"image {name} does not exist in {image_root}. Add the file or mend the path.")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return _Picture("", f"image {name!r} is over the safety limit ({error}). Scale the picture down.")
+        return _Checked(picture, "", f"image {name} is over the safety limit ({error}). Scale the picture down.")
     except DataError as error:
-        return _Picture("", f"image {name!r}: {error}")
+        return _Checked(picture, "", f"image {name}: {error}")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
-        return _Picture("", f"image {name!r} cannot be decoded ({error}). Replace the file.")
-    return _Picture(digest, None)
-
-
-def _faults(value: Any, pictures: Mapping[str, _Picture]) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield f"the record is a JSON {type(value).__name__}; an object with 'conversations' is expected."
-        return
-    names = _image_names(value)
-    for name in names:
-        fault = _path_fault(name) or pictures[name].fault
-        if fault:
-            yield fault
-    turns = value.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        yield f"'conversations' is {reprlib.repr(turns)}; a list of {{'from', 'value'}} turns is expected."
-        return
-    malformed = [
-        f"turn {number} is {reprlib.repr(turn)}; an object with the strings 'from' and 'value' is expected."
-        for number, turn in enumerate(turns)
-        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str))
-    ] or [
-        f"turn {number} is from {turn['from']!r}; allowed: {', '.join(_ROLES)}."
-        for number, turn in enumerate(turns)
-        if turn["from"] not in _ROLES
-    ]
-    if malformed:
-        yield from malformed
-        return
-    yield from _conversation_faults(_turns(turns), len(names))
+        return _Checked(picture, "", f"image {name} cannot be decoded ({error}). Replace the file.")
+    return _Checked(picture, digest, None)
 
 
 def _conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[str]:
@@ -256,10 +150,6 @@ def _conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[s
         )
 
 
-def _turns(turns: list[dict[str, str]]) -> tuple[Turn, ...]:
-    return tuple(Turn(_ROLES[turn["from"]], turn["value"]) for turn in turns)
-
-
 def _groups(sets: list[list[str]]) -> dict[str, str]:
     """Digest -> the smallest digest among all that are connected with it, two being so where a record has both."""
     parent = {digest: digest for digests in sets for digest in digests}
@@ -276,14 +166,14 @@ def _groups(sets: list[list[str]]) -> dict[str, str]:
     return {digest: root(digest) for digest in parent}
 
 
-def _record(item: _Item, image_root: Path, pictures: Mapping[str, _Picture], groups: Mapping[str, str]) -> Record:
-    names = _image_names(item.value)
-    digests = tuple(pictures[name].sha256 for name in names)
+def _record(row: Row, made: Draft, checked: Mapping[str | bytes, _Checked], groups: Mapping[str, str]) -> Record:
+    digests = tuple(checked[image].sha256 for image in made.images)
     return Record(
-        id=item.id,
-        images=tuple(image_root / name for name in names),
-        turns=_turns(item.value["conversations"]),
-        source=item.source,
-        group=f"image:{groups[digests[0]]}" if digests else f"text:{item.id}",
+        id=row.id,
+        images=tuple(checked[image].picture for image in made.images),
+        turns=made.turns,
+        source=row.source,
+        group=f"image:{groups[digests[0]]}" if digests else f"text:{row.id}",
         digests=digests,
+        format=made.format,
     )
