@@ -1,22 +1,26 @@
 """B5: a search and one final run against a 4x4 grid of final runs: FLOPs, tokens, wall time, and regret of the pick.
 
-Data of two tasks are made (scripts/make_demo_data.py): the demo's own, and one whose answers shift more and pictures
-less, both of 8192 samples. For each task and seed, a fresh process searches with `mars probe`, `fit` and `select` as
-configs/demo.yaml has it (probes of up to 2048 samples), but with grids of four ranks and a final run of one pass over
-all samples, and then trains all sixteen pairs to the end. Regret is the best validation loss of the picked pair's final
-run minus the grid's lowest, nats.
+Data of two tasks are made (scripts/make_demo_data.py): the demo's own, and one whose pictures stay and whose answers
+are all shifted, both of 32,768 samples. For each task and seed, a fresh process searches with `mars probe`, `fit` and
+`select`: grids of four ranks, one pass over 640 samples in which every lane adapts all modules, 8 samples a step, and
+the rest as in configs/demo.yaml. Then all sixteen pairs are trained to the end, 6144 steps, one and a half passes.
+Regret is the best validation loss of the picked pair's final run minus the grid's lowest, nats.
 
 FLOPs are counted, not timed: the fewest that the executed steps and looks can take, padding included (costs.py). The
-sequential grid, the paper's baseline, pads nothing. No search can bring more than 16, what the final run alone leaves.
-The search costs the same however long final runs are, so the ratio is given for longer ones as well; those are
-arithmetic, and their regret isn't measured.
+sequential grid, the paper's baseline, pads nothing. A final run of average cost alone leaves 16; one of small ranks
+costs less, so it leaves more. The search costs the same however long final runs are, so the ratio is given for other
+lengths as well; those are arithmetic, and their regret isn't measured. (A short final run takes the probes' program,
+padded to the largest ranks; a long one is worth a program of its own, which is the jump in the table.)
 
-Also measured, on the first seed of each task: whether nested data sizes pick the same pair as separate runs, and final
-runs that start from the probe of their ranks (warm) against fresh ones, at all, 75 % and 50 % of the steps.
+Also measured, on the first seed of each task: the demo's own search, which times modules in lanes of their own and runs
+each data size separately, and final runs of 512 steps that start from the probe of their ranks (warm) against fresh
+ones, and with 75 % and 50 % of the steps.
 
 figure = FLOPs of the sequential grid / FLOPs of the search and the final run, over all tasks and seeds.
 
-    python benchmarks/b5.py [--short] [--anyway] [--out FOLDER]
+    python benchmarks/b5.py [--short] [--anyway] [--out FOLDER] [--work FOLDER]
+
+`--work` keeps what was measured of each task and seed, so a stopped run goes on with the next.
 """
 
 import itertools
@@ -27,62 +31,86 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-from b5_search import LONGER, measure, overrides
-from own import ROOT, Document, answer, arguments, publish, run_child
+from b5_search import LENGTHS, measure, overrides
+from own import ROOT, Document, answer, publish, run_child
+from own import parser as own_parser
 from results import require_quiet
+
+from mars_jax.jsonfiles import read_json, write_json
 
 TASKS = {
     "hue 1, German 0.4": ["--style", "hue", "--eye", "1", "--tongue", "0.4"],
-    "hue 0.25, German 1": ["--style", "hue", "--eye", "0.25", "--tongue", "1"],
+    "German 1": ["--style", "hue", "--eye", "0", "--tongue", "1"],
 }
 SEEDS = (0,)
-RANKS = (2, 8, 16, 32)
-FINAL_STEPS = 512
 GOAL = 11.5
-NESTED = ["probe.sampling=nested", "probe.num_samples=[512,1024,2048]"]
+LOSS_ALONE = ["convergence.rule=null", "probe.sampling=nested"]
 
-# (arguments of the data script, ranks, steps of a final run, overrides of the search, of the nested search)
-Form = tuple[list[str], Sequence[int], int, list[str], list[str]]
-FULL: Form = (["--train", "8192"], RANKS, FINAL_STEPS, [], NESTED)
-# Lanes this short haven't converged by the demo's rule.
-_LAX = ["convergence.rule=drift", "convergence.epsilon=0.9", "convergence.sustain=1", "laws.bootstraps=20"]
-SHORT: Form = (
+
+class Form(NamedTuple):
+    """How much is run."""
+
+    data: list[str]  # arguments of the data script
+    ranks: Sequence[int]
+    steps: int  # of a final run
+    warm_steps: int  # of the runs that compare warm with fresh ones
+    search: list[str]  # overrides
+    timed: list[str]  # overrides of the search that times modules
+
+
+FULL = Form(["--train", "32768"], (2, 8, 16, 32), 6144, 512, [*LOSS_ALONE, "probe.num_samples=[160,320,640]"], [])
+_SHORT = ["laws.bootstraps=20", "probe.corners=true", "selection.sweep.steps=16"]
+SHORT = Form(
     ["--train", "256", "--validation", "48", "--test", "16"],
     (2, 8),
+    64,
     32,
-    [*_LAX, "probe.corners=true", "probe.steps=16", "probe.num_samples=[64,256]", "selection.sweep.steps=16"],
-    ["probe.sampling=nested", "probe.num_samples=[128,256]"],
+    [*_SHORT, *LOSS_ALONE, "probe.num_samples=[128,256]"],
+    [*_SHORT, "probe.steps=16", "probe.num_samples=[64,256]"],
 )
 
 
 def main() -> None:
-    """Writes results/b5.json; about 20 minutes on two cores."""
-    options = arguments(__doc__)
+    """Writes results/b5.json; about an hour and a half on two cores."""
+    parser = own_parser(__doc__)
+    parser.add_argument("--work", type=Path, help="folder that keeps what was measured")
+    options = parser.parse_args()
     if options.child:
         return answer(options.child, measure)
     load = require_quiet(options.anyway)
-    sizes, ranks, steps, separate, nested = SHORT if options.short else FULL
+    form = SHORT if options.short else FULL
     tasks = dict(list(TASKS.items())[: 1 if options.short else None])
     runs: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         for task, shift in tasks.items():
             data = Path(folder) / f"data{len(runs)}"
             script = str(ROOT / "scripts" / "make_demo_data.py")
-            subprocess.run([sys.executable, script, "--out", str(data), *shift, *sizes], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, script, "--out", str(data), *shift, *form.data], check=True, stdout=sys.stderr
+            )
             for seed in SEEDS[: 1 if options.short else None]:
                 spec = {
                     "folder": Path(folder) / f"run{len(runs)}",
                     "cache": Path(folder) / "cache",
-                    "overrides": [*overrides(data, seed, ranks, steps), *separate],
-                    "nested": nested if seed == 0 else None,
+                    "overrides": overrides(data, seed, form.ranks, form.steps),
+                    "search": form.search,
+                    "timed": form.timed if seed == 0 else None,
+                    "warm_steps": form.warm_steps,
                 }
+                kept = options.work and options.work / f"{len(runs)}.json"
+                if kept and kept.exists():
+                    runs.append(read_json(kept))
+                    continue
                 runs.append({"task": task, "seed": seed, **run_child(__file__, spec)})
+                if kept:
+                    write_json(kept, runs[-1])
                 print(f"{task}, seed {seed}: {summary(runs[-1])}", file=sys.stderr)
     failed = [run for run in runs if "failed" in run]
     if len(failed) == len(runs):
         sys.exit("no search gave a valid result")
+    steps = form.steps
     detail = compare([run for run in runs if "failed" not in run], steps, load)
     detail["tables"]["Searches without a valid result, left out above"] = failed
     publish(
@@ -109,14 +137,14 @@ def compare(runs: Sequence[Document], steps: int, load: float) -> Document:
         "final run": sum_costs([run["search"]["final_run"][str(steps)] for run in runs])
     }
     total = sum_costs(costs.values())
-    ratios = {str(n): ratios_at(runs, n) for n in sorted({steps, *LONGER})}
-    nested = [run for run in runs if "nested" in run]
+    ratios = {str(n): ratios_at(runs, n) for n in sorted({steps, *LENGTHS})}
+    timed = [run for run in runs if "timed" in run]
     return {
         "foreign_cores_busy": load,
         "final_steps": steps,
         "ceiling": len(runs[0]["grid"]),
         "ratios": ratios,
-        "final_steps_for_the_goal": steps_for(GOAL, runs),
+        "final_steps_for_the_goal": next((int(n) for n, row in ratios.items() if row["sequential grid"] >= GOAL), None),
         "runs": list(runs),
         "tables": {
             "Cost, summed over tasks and seeds": [
@@ -134,11 +162,11 @@ def compare(runs: Sequence[Document], steps: int, load: float) -> Document:
             "Wall seconds, compiling apart": wall(runs),
             "Validation loss of the pick, nats": [losses(run) for run in runs],
             "Noise": noise(runs),
-            "Separate and nested data sizes": [against_nested(run, steps) for run in nested],
+            "Nested sizes and loss alone, or separate runs and lanes that time modules": [
+                against_timed(run, steps) for run in timed
+            ],
             "Final runs from a fresh draw and from the probe": [
-                {"task": run["task"], **row, "ranks": words(row["ranks"])}
-                for run in nested
-                for row in run["final_runs"]
+                {"task": run["task"], **row, "ranks": words(row["ranks"])} for run in timed for row in run["final_runs"]
             ],
         },
     }
@@ -165,15 +193,6 @@ def ratios_at(runs: Sequence[Document], steps: int) -> dict[str, float]:
         "four random pairs": grid / len(runs[0]["grid"]) * 4 / ours,
         "share of the search": 1 - final / ours,
     }
-
-
-def steps_for(goal: float, runs: Sequence[Document]) -> float | None:
-    """Steps of a final run at which the ratio reaches the goal, if it ever does: long final runs cost by the step."""
-    most = max(LONGER)
-    final = sum(run["search"]["final_run"][str(most)]["flops"] for run in runs) / most
-    grid = sum(run["sequential_grid"][str(most)]["flops"] for run in runs) / most
-    fixed = sum(search_flops(run["search"]) for run in runs)
-    return fixed / (grid / goal - final) if grid / goal > final else None
 
 
 def loss_of(run: Document, ranks: Mapping[str, int]) -> float:
@@ -205,25 +224,24 @@ def losses(run: Document) -> Document:
     }
 
 
-def against_nested(run: Document, steps: int) -> Document:
-    """A row on the picks of separate runs and of nested data sizes."""
-    search, nested = run["search"], run["nested"]
+def against_timed(run: Document, steps: int) -> Document:
+    """A row on the picks of the two searches."""
+    search, timed = run["search"], run["timed"]
     row = {
         "task": run["task"],
         "seed": run["seed"],
-        "separate": words(search["pick"]),
+        "nested, loss alone": words(search["pick"]),
         "loss": loss_of(run, search["pick"]),
     }
-    if "failed" in nested:
-        return row | {"nested": f"none: {nested['failed']}"}
+    if "failed" in timed:
+        return row | {"separate, timed": f"none: {timed['failed']}"}
     return row | {
-        "nested": words(nested["pick"]),
-        "its loss": loss_of(run, nested["pick"]),
-        "same pair": search["pick"] == nested["pick"],
-        "FLOPs of separate / nested": search_flops(search) / search_flops(nested),
-        "sequential grid / nested search and final run": ratios_at([run | {"search": nested}], steps)[
-            "sequential grid"
-        ],
+        "separate, timed": words(timed["pick"]),
+        "its loss": loss_of(run, timed["pick"]),
+        "same pair": search["pick"] == timed["pick"],
+        "balance": "not known" if timed["fallback"] else "known",
+        "its FLOPs / those of the other": search_flops(timed) / search_flops(search),
+        "sequential grid / it and final run": ratios_at([run | {"search": timed}], steps)["sequential grid"],
     }
 
 
@@ -252,13 +270,8 @@ def noise(runs: Sequence[Document]) -> list[Document]:
 
 
 def wall(runs: Sequence[Document]) -> list[Document]:
-    """Means over the runs; the sequential grid is the fresh final run's time, times the pairs, so it isn't run."""
-    fresh = [
-        row["seconds"]
-        for run in runs
-        for row in run.get("final_runs", ())
-        if row["start"] == "fresh" and row["steps"] == max(r["steps"] for r in run["final_runs"])
-    ]
+    """Means over the runs; the sequential grid is the final run's time, times the pairs, so it isn't run."""
+    fresh = [row["seconds"] for run in runs for row in run.get("final_runs", ())[:1]]
     one = statistics.fmean(fresh) if fresh else math.nan  # the first seeds' searches failed
 
     def mean(*path: str) -> tuple[float, float]:

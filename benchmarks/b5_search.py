@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mars_jax.selection import Ranks
     from mars_jax.workspace import Workspace
 
-LONGER = (1024, 2560, 5120, 10240)
+LENGTHS = (768, 1536, 3072, 6144, 12288)
+BATCH_SIZE = 8
 WARM_SHARES = (1.0, 0.75, 0.5)
 
 
@@ -28,6 +29,7 @@ def overrides(data: Path, seed: int, ranks: Sequence[int], steps: int) -> list[s
         *(f"data.{name}={data / name}.json" for name in ("train", "validation", "test")),
         *(f"lora.modules.{module}.ranks={list(ranks)}" for module in ("vision", "llm")),
         f"seed={seed}",
+        *(f"{section}.batch_size={BATCH_SIZE}" for section in ("probe", "finetune")),
         *final_overrides(steps),
         "finetune.warm_start=true",  # keeps the probes' adapters
     ]
@@ -48,27 +50,30 @@ class Found(NamedTuple):
     folder: Path
 
 
-def measure(folder: str, cache: str, overrides: list[str], nested: list[str] | None) -> Document:
-    """Searches, runs the grid, and on demand compares nested searches and warm starts."""
+def measure(
+    folder: str, cache: str, overrides: list[str], search: list[str], timed: list[str] | None, warm_steps: int
+) -> Document:
+    """Searches, runs the grid, and on demand searches the other way and compares warm starts."""
     from mars_jax import compile_cache
     from mars_jax.errors import NoValidResultError
 
     compile_cache.enable(Path(cache))
     try:
-        found = search(Path(folder) / "search", overrides)
+        found = run_search(Path(folder) / "search", [*overrides, *search])
     except NoValidResultError as error:
         return {"failed": str(error)}
     document = {"search": found.document, **full_grid(found)}
-    if nested:
+    if timed is not None:
         try:
-            other = search(Path(folder) / "nested", [*overrides, *nested], found.workspace).document
+            other = run_search(Path(folder) / "timed", [*overrides, *timed], found.workspace).document
         except NoValidResultError as error:
             other = {"failed": str(error)}
-        document |= {"nested": other, "final_runs": final_runs(found, Path(folder), overrides)}
+        finals = final_runs(found, Path(folder), [*overrides, *search], warm_steps)
+        document |= {"timed": other, "final_runs": finals}
     return document
 
 
-def search(folder: Path, overrides: Sequence[str], known: "Workspace | None" = None) -> Found:
+def run_search(folder: Path, overrides: Sequence[str], known: "Workspace | None" = None) -> Found:
     """`mars probe`, `fit` and `select`; what they cost is told apart."""
     from costs import Cost, final_run, probes, sweep
 
@@ -109,8 +114,8 @@ def search(folder: Path, overrides: Sequence[str], known: "Workspace | None" = N
 
 
 def lengths(config: Any) -> list[int]:
-    """Steps of final runs to count: those of the config, and longer ones."""
-    return sorted({config.finetune.steps, *LONGER})
+    """Steps of final runs to count: those of the config, and others."""
+    return sorted({config.finetune.steps, *LENGTHS})
 
 
 def swept(workspace: "Workspace", directory: Any) -> tuple["Ranks", ...]:
@@ -164,8 +169,8 @@ def full_grid(found: Found) -> Document:
     }
 
 
-def final_runs(found: Found, folder: Path, overrides: Sequence[str]) -> list[Document]:
-    """Fresh and warm final runs of shares of the steps, with the pick or, where no probe had it, the best probe."""
+def final_runs(found: Found, folder: Path, overrides: Sequence[str], warm_steps: int) -> list[Document]:
+    """The final run, and short fresh and warm ones, with the pick or, where no probe had it, the best probe."""
     from mars_jax.compile_cache import CompileCounter
     from mars_jax.finetune import finetune
     from mars_jax.jsonfiles import read_jsonl
@@ -182,8 +187,8 @@ def final_runs(found: Found, folder: Path, overrides: Sequence[str]) -> list[Doc
     if Lane(ranks, largest, 0).name not in {Lane(some, largest, 0).name for _, some in probed}:
         ranks = min(probed, key=lambda probe: probe[0])[1]
     rows = []
-    for share, warm in itertools.product(WARM_SHARES, (False, True)):
-        steps = round(share * workspace.config.finetune.steps)
+    short = [round(share * warm_steps) for share in WARM_SHARES]
+    for steps, warm in [(workspace.config.finetune.steps, False), *itertools.product(short, (False, True))]:
         place = folder / f"final{steps}{'warm' if warm else 'fresh'}"
         config = demo_config(place, [*overrides, *final_overrides(steps), f"finetune.warm_start={str(warm).lower()}"])
         with RunDirectory.open(config) as directory, CompileCounter() as counter:

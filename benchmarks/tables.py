@@ -88,7 +88,11 @@ def losses(documents: Mapping[str, Row]) -> list[str]:
         found.append(
             f"b5: the search costs {100 * share:.0f} % of search and final run at {detail['final_steps']} steps of a "
             "final run, the length that is measured. "
-            + (f"{documents['b5']['goal']} needs {needed:.0f} steps." if needed else "No length reaches the goal.")
+            + (
+                f"Of the lengths counted, the goal is reached from {needed} on."
+                if needed
+                else "None counted reaches the goal."
+            )
         )
         failed = detail["tables"]["Searches without a valid result, left out above"]
         if failed:

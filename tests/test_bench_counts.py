@@ -119,20 +119,16 @@ def test_the_sequential_grid_costs_its_final_runs_and_a_search_saves_at_most_the
     assert whole.lane_steps == whole.executed_lane_steps == 6 * workspace.config.finetune.steps
     run = {
         "grid": [{"ranks": ranks} for ranks in grid],
-        "sequential_grid": {"16": dataclasses.asdict(whole), "10240": dataclasses.asdict(whole)},
+        "sequential_grid": {"16": dataclasses.asdict(whole), "12288": dataclasses.asdict(whole)},
         "search": {
             "cost": {"probes": {"flops": 0.0}},
-            "final_run": {steps: dataclasses.asdict(alone[-1]) for steps in ("16", "10240")},
+            "final_run": {steps: dataclasses.asdict(alone[-1]) for steps in ("16", "12288")},
         },
     }
     assert 1 < b5.ratios_at([run], 16)["sequential grid"] <= 6
-    # A search as dear as the rest halves it; one that costs nothing reaches any goal at once, and none more than 6.
+    # A search as dear as the rest halves it.
     run["search"]["cost"]["probes"]["flops"] = alone[-1].flops
     assert b5.ratios_at([run], 16)["share of the search"] == 0.5
-    assert b5.steps_for(100.0, [run]) is None
-    steps = b5.steps_for(2.0, [run])
-    final, fixed = alone[-1].flops / 10240, alone[-1].flops
-    assert whole.flops / 10240 * steps == pytest.approx(2.0 * (fixed + final * steps))
 
 
 def test_random_pairs_are_judged_over_all_choices():
