@@ -244,7 +244,7 @@ def peft_flops(case: Case, checkpoint: Path) -> float:
         write_adapter(folder, adapters, case.ranks, case.config, base_name=str(checkpoint), provenance={})
         adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     side, image_token = case.config.vision.image_size, case.config.image_token_id
-    places = len(image_tokens(side, side, Geometry.from_config(model.config.to_dict())).index)
+    places = len(image_tokens(side, side, Geometry.from_config(case.config)).index)
     tokens = torch.full((case.batch_size, case.tokens), image_token + 2)
     tokens[:, :places] = image_token
     labels = torch.full_like(tokens, -100)

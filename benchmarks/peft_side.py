@@ -35,6 +35,7 @@ from mars_jax.data.template import load_tokenizer
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.llava import ONEVISION as FAMILY
 from mars_jax.hub.read import read_config
+from mars_jax.models.configs import LlavaOnevisionConfig
 
 Head = Literal["all", "supervised"]
 Row = dict[str, Any]
@@ -127,7 +128,9 @@ class PeftGrid:
             attention: the implementation in transformers.
         """
         torch.set_num_threads(threads)
-        self.config = read_config(checkpoint)
+        config = read_config(checkpoint)
+        assert isinstance(config, LlavaOnevisionConfig)
+        self.config = config
         self.model = LlavaOnevisionForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         )
@@ -136,7 +139,7 @@ class PeftGrid:
         self._checkpoint = str(checkpoint)
         self._pad = load_tokenizer(checkpoint).pad_token_id
         self._image_size = image_size
-        self._layout = image_tokens(*image_size, Geometry.from_config(self.model.config.to_dict(), self._checkpoint))
+        self._layout = image_tokens(*image_size, Geometry.from_config(self.config))
 
     # Data.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-# The linears of LLaVA-OneVision that LoRA adapts when the config doesn't say.
+# The linears that LoRA adapts when the config doesn't say: those of every layer, and the projector's.
 DEFAULT_MODULES: Mapping[str, Mapping[str, Sequence[str | int]]] = {
     "vision": {
         "targets": ["vision/layers/(self_attn|mlp)/.*"],

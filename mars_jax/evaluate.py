@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from mars_jax import lora
-from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, subset
+from mars_jax.data.batches import can_shuffle, eval_batches, image_blind, shuffle_images, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
 from mars_jax.data.records import Record
 from mars_jax.jsonfiles import append_jsonl, write_json
@@ -118,7 +118,7 @@ class Evaluator:
         self._controls, self._rows = controls, rows
         self.candidates = tuple(candidates)
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
-        if controls and len({digest for record in records for digest in record.digests}) > 1:
+        if controls and can_shuffle(records):
             self._views["shuffled"] = shuffle_images(records, seed)
         tokenizer = preprocessor.tokenizer
         self._answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in self.candidates]

@@ -8,7 +8,6 @@ weight, and nothing is computed twice (no remat).
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from mars_jax.hub.families import parameters
 from mars_jax.lora import Targets
@@ -89,12 +88,8 @@ def evaluation_flops(
     return walk.model(tokens, tiles, supervised, cached_encoder)
 
 
-# What differs between the layers of transformers: the linears on both sides of attention and of the MLP.
-_GATED = {"output": "o_proj", "up": ("gate_proj", "up_proj"), "down": "down_proj"}
-_LAYERS: dict[str, dict[str, dict[str, Any]]] = {
-    "llava_onevision": {"vision": {"output": "out_proj", "up": ("fc1",), "down": "fc2"}, "llm": _GATED},
-    "qwen2_5_vl": {"vision": _GATED | {"output": "proj"}, "llm": _GATED},
-}
+# The linears after attention and of the MLP have one of these names, whichever a model has.
+_OUTPUT, _UP, _DOWN = ("o_proj", "out_proj", "proj"), ("gate_proj", "up_proj", "fc1"), ("down_proj", "fc2")
 
 
 class _Walk:
@@ -144,19 +139,24 @@ class _Walk:
 
         Returns whether its output moves.
         """
-        rows, prefix, names = sequences * asked, f"{module}/layers", _LAYERS[self.config.family][module]
+        rows, prefix = sequences * asked, f"{module}/layers"
         if f"{prefix}/self_attn/qkv" in self.shapes:
             query = key = value = self.linear(part, f"{prefix}/self_attn/qkv", rows, moves)
         else:
             query = self.linear(part, f"{prefix}/self_attn/q_proj", rows, moves)
             key, value = (self.linear(part, f"{prefix}/self_attn/{x}_proj", sequences * length, moves) for x in "kv")
-        output = f"{prefix}/self_attn/{names['output']}"
+        (output,) = self.paths(f"{prefix}/self_attn", _OUTPUT)
         # Two products forward; backward one each for queries, keys, values and attention weights, where they move.
         products = 2 + self.trains * (query + key + value + (query or key))
         self.parts["attention"] += 2.0 * self.batch_size * rows * length * self.shapes[output][0] * products
         moves |= self.linear(part, output, rows, query or key or value)
-        wide = [self.linear(part, f"{prefix}/mlp/{x}", rows, moves) for x in names["up"]]
-        return moves | self.linear(part, f"{prefix}/mlp/{names['down']}", rows, any(wide))
+        wide = [self.linear(part, path, rows, moves) for path in self.paths(f"{prefix}/mlp", _UP)]
+        (down,) = self.paths(f"{prefix}/mlp", _DOWN)
+        return moves | self.linear(part, down, rows, any(wide))
+
+    def paths(self, prefix: str, names: tuple[str, ...]) -> list[str]:
+        """Those of the linears that the model has."""
+        return [f"{prefix}/{name}" for name in names if f"{prefix}/{name}" in self.shapes]
 
     def linear(self, part: str, path: str, rows: int, moves: bool) -> bool:
         """One linear on `rows` rows a sample; returns whether its output moves."""

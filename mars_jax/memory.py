@@ -39,13 +39,10 @@ def activation_bytes(
         itemsize: bytes of an activation.
     """
     vision, text = config.vision, config.text
-    windowed, seen = isinstance(vision, QwenVisionConfig), float(vision.num_positions)
-    if isinstance(vision, QwenVisionConfig):  # the mean over layers with full and with window attention
-        whole = tiles * vision.num_positions
-        full = len(vision.full_attention_layers) / vision.num_layers
-        seen = (1 - full) * seen + full * (whole if whole**2 <= MAX_SCORES else 0)
-    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + windowed, int(vision.num_heads * seen))
-    # Of longer sequences scores are computed again, see `models.layers.attention`.
+    windowed = isinstance(vision, QwenVisionConfig)
+    # Windowed attention is computed again in the backward pass, and that of longer sequences too: see `models`.
+    seen = 0 if windowed else vision.num_positions
+    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + windowed, vision.num_heads * seen)
     scores = text.num_heads * tokens if tokens**2 <= MAX_SCORES else 0
     decoder = _layer(text.hidden_size, text.intermediate_size, 2, scores)
     rows = {"vision": tiles * vision.num_positions, "llm": tokens}

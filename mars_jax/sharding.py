@@ -29,7 +29,7 @@ _BATCH_AXES = ("data", "fsdp")
 # communicates once (Shoeybi et al., arXiv 1909.08053); `fsdp` splits the other side. The embedding's rows are looked
 # up, so both axes split its columns. (With rows over `tensor` and columns over `fsdp`, the XLA of jaxlib 0.10.1 ends
 # the process where the mesh has a lane axis too: a failed check in spmd_partitioner_util.cc.)
-_COLUMN = r".*/(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|linear_1)"
+_COLUMN = r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|linear_1)"
 _ROW = r".*/(o_proj|out_proj|proj|down_proj|fc2|linear_2)"
 _NORM = r"(pre|input|post_attention)_layernorm|layer_norm[12]|layer_scale[12]|norm[12]?"
 _Axis = str | tuple[str, ...] | None
@@ -38,6 +38,9 @@ _RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
     (rf"{_COLUMN}/bias", ("tensor",)),
     (rf"{_ROW}/kernel", ("tensor", "fsdp")),
     (rf"{_ROW}/bias", (None,)),
+    # Split over `tensor`, a fused linear would be cut across queries, keys and values.
+    (r".*/qkv/kernel", ("fsdp", None)),
+    (r".*/qkv/bias", (None,)),
     (r"llm/embed_tokens/embedding", (None, ("fsdp", "tensor"))),
     (r"llm/lm_head/kernel", ("fsdp", "tensor")),
     (r"vision/(patch_embed/kernel|position_embed)", (None, None)),

@@ -51,7 +51,8 @@ def _torch_inputs(
         "input_ids": tokens.astype(np.int64),
         "attention_mask": (np.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(np.int64),
     }
-    if "positions" in batch:
-        inputs["position_ids"] = batch["positions"].transpose(2, 0, 1).astype(np.int64)
+    if preprocessor.axes > 1:
+        # From these transformers works out positions itself, so that ours are checked as well.
+        inputs["mm_token_type_ids"] = (tokens == preprocessor.image_token_id).astype(np.int32)
     images = [[load_rgb(path) for path in record.images] for record in records if record.images]
     return inputs | preprocessor.pictures.torch_inputs(images) if images else inputs

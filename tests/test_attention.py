@@ -29,3 +29,20 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, masked):
     pieces = both(query, key, value)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), pieces, whole)
     assert " while(" in jax.jit(layers.attention).lower(query, key, value, visible).compile().as_text()
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
+    monkeypatch.setattr(layers, "MAX_SCORES", 2**12)
+
+    def temporary_bytes(length):
+        shape = jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32)
+        visible = jnp.arange(length)[None, None] <= jnp.arange(length)[None, :, None]
+
+        def total(*qkv):
+            return (layers.attention(*qkv, visible) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(128), temporary_bytes(1024)
+    assert long < 16 * short  # eight times the length; its square would be 64 times

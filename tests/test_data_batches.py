@@ -12,7 +12,7 @@ import tiny_data
 from tiny_data import IMAGE_TOKEN_ID, save_picture
 
 from mars_jax.data.anyres import AnyresPictures, image_tokens
-from mars_jax.data.batches import eval_batches, image_blind, shuffle_images, stream, subset
+from mars_jax.data.batches import can_shuffle, eval_batches, image_blind, shuffle_images, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, Shapes, load_preprocessor, plan_shapes
 from mars_jax.data.formats import Turn
 from mars_jax.data.images import load_rgb
@@ -280,25 +280,32 @@ def test_samples_are_shown_with_the_tokens_of_each_picture_counted(
         turns=(Turn("user", "<image> or <image>?"), Turn("assistant", "a red square")),
     )
     records = [two, record(1, pictures[1]), record(2, None)]
-    both, one, none = shown(records, preprocessor, plan_shapes(records, preprocessor, 500).shapes)
-    assert both["text"].count("[5 image tokens]") == 2  # one tile of four patches and a newline each
+    side_by_side = replace(preprocessor, tokenizer=tiny_data.tokenizer(tiny_data.PICTURES_FIRST))
+    for used in (side_by_side, preprocessor):
+        both, one, none = shown(records, used, plan_shapes(records, used, 500).shapes)
+        assert both["text"].count("[5 image tokens]") == 2  # one tile of four patches and a newline each
     assert one["text"].count("[10 image tokens]") == 1  # thumbnail, tile, and two newlines
     assert "image tokens" not in none["text"]
     assert both["supervised"] == "a red square<|im_end|>"
 
 
-def test_every_one_of_several_pictures_is_swapped(pictures: list[Path]) -> None:
-    digests = ("a", "b", "c")
-    both = [
-        replace(record(n, pictures[n]), images=(pictures[n], pictures[2]), digests=(digests[n], "c")) for n in (0, 1)
-    ]
-    for before, after in zip(both, shuffle_images(both, 0), strict=True):
-        assert all(old != new for old, new in zip(before.digests, after.digests, strict=True))
-        assert after.images == tuple(pictures[digests.index(digest)] for digest in after.digests)
+@pytest.mark.parametrize("seed", range(5))
+def test_no_record_is_shown_a_picture_of_its_own_in_another_place(pictures: list[Path], seed: int) -> None:
+    def several(number: int, *places: int) -> Record:
+        images = tuple(pictures[place] for place in places)
+        return replace(record(number, pictures[0]), images=images, digests=tuple("abcd"[place] for place in places))
+
+    records = [several(0, 0, 1), several(1, 2, 1, 0), several(2, 3)]
+    for before, after in zip(records, shuffle_images(records, seed), strict=True):
+        assert not set(before.digests) & set(after.digests)
+        assert after.images == tuple(pictures["abcd".index(digest)] for digest in after.digests)
+    assert not can_shuffle([several(0, 0, 1), several(1, 1)])
+    with pytest.raises(DataError, match=r"more different pictures than any record has.*have 2\. Leave the control out"):
+        shuffle_images([several(0, 0, 1), several(1, 1)], seed)
 
 
 def test_shuffled_pictures_need_two(pictures: list[Path]) -> None:
-    with pytest.raises(DataError, match=r"needs two different pictures, the data have 1\. Leave the control out"):
+    with pytest.raises(DataError, match=r"needs more different pictures than any record has.*have 1\. Leave"):
         shuffle_images([record(0, pictures[0]), record(1, pictures[0])], 0)
 
 

@@ -19,6 +19,8 @@ from mars_jax.data.anyres import Geometry, image_tokens, load_anyres_pictures
 from mars_jax.data.images import load_rgb
 from mars_jax.data.pictures import NEWLINE, ImageTokens
 from mars_jax.errors import ConfigError, DataError
+from mars_jax.models.configs import LlavaOnevisionConfig as OurConfig
+from mars_jax.models.hf_configs import model_config
 
 REAL = Geometry(384, 14, tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)), 9)
 
@@ -116,10 +118,17 @@ def test_too_thin(height: int, width: int, geometry: Geometry) -> None:
         image_tokens(height, width, geometry)
 
 
+def architecture(image_size: int, **changes: object) -> OurConfig:
+    """A model's configuration, from what its file says of pictures."""
+    vision = {"model_type": "siglip_vision_model", "image_size": image_size, "patch_size": 14}
+    config = model_config({"model_type": "llava_onevision", "text_config": {}, "vision_config": vision, **changes})
+    assert isinstance(config, OurConfig)
+    return config
+
+
 def test_geometry_from_config() -> None:
-    vision = {"image_size": 28, "patch_size": 14}
-    assert Geometry.from_config({"vision_config": vision, "image_grid_pinpoints": tiny_data.PINPOINTS}) == GEOMETRY
-    default = Geometry.from_config({"vision_config": {"image_size": 384, "patch_size": 14}})
+    assert Geometry.from_config(architecture(28, image_grid_pinpoints=tiny_data.PINPOINTS)) == GEOMETRY
+    default = Geometry.from_config(architecture(384))
     assert default == REAL
     assert [list(point) for point in default.image_grid_pinpoints] == LlavaOnevisionConfig().image_grid_pinpoints
 
@@ -127,9 +136,7 @@ def test_geometry_from_config() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"vision_feature_select_strategy": "default"}, r"is 'default'; only 'full' is supported"),
         ({"vision_aspect_ratio": "pad"}, r"vision_aspect_ratio is 'pad'; only 'anyres_max_N' is supported"),
-        ({"vision_config": {"patch_size": 14}}, r"vision_config has no 'image_size'. Point model.checkpoint at"),
         (
             {"image_grid_pinpoints": [[28, 30]]},
             r"image_grid_pinpoints has \[28, 30\]; every height and width must be a",
@@ -138,7 +145,7 @@ def test_geometry_from_config() -> None:
 )
 def test_geometry_errors(change: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=rf"^some/config.json: .*{text}"):
-        Geometry.from_config({"vision_config": {"image_size": 28, "patch_size": 14}, **change}, "some/config.json")
+        Geometry.from_config(architecture(28, **change), "some/config.json")
 
 
 def test_processor_is_checked_against_the_model(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import IMAGE_TOKEN_ID, PICTURES_FIRST, STRING_CHATML, TYPED_CHATML
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mars_jax.data.formats import Turn
@@ -94,10 +95,6 @@ def test_a_template_that_trims_answers() -> None:
     ("template", "text"),
     [
         (
-            STRING_CHATML.replace("'<|im_end|>\n'", "'\n'"),
-            "the answer itself and then a special end token are expected",
-        ),
-        (
             STRING_CHATML.replace("message['content']", "message['content'] | replace('yes', 'Yes')"),
             r"renders the answer as '.*Yes<\|im",
         ),
@@ -154,7 +151,7 @@ def test_control_tokens_in_the_text_are_refused(role: str) -> None:
 
 
 def test_wrong_image_token_id_and_count() -> None:
-    with pytest.raises(ConfigError, match="tokens, but the config's image_token_index is 151646"):
+    with pytest.raises(ConfigError, match="tokens, but the config's image token is 151646"):
         encode(record(*CONVERSATIONS[0]), TOKENIZERS["TYPED_CHATML"], 151646, [1])
     with pytest.raises(DataError, match="1 image tokens for 2 pictures"):
         encode(record(*CONVERSATIONS[0]), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [1, 1])
@@ -178,3 +175,39 @@ def test_load_tokenizer_errors(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"the tokenizer has no padding token. Set pad_token"):
         load_tokenizer(tmp_path)
+
+
+# The shape of LLaVA-1.5's own: no token ends an answer, and none begins the text.
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() }}: {% endif %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_neither() -> None:
+    tokenizer = tiny_data.tokenizer(VICUNA)
+    turns = [("user", "<image>\nwhat?"), ("assistant", "a red square"), ("user", "and?"), ("assistant", "that")]
+    encoded = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
+    supervised = tokenizer.decode(encoded.token_ids[encoded.supervised])
+    assert supervised == "a red square<|im_end|>that<|im_end|>"
+    whole = "USER: <image><image>\nwhat? ASSISTANT: a red square<|im_end|> USER: and? ASSISTANT: that<|im_end|> "
+    assert tokenizer.decode(encoded.token_ids) == whole
+
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    begun = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
+    assert begun.token_ids.tolist() == [1, *encoded.token_ids.tolist()]
+    assert begun.supervised.tolist() == [False, *encoded.supervised.tolist()]
+    tokenizer.chat_template = "<|im_start|>" + VICUNA  # writes it itself
+    assert encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2]).token_ids.tolist() == begun.token_ids.tolist()
+
+
+def test_an_answer_that_nothing_ends_is_a_data_error() -> None:
+    tokenizer = tiny_data.tokenizer(STRING_CHATML.replace("'<|im_end|>\n'", "'\n'"))
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="the answer itself and then a special end token are expected"):
+        encode(record(("user", "?"), ("assistant", "yes")), tokenizer, IMAGE_TOKEN_ID, [])

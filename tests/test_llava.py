@@ -16,15 +16,17 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from mars_jax.config_schema import DEFAULT_MODULES
 from mars_jax.data.examples import load_preprocessor
 from mars_jax.data.images import load_rgb
 from mars_jax.errors import ConfigError
+from mars_jax.flops import evaluation_flops, lane_step_flops
 from mars_jax.hub.adapter import read_adapter, write_adapter
-from mars_jax.hub.families import family_of
+from mars_jax.hub.families import family_of, parameters
 from mars_jax.hub.read import read_checkpoint, read_json
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_checkpoint, write_merged
-from mars_jax.lora import flatten, unflatten
+from mars_jax.lora import find_targets, flatten, unflatten
 from mars_jax.models.families import build_model
 from mars_jax.models.hf_configs import model_config
 
@@ -195,6 +197,47 @@ def test_settings_that_a_file_leaves_out_are_those_of_transformers():
     ):
         assert getattr(config.text, ours) == getattr(expected, theirs)
     assert (config.image_token_id, config.vision_feature_layers, config.drop_first) == (32000, (2,), True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "part"),
+    [
+        (transformers.LlamaConfig(), "text"),
+        (transformers.Qwen2Config(), "text"),
+        (transformers.SiglipVisionConfig(), "vision"),
+        (transformers.CLIPVisionConfig(), "vision"),
+        (transformers.Dinov2Config(), "vision"),
+    ],
+)
+def test_defaults_are_those_of_transformers(theirs, part):
+    settings = {"text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "clip_vision_model"}}
+    settings[f"{part}_config"] = {"model_type": theirs.model_type}
+    ours = getattr(model_config({"model_type": "llava", **settings, "vision_feature_layer": -1}), part)
+    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    names |= {name: name for name in ("hidden_size", "image_size", "patch_size", "vocab_size")}
+    names |= {} if theirs.model_type == "dinov2" else {"intermediate_size": "intermediate_size"}
+    compared = [name for name in names if hasattr(ours, name)]
+    assert {name: getattr(ours, name) for name in compared} == {n: getattr(theirs, names[n]) for n in compared}
+    assert len(compared) >= 5
+
+
+def test_parts_that_a_file_does_not_name_are_those_of_llava():
+    config = model_config({"model_type": "llava", "text_config": {}, "vision_config": {"image_size": 336}})
+    assert (config.vision.kind, config.text.attention_bias) == ("clip_vision_model", False)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_lane_step_is_counted_for_every_kind(name):
+    kind = KINDS[name]
+    top = transformers.LlavaConfig(vision_config=kind.vision, text_config=kind.text, **kind.top).to_dict()
+    config = model_config(top)
+    base = unflatten({p.path: jax.ShapeDtypeStruct(p.shape, np.float32) for p in parameters(config)})
+    targets = find_targets(base, {name: module["targets"] for name, module in DEFAULT_MODULES.items()})
+    assert set(targets) == set(family_of(config).linears)
+    sizes = {"batch_size": 2, "tokens": 20, "tiles": 1, "supervised": 3}
+    step = lane_step_flops(config, targets, RANKS, **sizes)
+    assert step.total > evaluation_flops(config, targets, RANKS, **sizes).total > 0
+    assert min(step.encoder, step.projector, step.llm, step.lora, step.attention) > 0
 
 
 @pytest.mark.parametrize(

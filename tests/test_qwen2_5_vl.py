@@ -10,6 +10,7 @@ import peft
 import pytest
 import tiny_qwen
 import torch
+import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -237,7 +238,7 @@ def test_a_picture_counts_the_tokens_that_transformers_counts(base):
     [
         ({"vision_config": {"out_hidden_size": 30}}, "vision_config.out_hidden_size is 30; this version supports 32"),
         ({"vision_config": {"window_size": 100}}, "window_size is 100; it must be a multiple of patch_size x"),
-        ({"vision_config": {"depth": None}}, "vision_config.depth is missing"),
+        ({"text_config": {"vocab_size": None}}, "text_config.vocab_size is missing"),
         ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type is 'yarn'; this version supports"),
         (
             {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}}},
@@ -252,6 +253,21 @@ def test_settings_that_are_not_supported_are_named(base, change, text, tmp_path)
             config[part] = {k: v for k, v in config[part].items() if k != key} | ({key: value} if value else {})
     with pytest.raises(ConfigError, match=f"^some/config.json: .*{text}"):
         model_config(config, "some/config.json")
+
+
+def test_defaults_of_the_encoder_are_those_of_transformers():
+    theirs = transformers.Qwen2_5_VLConfig(vision_config={"hidden_size": 1280}).vision_config
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 28,
+        "vocab_size": 9,
+    }
+    ours = model_config({"model_type": "qwen2_5_vl", **text, "vision_config": {"hidden_size": 1280}}).vision
+    assert (ours.num_layers, ours.num_heads, ours.intermediate_size) == (theirs.depth, theirs.num_heads, 3420)
+    assert (ours.patch_size, ours.merge_size, ours.window_size) == (14, theirs.spatial_merge_size, theirs.window_size)
+    assert list(ours.full_attention_layers) == list(theirs.fullatt_block_indexes)
 
 
 def test_a_processor_of_another_model_is_refused(base, tmp_path):

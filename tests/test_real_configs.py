@@ -180,4 +180,4 @@ def test_the_base_is_split_evenly_over_eight_devices(name):
     leaves = zip(jax.tree.leaves(base), jax.tree.leaves(shardings), strict=True)
     own = sum(2 * math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
     whole = sum(2 * leaf.size for leaf in jax.tree.leaves(base))
-    assert whole / 8 <= own < 1.02 * whole / 8
+    assert whole / 8 <= own < 1.03 * whole / 8  # fused queries, keys and values are split by four

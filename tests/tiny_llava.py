@@ -12,6 +12,8 @@ from mars_jax.data.anyres import Geometry, image_tokens
 from mars_jax.data.pictures import NEWLINE
 from mars_jax.hub.llava import ONEVISION as FAMILY
 from mars_jax.lora import flatten, unflatten
+from mars_jax.models.configs import LlavaOnevisionConfig
+from mars_jax.models.hf_configs import model_config
 
 IMAGE_TOKEN = 100
 PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56]]
@@ -93,7 +95,9 @@ def inputs(
     """
     rng = np.random.default_rng(seed)
     config = model.config
-    geometry = Geometry.from_config(config.to_dict())
+    architecture = model_config(config.to_dict())
+    assert isinstance(architecture, LlavaOnevisionConfig)
+    geometry = Geometry.from_config(architecture)
     side, patches = geometry.image_size, geometry.num_patches
     rows, weights, tiles, text = [], [], [], []
     for sizes in samples:

@@ -6,7 +6,7 @@ alone, as a gather. Nothing here runs a model.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mars_jax.data.pictures import NEWLINE, ImageTokens, Size
+from mars_jax.data.pictures import NEWLINE, ImageTokens, Size, gathered
 from mars_jax.data.processors import load_processor
 from mars_jax.errors import ConfigError, DataError
+from mars_jax.models.configs import LlavaOnevisionConfig
 
 if TYPE_CHECKING:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-
-_DEFAULT_PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,36 +52,25 @@ class Geometry:
         return self.grid_size**2
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> "Geometry":
-        """Reads a checkpoint's parsed `config.json`; absent keys have transformers' defaults.
+    def from_config(cls, config: LlavaOnevisionConfig, source: str = "config.json") -> "Geometry":
+        """What of a checkpoint's configuration concerns pictures.
 
         Raises:
-            ConfigError: a key is missing, or has a value that this version does not implement.
+            ConfigError: a setting that this version does not implement.
         """
-        strategy = config.get("vision_feature_select_strategy", "full")
-        if strategy != "full":
-            raise ConfigError(
-                f"{source}: vision_feature_select_strategy is {strategy!r}; only 'full' is supported. Use a "
-                "LLaVA-OneVision checkpoint, whose SigLIP encoder has no class token to drop."
-            )
-        aspect_ratio = str(config.get("vision_aspect_ratio", "anyres_max_9"))
-        match = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect_ratio)
+        match = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
         if match is None:
-            raise ConfigError(f"{source}: vision_aspect_ratio is {aspect_ratio!r}; only 'anyres_max_N' is supported.")
-        try:
-            side, patch = int(config["vision_config"]["image_size"]), int(config["vision_config"]["patch_size"])
-        except KeyError as error:
             raise ConfigError(
-                f"{source}: vision_config has no {error}. Point model.checkpoint at a complete LLaVA-OneVision folder."
-            ) from error
-        pinpoints = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS)
+                f"{source}: vision_aspect_ratio is {config.vision_aspect_ratio!r}; only 'anyres_max_N' is supported."
+            )
+        side, pinpoints = config.vision.image_size, config.image_grid_pinpoints
         odd = [point for point in pinpoints if point[0] % side or point[1] % side]
         if odd:
             raise ConfigError(
                 f"{source}: image_grid_pinpoints has {list(odd[0])}; every height and width must be a multiple of "
                 f"vision_config.image_size = {side}."
             )
-        return cls(side, patch, pinpoints, int(match.group(1)))
+        return cls(side, config.vision.patch_size, pinpoints, int(match.group(1)))
 
 
 @lru_cache(maxsize=64)
@@ -184,11 +172,7 @@ def _too_thin(height: int, width: int) -> DataError:
 @lru_cache(maxsize=8)
 def _one_tile(num_patches: int) -> ImageTokens:
     """The image tokens of one of several pictures: its patches as they are, and a newline vector."""
-    index = np.append(np.arange(num_patches), NEWLINE).astype(np.int32)[:, None]
-    weight = np.ones(index.shape, np.float32)
-    index.setflags(write=False)
-    weight.setflags(write=False)
-    return ImageTokens(index, weight, 1)
+    return gathered(np.append(np.arange(num_patches), NEWLINE), 1)
 
 
 class AnyresPictures:

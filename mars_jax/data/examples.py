@@ -61,10 +61,9 @@ def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preproc
     """
     path = directory / "config.json"
     try:
-        stored = json.loads(path.read_text())
+        config = model_config(json.loads(path.read_text()), str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}). Point model.checkpoint at a checkpoint folder.") from error
-    config = model_config(stored, str(path))
     pictures: Pictures
     if isinstance(config, Qwen25VlConfig):
         pictures = load_window_pictures(directory, config.vision, max_pixels)
@@ -74,7 +73,7 @@ def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preproc
             f"the picture's. Leave it out."
         )
     elif isinstance(config, LlavaOnevisionConfig):
-        pictures = load_anyres_pictures(directory, Geometry.from_config(stored, str(path)))
+        pictures = load_anyres_pictures(directory, Geometry.from_config(config, str(path)))
     else:
         pictures = load_tile_pictures(directory, config)
     axes = len(config.text.mrope_section or (1,))

@@ -1,7 +1,7 @@
 """What a family's pictures are to the rest of the pipeline: tiles for the encoder, and image tokens for the decoder.
 
-`anyres` and `windows` implement it. Everything follows from picture sizes, in numpy: the jitted model never sees a
-data-dependent shape.
+`anyres`, `tiles` and `windows` implement it. Everything follows from picture sizes, in numpy: the jitted model never
+sees a data-dependent shape.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,14 @@ class ImageTokens:
     grid: tuple[int, int] | None = None
 
 
+def gathered(index: NDArray[Any], num_tiles: int, grid: tuple[int, int] | None = None) -> ImageTokens:
+    """Image tokens that are rows [T] of the features as they are; read-only arrays, to be shared."""
+    rows, weight = index.astype(np.int32)[:, None], np.ones((len(index), 1), np.float32)
+    rows.setflags(write=False)
+    weight.setflags(write=False)
+    return ImageTokens(rows, weight, num_tiles, grid)
+
+
 class Pictures(Protocol):
     """How pictures of a checkpoint become tiles and image tokens."""
 
@@ -64,7 +72,7 @@ class Pictures(Protocol):
         ...
 
     def padding(self, count: int) -> dict[str, NDArray[Any]]:
-        """The same for `count` tiles without a picture."""
+        """What `tiles` gives, for `count` tiles without a picture."""
         ...
 
 

@@ -1,11 +1,11 @@
 """Samples as the model sees them, for people to look at before anything is trained."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from mars_jax.data.examples import ExampleSource, Preprocessor, Shapes
+from mars_jax.data.images import image_size
 from mars_jax.data.records import Record
 
 
@@ -17,13 +17,19 @@ def shown(records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes)
     for record, example in zip(records, (source[i] for i in range(len(records))), strict=True):
         supervised = example["targets"][example["target_weights"] > 0]
         used = np.flatnonzero(example["tokens"] != tokenizer.pad_token_id)[-1] + 1
-        text = str(tokenizer.decode(example["tokens"][:used]))
-        image = re.escape(str(tokenizer.decode([preprocessor.image_token_id])))
-        counted = re.sub(f"({image})+", lambda run: f"[{len(run[0]) // len(run[1])} image tokens]", text)
+        sizes = [image_size(path) for path in record.images]
+        counts = [len(picture.index) for picture in preprocessor.pictures.tokens(sizes)] if sizes else []
+        # Of each picture's tokens the first is left, to be replaced by their number.
+        places = np.flatnonzero(example["tokens"] == preprocessor.image_token_id)
+        firsts = places[np.cumsum([0, *counts])[:-1]] if counts else places
+        text = str(tokenizer.decode(np.delete(example["tokens"][:used], np.setdiff1d(places, firsts))))
+        image = str(tokenizer.decode([preprocessor.image_token_id]))
+        for count in counts:
+            text = text.replace(image, f"[{count} image tokens]", 1)
         found.append(
             {
                 "id": record.id,
-                "text": counted,
+                "text": text,
                 "supervised": str(tokenizer.decode(supervised)),
             }
         )

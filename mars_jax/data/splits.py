@@ -55,8 +55,8 @@ class Splits:
 def split_of(record: Record, fractions: Fractions) -> SplitName:
     """The split of a record: a fixed function of its picture's bytes (or of its id, when text only).
 
-    Records of the same picture always fall together, whatever the file's order, name or other records; a record with
-    several pictures ties theirs together.
+    Records that share a picture fall together, whatever the file's order and name. Of records with one picture each
+    this doesn't depend on the others; one with several ties the groups of its pictures together, and may move them.
     """
     digest = hashlib.sha256((_SALT + record.group).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64

@@ -72,12 +72,14 @@ def encode(
 ) -> Encoded:
     """Renders and tokenises a conversation; each `<image>` becomes as many image tokens as its picture needs.
 
-    Prompts and answers are tokenised apart, so no token straddles the border between them, as at inference.
+    Prompts and answers are tokenised apart, so no token straddles the border between them, as at inference. Where the
+    tokenizer puts a token before every text and the template doesn't, it comes first; where the template ends no
+    answer, the tokenizer's end token does.
 
     Args:
         record: the conversation.
         tokenizer: with a chat template that takes typed content (`{"type": "image"}`) or plain strings.
-        image_token_id: `image_token_index` of the checkpoint's config.
+        image_token_id: of the checkpoint's config.
         num_image_tokens: for each picture of the record.
 
     Raises:
@@ -89,8 +91,8 @@ def encode(
     typed = _takes_typed_content(tokenizer, image_token)
     messages = [_message(turn, image_token, typed) for turn in record.turns]
 
-    token_ids: list[int] = []
-    supervised: list[bool] = []
+    token_ids = _beginning(record, messages, tokenizer)
+    supervised = [False] * len(token_ids)
     for text, learn in _pieces(record, messages, tokenizer):
         piece = tokenizer.encode(text, add_special_tokens=False) if text else []
         # Tokenizers may normalise to NFC, so compare in that form.
@@ -102,6 +104,14 @@ def encode(
         token_ids.extend(piece)
         supervised.extend([learn] * len(piece))
     return _expand_images(record, np.asarray(token_ids), np.asarray(supervised), image_token_id, num_image_tokens)
+
+
+def _beginning(record: Record, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token that the tokenizer puts before a text at inference, unless the template writes it."""
+    before = tokenizer.bos_token_id
+    if before is None or tokenizer.encode("")[:1] != [before]:
+        return []
+    return [] if _render(record, messages, tokenizer).startswith(str(tokenizer.bos_token)) else [int(before)]
 
 
 def _pieces(record: Record, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, bool]]:
@@ -139,9 +149,10 @@ def _split_answer(
 ) -> tuple[str, str, str, str]:
     """Cuts a rendered assistant turn into header, answer, end token, and what follows it."""
     body = text.rstrip()
-    end = next((token for token in tokenizer.all_special_tokens if body.endswith(token)), "")
+    shown = next((token for token in tokenizer.all_special_tokens if body.endswith(token)), "")
+    end = shown or str(tokenizer.eos_token or "")
     answer = record.turns[number].text
-    before_end = body.removesuffix(end)
+    before_end = body.removesuffix(shown)
     if not before_end.endswith(answer):  # some templates trim
         answer = answer.strip()
     if not (end and before_end.endswith(answer)):
@@ -224,7 +235,7 @@ def _image_token(tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> s
     token = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id < len(tokenizer) else None
     if token is None:
         raise ConfigError(
-            f"tokenizer {_name(tokenizer)} has {len(tokenizer)} tokens, but the config's image_token_index is "
+            f"tokenizer {_name(tokenizer)} has {len(tokenizer)} tokens, but the config's image token is "
             f"{image_token_id}. Take the tokenizer and config.json from the same checkpoint."
         )
     return str(token)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mars_jax.data.pictures import ImageTokens, Size
+from mars_jax.data.pictures import ImageTokens, Size, gathered
 from mars_jax.data.processors import load_processor, processor_type
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import LlavaConfig
@@ -23,12 +23,8 @@ _PROCESSORS = {"CLIPImageProcessor": "clip", "SiglipImageProcessor": "siglip", "
 
 @lru_cache(maxsize=8)
 def tile_tokens(first: int, positions: int) -> ImageTokens:
-    """The image tokens of any picture: the encoder's from `first` on; read-only arrays."""
-    index = np.arange(first, positions, dtype=np.int32)[:, None]
-    weight = np.ones(index.shape, np.float32)
-    index.setflags(write=False)
-    weight.setflags(write=False)
-    return ImageTokens(index, weight, 1)
+    """The image tokens of any picture: the encoder's from `first` on."""
+    return gathered(np.arange(first, positions), 1)
 
 
 class TilePictures:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mars_jax.data.pictures import ImageTokens, Size
+from mars_jax.data.pictures import ImageTokens, Size, gathered
 from mars_jax.data.processors import load_processor
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.models.configs import QwenVisionConfig
@@ -82,11 +82,7 @@ def window_tokens(grid: tuple[int, int], window_groups: int) -> ImageTokens:
     row, column = np.divmod(np.arange(rows * columns), columns)
     window = (row // window_groups) * across + column // window_groups
     group = (row % window_groups) * window_groups + column % window_groups
-    index = (window * window_groups**2 + group).astype(np.int32)[:, None]
-    weight = np.ones(index.shape, np.float32)
-    index.setflags(write=False)
-    weight.setflags(write=False)
-    return ImageTokens(index, weight, across * -(-rows // window_groups), grid)
+    return gathered(window * window_groups**2 + group, across * -(-rows // window_groups), grid)
 
 
 class WindowPictures:

@@ -223,7 +223,8 @@ def _target_expression(paths: list[str], config: ModelConfig) -> str:
     for module, names in family.modules.items():
         keys = [family.linears[path].key for path in paths if path.split("/")[0] == module]
         ends = [key.removeprefix(names.prefix).removesuffix(".weight") for key in keys]
-        leaves = [family.aliases.get(end, re.escape(end)) for end in ends]
+        leaves = [re.escape(end) for end in ends]
+        leaves += [re.escape(family.aliases[end]) for end in ends if end in family.aliases]
         if leaves:
             dot = r"\." if numbers[module] else ""
             branches.append(f"{names.expression}{numbers[module]}{dot}({'|'.join(leaves)})")
@@ -243,7 +244,8 @@ def _check_expression(expression: str, paths: list[str], config: ModelConfig) ->
         for layer, key in enumerate(parameter.keys):
             reached = not linear.startswith("vision/layers") or layer < config.num_vision_layers_used
             name = family.memory_key(key.rpartition(".")[0])
-            for variant in (name, name.replace("vision_model.", "")):
+            newest = next((name.replace(old, new) for old, new in family.aliases.items() if name.endswith(old)), name)
+            for variant in (name, name.replace("vision_model.", ""), newest):
                 assert bool(re.fullmatch(expression, variant)) == (linear in paths and reached), (expression, variant)
 
 

@@ -183,6 +183,7 @@ _QUERIES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 WITH_DINOV2 = replace(
     WITH_SIGLIP,
     rows=(*_DINOV2, *_JOINED),
+    serving="vLLM knows no LLaVA with DINOv2 (0.33), adapted or merged: serve it with transformers.",
     to_hub=(
         *ONEVISION.to_hub[:-1],
         *(
@@ -197,11 +198,8 @@ WITH_DINOV2 = replace(
     },
     # transformers 5.23 has other names for these in memory, and reads adapters with the older ones.
     aliases={
-        **{
-            f"attention.attention.{name}": rf"attention\.(attention\.{name}|{short})"
-            for name, short in _QUERIES.items()
-        },
-        "attention.output.dense": r"attention\.(output\.dense|o_proj)",
+        **{f"attention.attention.{name}": f"attention.{short}" for name, short in _QUERIES.items()},
+        "attention.output.dense": "attention.o_proj",
     },
     extra_tensors={
         "vision_tower.layernorm.weight": (("vision",), 1.0),

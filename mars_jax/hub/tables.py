@@ -79,8 +79,8 @@ class Family:
         extra_tensors: hub key -> names of its dimensions, and its value, of tensors that transformers builds and never
             reads.
         serving: what to know before serving an adapter, for the model card.
-        aliases: end of a linear's hub key -> expression that fits it in the memory of every transformers version, where
-            they differ in more than prefixes.
+        aliases: end of a linear's hub key -> its name in the memory of the newest transformers, where that isn't the
+            same.
     """
 
     title: str
@@ -168,7 +168,7 @@ def linear(path: str, key: str, d_in: str, d_out: str, bias: bool = True) -> tup
 
 
 def decoder_rows(prefix: str, head_key: str) -> tuple[Row, ...]:
-    """The rows of a Qwen2 decoder whose hub keys start with `prefix`."""
+    """The rows of a decoder of the Llama kind whose hub keys start with `prefix`; see `absent_from_decoder`."""
     layer, attention = f"{prefix}.layers.{{layer}}", f"{prefix}.layers.{{layer}}.self_attn"
     return (
         Row(EMBEDDING_PATH, f"{prefix}.embed_tokens.weight", ("vocabulary", "text")),

@@ -60,7 +60,6 @@ class QwenVisionConfig:
     window_size: int
     full_attention_layers: tuple[int, ...]
     activation: str = "silu"
-    rms_norm_eps: float = 1e-6
 
     @property
     def window_groups(self) -> int:

@@ -28,8 +28,9 @@ _QWEN_VISION_KEYS = (
     "fullatt_block_indexes",
 )
 _ACTIVATIONS = {"siglip_vision_model": "gelu_pytorch_tanh", "clip_vision_model": "quick_gelu", "dinov2": "gelu"}
-# What transformers leaves out of a file, being its defaults.
-_DEFAULTS = {
+# What transformers leaves out of a file, being its defaults, by the part's `model_type`.
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+_DEFAULTS: dict[Any, Json] = {
     "llama": {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -37,7 +38,28 @@ _DEFAULTS = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "siglip_vision_model": {**_BASE, "intermediate_size": 3072, "patch_size": 16},
+    "clip_vision_model": {**_BASE, "intermediate_size": 3072, "patch_size": 32},
+    "dinov2": {**_BASE, "patch_size": 14},
+    # of the vision encoder, which has the family's name in older files
+    "qwen2_5_vl": {
+        "depth": 32,
+        "hidden_size": 3584,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "patch_size": 14,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
 }
+_DEFAULTS["qwen2_5_vl_vision"] = _DEFAULTS["qwen2_5_vl"]
 _DEFAULT_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 
 
@@ -61,15 +83,16 @@ def model_config(config: Json, source: str = "config.json") -> ModelConfig:
 
 
 def _llava(config: Json, source: str) -> LlavaConfig:
-    kinds, strategies = tuple(_ACTIVATIONS), ("default", "full")
-    return LlavaConfig(**_llava_parts(config, source, kinds, strategies, strategy="default", layer=-2, token=32000))
+    kinds, strategies = ("clip_vision_model", "siglip_vision_model", "dinov2"), ("default", "full")
+    parts = _llava_parts(config, source, "llama", kinds, strategies, strategy="default", layer=-2, token=32000)
+    return LlavaConfig(**parts)
 
 
 def _llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
     pinpoints = config.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS
     kinds = ("siglip_vision_model",)
     return LlavaOnevisionConfig(
-        **_llava_parts(config, source, kinds, ("full",), strategy="full", layer=-1, token=151646),
+        **_llava_parts(config, source, "qwen2", kinds, ("full",), strategy="full", layer=-1, token=151646),
         image_grid_pinpoints=tuple((int(height), int(width)) for height, width in pinpoints),
         vision_aspect_ratio=config.get("vision_aspect_ratio", "anyres_max_9"),
     )
@@ -79,7 +102,7 @@ def _qwen2_5_vl(config: Json, source: str) -> Qwen25VlConfig:
     """Hub files hold the decoder's settings at the top, those that transformers 5 writes in `text_config`."""
     if not isinstance(config.get("text_config"), Mapping):
         config = {**config, "text_config": {key: value for key, value in config.items() if key != "vision_config"}}
-    text, vision = _parts(config, source, _TEXT_KEYS, _QWEN_VISION_KEYS)
+    text, vision = _parts(config, source, ("qwen2_5_vl_text", "qwen2_5_vl"), _TEXT_KEYS, _QWEN_VISION_KEYS)
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     decoder = _text_config(text, source, tied=bool(tied), mrope=True)
     merge, patch = vision.get("spatial_merge_size", 2), vision["patch_size"]
@@ -111,12 +134,16 @@ def _qwen2_5_vl(config: Json, source: str) -> Qwen25VlConfig:
 
 
 def _parts(
-    config: Json, source: str, text_keys: tuple[str, ...], vision_keys: tuple[str, ...]
+    config: Json, source: str, kinds: tuple[str, str], text_keys: tuple[str, ...], vision_keys: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of decoder and encoder, both there and complete."""
-    if isinstance(config.get("text_config"), Mapping):
-        text = config["text_config"]
-        config = {**config, "text_config": {**_DEFAULTS.get(text.get("model_type"), {}), **text}}
+    """The settings of decoder and encoder, both there and complete; `kinds` are theirs where the file doesn't say."""
+    for name, kind in zip(("text_config", "vision_config"), kinds, strict=True):
+        part = config.get(name)
+        if isinstance(part, Mapping):
+            part = {"model_type": kind, **part}
+            # The decoder of a flat file has the name of the family; defaults by that are the encoder's.
+            defaults = {} if name == "text_config" and part["model_type"] == "qwen2_5_vl" else _DEFAULTS
+            config = {**config, name: {**defaults.get(part["model_type"], {}), **part}}
     needed = {"text_config": text_keys, "vision_config": vision_keys}
     missing = [name for name in needed if not isinstance(config.get(name), Mapping)]
     missing += [f"{name}.{key}" for name, keys in needed.items() for key in keys if key not in config.get(name, keys)]
@@ -130,6 +157,7 @@ def _parts(
 def _llava_parts(
     config: Json,
     source: str,
+    decoder: str,
     kinds: tuple[str, ...],
     strategies: tuple[str, ...],
     *,
@@ -142,13 +170,14 @@ def _llava_parts(
     Args:
         config: the parsed file.
         source: where it came from.
-        kinds: the encoders that are supported.
+        decoder: the one where the file doesn't say.
+        kinds: the encoders that are supported, first the one where the file doesn't say.
         strategies: those of `vision_feature_select_strategy` that are supported.
         strategy: the default.
         layer: the default of `vision_feature_layer`.
         token: the default of `image_token_index`.
     """
-    text, vision = _parts(config, source, _TEXT_KEYS, _VISION_KEYS)
+    text, vision = _parts(config, source, (decoder, kinds[0]), _TEXT_KEYS, _VISION_KEYS)
     chosen = config.get("vision_feature_select_strategy", strategy)
     _require(source, "vision_feature_select_strategy", chosen, strategies)
     layers = config.get("vision_feature_layer", layer)
@@ -179,11 +208,6 @@ def _vision_config(vision: Json, source: str, kinds: tuple[str, ...]) -> VisionC
             _require(source, f"vision_config.{key}", vision.get(key, expected), (expected,))
         width = int(vision["hidden_size"] * vision.get("mlp_ratio", 4))
     else:
-        if "intermediate_size" not in vision:
-            raise ConfigError(
-                f"{source}: vision_config.intermediate_size is missing. Take the config.json that belongs to the "
-                "checkpoint."
-            )
         width = vision["intermediate_size"]
     return VisionConfig(
         hidden_size=vision["hidden_size"],
@@ -201,7 +225,7 @@ def _vision_config(vision: Json, source: str, kinds: tuple[str, ...]) -> VisionC
 def _text_config(text: Json, source: str, *, tied: bool, mrope: bool = False) -> TextConfig:
     """A decoder's settings. transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`."""
     kinds = ("qwen2_5_vl_text", "qwen2_5_vl") if mrope else ("qwen2", "llama")
-    kind = text.get("model_type", kinds[0])
+    kind = text["model_type"]
     _require(source, "text_config.model_type", kind, kinds)
     heads = text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads

@@ -152,7 +152,8 @@ def _attend(query: Array, key: Array, value: Array, visible: Array | None) -> Ar
     """Attention of queries [B, S, G, H / G, head], in the same shape."""
     scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
     if visible is not None:
-        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        # Added, not selected: what a selection keeps for the backward pass is as large as the scores.
+        scores += jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, value)
 

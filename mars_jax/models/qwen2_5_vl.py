@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from mars_jax.models.configs import Qwen25VlConfig, QwenVisionConfig
 from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised, rotate
@@ -36,19 +37,19 @@ class SelfAttention(nn.Module):
         angles = angles.reshape(size * windows, patches, -1)
         query, key = rotate(query, angles), rotate(key, angles)
 
-        def attend(sequences: int) -> Callable[[Array, Array, Array], Array]:
-            of_patch = images.reshape(sequences, -1)
-            visible = (of_patch[:, :, None] == of_patch[:, None, :]) & (of_patch >= 0)[:, None, :]
-            # Padding sees itself, so that its softmax is over something.
-            visible |= jnp.eye(of_patch.shape[1], dtype=bool)[None]
-
+        def attend(sequences: int) -> Callable[..., Array]:
             def mixed(*qkv: Array) -> Array:
                 query, key, value = (y.reshape(sequences, -1, *y.shape[2:]) for y in qkv)
+                of_patch = images.reshape(sequences, -1)
+                visible = (of_patch[:, :, None] == of_patch[:, None, :]) & (of_patch >= 0)[:, None, :]
+                # Padding sees itself, so that its softmax is over something.
+                visible |= jnp.eye(of_patch.shape[1], dtype=bool)[None]
                 return attention(query, key, value, visible).reshape(x.shape)
 
-            return mixed
+            return jax.checkpoint(mixed)  # or every layer of the scan would keep the scores of both branches
 
         mixed = jax.lax.cond(full, attend(size), attend(size * windows), query, key, value)
+        mixed = checkpoint_name(mixed, "attention")
         return Dense(width, name="proj")(mixed)
 
 
