@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny_data
 import tiny_job
+import tiny_qwen
 from flax import linen as nn
 
 from mars_jax.data.batches import shuffle_images
@@ -19,6 +20,7 @@ from mars_jax.data.formats import Turn
 from mars_jax.data.records import Record, load_records
 from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
 from mars_jax.hub.read import read_checkpoint
+from mars_jax.models.families import build_model
 from mars_jax.models.llava import LlavaOnevision
 from mars_jax.sharding import make_mesh, row_sharding
 
@@ -55,13 +57,26 @@ def test_answers_in_one_sequence_lose_what_each_loses_in_its_own_record(tmp_path
     config, params = read_checkpoint(tiny_job.checkpoint(tmp_path), "float32")
     model = LlavaOnevision(config)
     preprocessor = load_preprocessor(tmp_path)
-    tokenizer = tiny_data.tokenizer(template)
-    preprocessor = replace(preprocessor, tokenizer=tokenizer)
+    preprocessor = replace(preprocessor, tokenizer=tiny_data.tokenizer(template))
     text_only = Record(
         "t", (), (Turn("system", "be brief"), Turn("user", "why?"), Turn("assistant", "so")), "", "text:t", ()
     )
     rows = [records[0], records[1], text_only]
     assert [len(record.turns) for record in rows] == [2, 4, 3]
+    compare_answers(model, params, preprocessor, rows)
+
+
+def test_answers_go_on_in_three_axes_where_positions_have_them(tmp_path):
+    base = tiny_qwen.checkpoint(tmp_path / "base", tiny_qwen.torch_model(text={"num_hidden_layers": 1}))
+    config, params = read_checkpoint(base, "float32")
+    rows = load_records(tiny_data.conversations(tmp_path))
+    assert [len(record.images) for record in rows] == [1, 2, 0, 2]
+    compare_answers(build_model(config), params, load_preprocessor(base), rows)
+
+
+def compare_answers(model, params, preprocessor, rows):
+    """Losses of answers in one sequence, against those of records of their own."""
+    tokenizer = preprocessor.tokenizer
     answers = ["red", "a rather longer answer", "7"]
     every = [answered(record, answer) for record in rows for answer in answers]
     source = ExampleSource(rows, preprocessor, plan_shapes(rows, preprocessor, 2**31).shapes)
