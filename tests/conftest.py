@@ -21,3 +21,28 @@ def _compiled_programs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
+
+
+# Files of few and long tests, which would otherwise come last and leave a worker idle: xdist begins with the files of
+# most tests, unless told `--no-loadscope-reorder`.
+_LONGEST = (
+    "test_pipeline",
+    "test_kill",
+    "test_qwen_job",
+    "test_compare",
+    "test_splice",
+    "test_probe_sharded",
+    "test_interrupts",
+    "test_warm_start",
+    "test_nested",
+    "test_bench_counts",
+    "test_demo",
+    "test_llava",
+    "test_qwen2_5_vl",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest."""
+    order = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -67,7 +67,9 @@ def test_answers_in_one_sequence_lose_what_each_loses_in_its_own_record(tmp_path
 
 
 def test_answers_go_on_in_three_axes_where_positions_have_them(tmp_path):
-    base = tiny_qwen.checkpoint(tmp_path / "base", tiny_qwen.torch_model(text={"num_hidden_layers": 1}))
+    base = tiny_qwen.checkpoint(
+        tmp_path / "base", tiny_qwen.torch_model(text={"num_hidden_layers": 1}, vision={"depth": 2})
+    )
     config, params = read_checkpoint(base, "float32")
     rows = load_records(tiny_data.conversations(tmp_path))
     assert [len(record.images) for record in rows] == [1, 2, 0, 2]

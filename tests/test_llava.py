@@ -89,17 +89,10 @@ KINDS = {
         BitImageProcessorPil(**CROP),
         tie_word_embeddings=True,
     ),
-    "siglip, qwen2": Kind(
+    "several states of siglip, qwen2": Kind(
         SIGLIP,
         transformers.Qwen2Config(**TEXT),
         SiglipImageProcessorPil(size={"height": 28, "width": 28}),
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-    ),
-    "clip, several states": Kind(
-        CLIP,
-        transformers.Qwen2Config(**TEXT),
-        CLIPImageProcessorPil(**CROP),
         vision_feature_layer=[-2, 1, 0],
         vision_feature_select_strategy="full",
         multimodal_projector_bias=False,

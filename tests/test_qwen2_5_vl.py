@@ -40,9 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 MODELS = {
     "grouped": {},
-    "tied": {"text": {"tie_word_embeddings": True, "num_key_value_heads": 4}},
-    "multi_query, wide window": {
+    "tied, multi_query, wide window": {
         "text": {
+            "tie_word_embeddings": True,
             "num_key_value_heads": 1,
             "num_attention_heads": 2,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},

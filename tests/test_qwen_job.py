@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     base = tiny_qwen.checkpoint(
         folder / "base", tiny_qwen.torch_model(vision={"depth": 2}, text={"num_hidden_layers": 1})
     )
-    probe = {"num_samples": [8, 16], "steps": 8}
+    probe = {"num_samples": [8, 16], "steps": 8, "looks_per_doubling": 1}
     config = tiny_job.config(
         folder / "job.yaml", base, records(folder, 60), folder / "run", lora={"modules": MODULES}, probe=probe
     )

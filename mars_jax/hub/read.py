@@ -5,6 +5,7 @@ copy of the model. It doesn't shard, download, or read torch pickles.
 """
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LISTED = 8
+_MAPPED_BYTES = 2**27
 
 
 def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[ModelConfig, Tree]:
@@ -173,8 +175,16 @@ def read_tensors(path: Path) -> Iterator[tuple[str, tables.HostArray]]:
         ConfigError: as `open_safetensors`.
     """
     with open_safetensors(path) as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dict
-            yield name, tensors.get_tensor(name)
+        names = deque(tensors.keys())
+    while names:
+        # The file is mapped, and what was read of it stays resident until it is closed.
+        with open_safetensors(path) as tensors:
+            read = 0
+            while names and read < _MAPPED_BYTES:
+                name = names.popleft()
+                tensor = tensors.get_tensor(name)
+                read += tensor.nbytes
+                yield name, tensor
 
 
 def _checked(tensor: tables.HostArray, parameter: tables.Parameter, file: Path, name: str) -> tables.HostArray:
