@@ -4,6 +4,7 @@ It needs the `torch` extra and runs on the CPU in float32. PEFT accepts an adapt
 than a warning, so nothing here trusts that loading succeeded.
 """
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,14 @@ def _load(transformers: Any, torch: Any, family: Family, directory: str | Path) 
 def _logits(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     import torch
 
-    inputs = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
+    forward = (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
+    # Not every version asks which tokens are pictures: some find out from the tokens themselves.
+    taken = set(inspect.signature(forward).parameters)
+    inputs = {
+        name: torch.from_numpy(np.array(value))
+        for name, value in batch.items()
+        if name in taken or name != "mm_token_type_ids"
+    }
     with torch.no_grad():
         return model(**inputs).logits.float().numpy()
 
