@@ -40,7 +40,8 @@ def records(folder, number):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen_job")
     base = tiny_qwen.checkpoint(
-        folder / "base", tiny_qwen.torch_model(vision={"depth": 2}, text={"num_hidden_layers": 1})
+        folder / "base",
+        tiny_qwen.torch_model(vision={"depth": 1, "fullatt_block_indexes": [0]}, text={"num_hidden_layers": 1}),
     )
     probe = {"num_samples": [8, 16], "steps": 8, "looks_per_doubling": 1}
     config = tiny_job.config(
