@@ -139,7 +139,7 @@ def measure(checkpoint: str) -> Document:
     patterns: dict[str, Any] = {name: module["targets"] for name, module in DEFAULT_MODULES.items()}
     targets = lora.find_targets(base, patterns)
     adapters = lora.init_adapters(jax.random.key(0), targets, dict.fromkeys(DEFAULT_MODULES, RANK))
-    side, image_tokens = config.vision.image_size, TOKENS // 2  # type: ignore[union-attr]
+    side, image_tokens = CONFIG["vision_config"]["image_size"], TOKENS // 2
     index = np.full((1, TOKENS, 1), -1, np.int32)
     index[0, :image_tokens, 0] = np.arange(image_tokens)
     batch = {

@@ -50,21 +50,20 @@ class WindowGeometry:
         Raises:
             DataError: a side is more than 200 times the other.
         """
-        height, width = size
+        (height, width), side = size, self.patch_size * self.merge_size
         if max(size) > _MAX_ASPECT_RATIO * min(size):
             raise DataError(
                 f"a picture of height {height} and width {width} is too thin: one side may be {_MAX_ASPECT_RATIO} "
                 "times the other at most. Crop or pad it."
             )
-        side = self.patch_size * self.merge_size
         rows, columns = round(height / side), round(width / side)
         pixels = rows * columns * side**2
         if pixels > self.max_pixels:
             shrink = math.sqrt(height * width / self.max_pixels)
-            return tuple(max(1, math.floor(length / shrink / side)) for length in size)  # type: ignore[return-value]
+            return max(1, math.floor(height / shrink / side)), max(1, math.floor(width / shrink / side))
         if pixels < self.min_pixels:
             grow = math.sqrt(self.min_pixels / (height * width))
-            return tuple(math.ceil(length * grow / side) for length in size)  # type: ignore[return-value]
+            return math.ceil(height * grow / side), math.ceil(width * grow / side)
         return rows, columns
 
 

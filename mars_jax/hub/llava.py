@@ -133,7 +133,6 @@ def _unused(key: str, config: LlavaConfig) -> bool:
 
 
 ONEVISION = Family(
-    title="LLaVA-OneVision",
     auto_class="LlavaOnevisionForConditionalGeneration",
     rows=(*_SIGLIP, Row("image_newline", "image_newline", ("text",)), *_JOINED),
     dimensions=_dimensions,
@@ -170,7 +169,6 @@ ONEVISION = Family(
 )
 WITH_SIGLIP = replace(
     ONEVISION,
-    title="LLaVA",
     auto_class="LlavaForConditionalGeneration",
     rows=(*_SIGLIP, *_JOINED),
     serving=(
@@ -183,7 +181,7 @@ _QUERIES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 WITH_DINOV2 = replace(
     WITH_SIGLIP,
     rows=(*_DINOV2, *_JOINED),
-    serving="vLLM knows no LLaVA with DINOv2 (0.33), adapted or merged: serve it with transformers.",
+    serving="vLLM's LLaVA takes no DINOv2 encoder, as far as its source was read: serve it with transformers.",
     to_hub=(
         *ONEVISION.to_hub[:-1],
         *(

@@ -36,7 +36,6 @@ def _stored_patches(config: Qwen25VlConfig) -> tuple[int, ...]:
 
 
 FAMILY = Family(
-    title="Qwen2.5-VL",
     auto_class="Qwen2_5_VLForConditionalGeneration",
     rows=(
         Row("vision/patch_embed/kernel", "visual.patch_embed.proj.weight", ("pixels", "vision"), "patches"),

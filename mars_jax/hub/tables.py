@@ -64,7 +64,6 @@ class Family:
     """How one model family is stored.
 
     Attributes:
-        title: its name, for people.
         auto_class: its class in transformers.
         rows: every parameter that a model of the family can have.
         dimensions: the sizes that rows name.
@@ -83,7 +82,6 @@ class Family:
             same.
     """
 
-    title: str
     auto_class: str
     rows: tuple[Row, ...]
     dimensions: Callable[[Any], dict[str, int]]

@@ -115,8 +115,8 @@ def rotate(x: Array, angles: Array) -> Array:
 def attention(query: Array, key: Array, value: Array, visible: Array | None = None) -> Array:
     """Softmax attention with grouped queries; the softmax is in float32.
 
-    Of long sequences some queries are worked off at a time, and again in the backward pass, so that memory grows with
-    the length and not with its square.
+    Of long sequences some queries are worked off at a time, and again in the backward pass, so that what scores take
+    grows with the length and not with its square; `visible` itself is a byte for each query and key.
 
     Args:
         query: [B, S, H, head].
