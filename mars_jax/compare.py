@@ -16,7 +16,8 @@ import numpy as np
 
 from mars_jax import lora, tpe
 from mars_jax.checkpoint import Checkpoints
-from mars_jax.evaluate import Evaluator, held_out_evaluator
+from mars_jax.evaluate import held_out_evaluator
+from mars_jax.evaluator import Evaluator
 from mars_jax.finetune import final_schedule, run_finals
 from mars_jax.halving import halving_schedule
 from mars_jax.interrupts import Interrupts

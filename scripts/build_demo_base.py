@@ -27,7 +27,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from mars_jax.data.examples import ExampleSource, Preprocessor, load_preprocessor, plan_shapes
 from mars_jax.data.formats import Turn
 from mars_jax.data.records import Record
-from mars_jax.evaluate import Evaluator, candidate_answers
+from mars_jax.evaluator import Evaluator, candidate_answers
 from mars_jax.hub.read import read_config
 from mars_jax.hub.write import write_checkpoint
 from mars_jax.models.families import build_model

@@ -173,11 +173,32 @@ def make_run(run: Path, dropped_id: str = "easy-000017") -> Path:
                 }
                 for name, (loss, accuracy, half) in conditions.items()
             },
-            "categories": {
-                "shape": {"num_samples": 170, "accuracy": 0.91},
-                "colour": {"num_samples": 190, "accuracy": 0.93},
-                "yes/no": {"num_samples": 152, "accuracy": 0.79},
-            },
+            "generated": [
+                {"condition": name, "rule": "exact", "accuracy": 0.871, "accuracy_ci": [0.84, 0.9], "unread": 3}
+                for name in ("base", "finetuned")
+            ],
+            "by_tag": [
+                {
+                    "tag": "subject",
+                    "value": subject,
+                    "rule": "string_loglik",
+                    "num_samples": 256,
+                    **{name: 0.5 + place / 100 for place, name in enumerate(conditions)},
+                    **{f"{name}_ci": [0.4, 0.6] for name in conditions},
+                }
+                for subject in ("shape & form", "colour")
+            ],
+            "macro_means": [{"category": "average", "rule": "exact", **dict.fromkeys(conditions, 0.77)}],
+            "paired": [
+                {
+                    "rule": "exact",
+                    "first": "base",
+                    "second": "finetuned",
+                    "only_first": 12,
+                    "only_second": 345,
+                    "p_value": 0.0001,
+                }
+            ],
         },
     )
     write_json(

@@ -11,7 +11,7 @@ from mars_jax.config import load_config
 from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
 from mars_jax.data.images import image_size
 from mars_jax.data.records import load_records
-from mars_jax.evaluate import Evaluator, candidate_answers
+from mars_jax.evaluator import Evaluator, candidate_answers
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.llava import LlavaOnevision
 from mars_jax.search import planned_lanes

@@ -18,7 +18,8 @@ from mars_jax.data.batches import shuffle_images
 from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
 from mars_jax.data.formats import Turn
 from mars_jax.data.records import Record, load_records
-from mars_jax.evaluate import Evaluator, candidate_answers, scoring_name, wilson_interval
+from mars_jax.evaluate import scoring_name
+from mars_jax.evaluator import Evaluator, candidate_answers
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.families import build_model
 from mars_jax.models.llava import LlavaOnevision
@@ -232,15 +233,3 @@ def test_without_candidates_only_the_loss_is_measured(preprocessor, lettered, ou
     document = found["right"].to_json()
     assert document["accuracy"] is document["accuracy_ci"] is None
     np.testing.assert_allclose(found["right"].losses, outcomes["right"].losses[:1], rtol=1e-6)
-
-
-# Intervals.
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_intervals_are_the_published_ones(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=6e-5)

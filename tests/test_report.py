@@ -88,7 +88,6 @@ def test_the_page_has_every_part(whole: Path) -> None:
     assert ("class", "absent") not in page.attributes
     for text in (
         "fine-tuned, another sample's image 2.61 13.6 39.1% 34.6%",
-        "colour 190 93.0%",
         "17 pruned candidates",
         "validation loss not finite at step 225",
         "easy-000017 3 images but 1 <image>",
@@ -101,6 +100,17 @@ def test_the_page_has_every_part(whole: Path) -> None:
         "checkpoint: bases/tiny-onevision",
     ):
         assert text in page.text
+
+
+def test_the_page_has_accuracies_by_rule_and_by_kind_of_question(whole: Path) -> None:
+    page, dash = Page(whole / "report/index.html").text, "\N{EN DASH}"
+    for text in (
+        f"condition read by rule accuracy 95% interval unread base model exact 87.1% 84.0%{dash}90.0% 3",
+        f"subject: shape & form string_loglik 256 50.0% 40.0%{dash}60.0% 51.0%",
+        "average exact 77.0%",
+        "By exact the fine-tuned model alone is right on 345 samples, the base alone on 12",
+    ):
+        assert text in page
 
 
 def test_the_page_loads_nothing_from_elsewhere(whole: Path) -> None:

@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 IMAGE_PLACEHOLDER = "<image>"
 OPTION_PROMPT = "Answer with the option's letter from the given choices directly."
+# Whose prompt a format's questions are put in; those of the others are the file's own.
+PROMPTS = {"scienceqa": "lmms-eval's of ScienceQA", "mmstar": "lmms-eval's of MMStar"}
 
 Format = Literal["llava", "messages", "scienceqa", "mmstar"]
 Role = Literal["user", "assistant", "system"]
@@ -49,11 +51,15 @@ class Draft:
         format: that the row is in.
         images: paths relative to the image folder, or encoded pictures.
         turns: the conversation.
+        options: letters that the last answer is one of; empty where it isn't one of few.
+        tags: kinds of question that it belongs to, as (name, value): results are told by them.
     """
 
     format: Format
     images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
+    options: tuple[str, ...] = ()
+    tags: tuple[tuple[str, str], ...] = ()
 
 
 class FaultError(Exception):
@@ -100,7 +106,31 @@ def draft(value: Any) -> Draft:
             faults += error.args
     if faults:
         raise FaultError(*faults)
-    return Draft(kind, (*ordered, *sources), turns)
+    pictures = (*ordered, *sources)
+    return Draft(kind, pictures, turns, _options(kind, value), tuple(_tags(kind, value, len(pictures))))
+
+
+def _options(kind: Format, value: Mapping[str, Any]) -> tuple[str, ...]:
+    if kind == "scienceqa":
+        return tuple(string.ascii_uppercase[: len(value["choices"])])
+    return tuple("ABCD") if kind == "mmstar" else ()
+
+
+def _tags(kind: Format, value: Mapping[str, Any], num_images: int) -> Iterator[tuple[str, str]]:
+    """ScienceQA's are the columns of its tables: of a question with a picture and a hint, both contexts are true."""
+    for name in {"scienceqa": ("subject",), "mmstar": ("category", "l2_category")}.get(kind, ("category",)):
+        if isinstance(value.get(name), str):
+            yield name, value[name]
+    if kind == "scienceqa":
+        contexts = [("text", bool(_hint(value))), ("image", num_images > 0)]
+        yield from [("context", name) for name, there in contexts if there] or [("context", "none")]
+        number = str(value.get("grade", "")).removeprefix("grade")
+        if number.isdecimal():
+            yield "grade", "1-6" if int(number) <= 6 else "7-12"
+
+
+def _hint(value: Mapping[str, Any]) -> str:
+    return str(value.get("hint") or "").strip()
 
 
 def _images(value: Mapping[str, Any], faults: list[str]) -> Iterator[str | bytes]:
@@ -214,7 +244,7 @@ def _scienceqa(value: Mapping[str, Any], count: int) -> _Read:
         raise FaultError(
             f"'answer' is {answer!r}; the number of one of the {len(choices)} choices, from 0, is expected."
         )
-    hint = str(value.get("hint") or "").strip()
+    hint = _hint(value)
     options = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False)]
     lines = [*([f"Context: {hint}"] if hint else []), str(value["question"]), *options, OPTION_PROMPT]
     return _asked(lines, letters[answer], count)

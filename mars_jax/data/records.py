@@ -34,6 +34,8 @@ class Record:
             Records that share pictures, also through others, have the smallest of all their hashes in common.
         digests: SHA256 of the bytes of each picture.
         format: that it was read from.
+        options: letters that the last answer is one of; empty where it isn't one of few.
+        tags: kinds of question that it belongs to, as (name, value).
     """
 
     id: str
@@ -43,6 +45,8 @@ class Record:
     group: str
     digests: tuple[str, ...]
     format: Format = "llava"
+    options: tuple[str, ...] = ()
+    tags: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.source} (id {self.id!r})"
@@ -176,4 +180,6 @@ def _record(row: Row, made: Draft, checked: Mapping[str | bytes, _Checked], grou
         group=f"image:{groups[digests[0]]}" if digests else f"text:{row.id}",
         digests=digests,
         format=made.format,
+        options=made.options,
+        tags=made.tags,
     )

@@ -148,6 +148,7 @@ def render(run: RunRecord, report: dict[str, Any], drawings: tuple[Drawing, ...]
             for name, label in CONDITIONS.items()
             if report["evaluation"] and name in (report["evaluation"].get("conditions") or {})
         ],
+        titles=CONDITIONS,
         picked=picked_candidate(run),
         searched=searched,
         fixed={module: rank for module, rank in (run.selection.get("pick") or {}).items() if module not in searched},
