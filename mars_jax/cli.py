@@ -149,6 +149,23 @@ def compare(config: Source, overrides: Overrides = None, json_output: Json = Fal
 
 
 @app.command()
+def diff(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that is evaluated.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another, on the same test samples.")],
+    json_output: Json = False,
+) -> None:
+    """Compare two evaluated runs sample by sample."""
+
+    def work(reporter: "Reporter") -> Mapping[str, Any]:
+        from mars_jax.difference import difference
+        from mars_jax.rundir import RunDirectory
+
+        return difference(RunDirectory(run).samples_file, RunDirectory(other).samples_file, reporter.warn)
+
+    execute(work, json_output=json_output)
+
+
+@app.command()
 def report(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
     """Write the HTML page on what the run found."""
     _call("report", config, overrides, json_output)

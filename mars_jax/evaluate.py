@@ -23,7 +23,7 @@ from mars_jax.data.records import Record
 from mars_jax.evaluator import Evaluator, Outcome, candidate_answers, last_answer
 from mars_jax.jsonfiles import append_jsonl, write_json
 from mars_jax.rundir import RunDirectory
-from mars_jax.scoring import is_right, macro_mean, mcnemar, read_answer, rules_of, wilson_interval
+from mars_jax.scoring import is_right, macro_mean, mcnemar, read_answer, rules_of, share
 from mars_jax.sharding import row_sharding
 from mars_jax.workspace import Workspace
 
@@ -153,11 +153,6 @@ def _macro_means(
         for rule in right["finetuned"]:
             means = {name: macro_mean(by_rule[rule][within], classes[within]) for name, by_rule in right.items()}
             yield {"category": str(category), "rule": rule, **means}
-
-
-def share(right: NDArray[np.bool_]) -> dict[str, Any]:
-    """The share that is right, and its Wilson 95 % interval."""
-    return {"accuracy": float(right.mean()), "accuracy_ci": list(wilson_interval(int(right.sum()), right.size))}
 
 
 def scoring_name(candidates: Sequence[str]) -> str:

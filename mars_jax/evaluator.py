@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from mars_jax.data.batches import can_shuffle, eval_batches, image_blind, shuffle_images
 from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
 from mars_jax.data.records import Record
-from mars_jax.scoring import wilson_interval
+from mars_jax.scoring import share
 from mars_jax.sharding import place
 
 Tree = Any
@@ -45,12 +45,10 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """Loss (nats per token), perplexity, accuracy with its Wilson 95 % interval, supervised tokens."""
         loss = float(self.losses.sum() / self.tokens.sum())
-        scored = self.correct.size > 0
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": float(self.correct.mean()) if scored else None,
-            "accuracy_ci": list(wilson_interval(int(self.correct.sum()), self.correct.size)) if scored else None,
+            **(share(self.correct) if self.correct.size else {"accuracy": None, "accuracy_ci": None}),
             "supervised_tokens": int(self.tokens.sum()),
         }
 

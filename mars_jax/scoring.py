@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,11 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
     return centre - half, centre + half
+
+
+def share(right: NDArray[np.bool_]) -> dict[str, Any]:
+    """The share of bool [n] that is right as `accuracy`, and its Wilson 95 % interval as `accuracy_ci`."""
+    return {"accuracy": float(right.mean()), "accuracy_ci": list(wilson_interval(int(right.sum()), right.size))}
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,21 @@ def test_help_is_quick_and_names_every_command():
         done = mars("--help")
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 1
-    commands = ["run", "check", "plan", "probe", "fit", "select", "finetune", "evaluate", "export", "report", "status"]
+    commands = [
+        "run",
+        "check",
+        "plan",
+        "probe",
+        "fit",
+        "select",
+        "finetune",
+        "evaluate",
+        "compare",
+        "diff",
+        "export",
+        "report",
+        "status",
+    ]
     for name in commands:
         assert f"\n  {name} " in done.stdout
     assert done.returncode == 0
