@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,8 @@ from mars_jax.environment import cpu_device_for_each_core
 from mars_jax.errors import ConfigError, DoesNotFitError, MarsError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mars_jax.progress import Reporter
 
 INTERRUPTED = 130
@@ -48,6 +50,7 @@ Overrides = Annotated[
         help="Settings that win over the config. Relative paths: from the config's folder; run_dir: from here.",
     ),
 ]
+Show = Callable[[Mapping[str, Any]], Iterable["Table"]]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, human text on stderr.")]
 
 
@@ -91,7 +94,9 @@ def check(
     json_output: Json = False,
 ) -> None:
     """Check config, data and LoRA targets first."""
-    _call("check", config, overrides, json_output, show=show)
+    from mars_jax.tables import check_tables
+
+    _call("check", config, overrides, json_output, tables=check_tables, show=show)
 
 
 @app.command()
@@ -184,12 +189,13 @@ def status(config: Source, overrides: Overrides = None, json_output: Json = Fals
     execute(work, json_output=json_output)
 
 
-def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: bool) -> None:
+def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: bool, tables: Show | None = None) -> None:
     """Runs `work` and prints its result; ends the process with the exit code of the error that it raised, if any.
 
     Args:
         work: takes a reporter on stderr and returns a document that JSON can hold. What it, or a library under it,
             prints goes to stderr, so that stdout holds the result alone.
+        tables: of the result, for people; None: those of any document.
         json_output: print the result as one JSON document instead of tables; so also a `MarsError` or an interrupt:
             `{"error": {"type", "message", "exit_code"}}`.
 
@@ -215,10 +221,17 @@ def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: boo
         message = str(interrupt) or "state saved; run the same command again to go on"
         _fail("Interrupted", message, INTERRUPTED, json_output)
     else:
-        _print_result(result, json_output)
+        _print_result(result, json_output, tables)
 
 
-def _call(name: str, source: Path, overrides: list[str] | None, json_output: bool, **options: Any) -> None:
+def _call(
+    name: str,
+    source: Path,
+    overrides: list[str] | None,
+    json_output: bool,
+    tables: Show | None = None,
+    **options: Any,
+) -> None:
     def work(reporter: "Reporter") -> Mapping[str, Any]:
         from mars_jax.config import load_config
 
@@ -233,10 +246,10 @@ def _call(name: str, source: Path, overrides: list[str] | None, json_output: boo
         pipeline = importlib.import_module("mars_jax.pipeline")
         return getattr(pipeline, name)(config, reporter, **options)
 
-    execute(work, json_output=json_output)
+    execute(work, json_output=json_output, tables=tables)
 
 
-def _print_result(result: Mapping[str, Any], json_output: bool) -> None:
+def _print_result(result: Mapping[str, Any], json_output: bool, show: Show | None) -> None:
     from rich.console import Console
 
     from mars_jax.jsonfiles import dump_json
@@ -247,7 +260,7 @@ def _print_result(result: Mapping[str, Any], json_output: bool) -> None:
     console = Console(stderr=json_output)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for table in tables(result):
+    for table in (show or tables)(result):
         console.print(table, "")
 
 

@@ -30,6 +30,19 @@ def tables(result: Mapping[str, Any], title: str = "") -> Iterator["Table"]:
             yield from tables(value, path)
 
 
+def check_tables(result: Mapping[str, Any]) -> Iterator["Table"]:
+    """The tables of `mars check`: what the model is to learn of a sample's text stands out in it."""
+    from rich.text import Text
+
+    def marked(sample: Mapping[str, Any]) -> dict[str, Any]:
+        text = Text(sample["text"], style="dim")
+        for start, end in sample["learned"]:
+            text.stylize("not dim bold green", start, end)
+        return {"id": sample["id"], "text": text, "learned": sample["supervised"]}
+
+    return tables({**result, "samples": [marked(sample) for sample in result["samples"]]})
+
+
 def _is_nested(value: Any) -> bool:
     if isinstance(value, Mapping):
         # `{"vision": 8, "llm": 32}` reads best on one line.
@@ -58,7 +71,8 @@ def _table(title: str, rows: list[Mapping[str, Any]]) -> "Table":
         header = name.replace("_", " ")
         table.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_text(row.get(name))) for name in columns))
+        cells = (row.get(name) for name in columns)
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in cells))
     return table
 
 

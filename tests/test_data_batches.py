@@ -287,6 +287,9 @@ def test_samples_are_shown_with_the_tokens_of_each_picture_counted(
     assert one["text"].count("[10 image tokens]") == 1  # thumbnail, tile, and two newlines
     assert "image tokens" not in none["text"]
     assert both["supervised"] == "a red square<|im_end|>"
+    for sample in (both, one, none):
+        ((start, end),) = sample["learned"]
+        assert sample["text"][start:end] == sample["supervised"]
 
 
 @pytest.mark.parametrize("seed", range(5))

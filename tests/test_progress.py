@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 
 from mars_jax.progress import ConsoleReporter
-from mars_jax.tables import tables
+from mars_jax.tables import check_tables, tables
 
 
 def shown(result) -> str:
@@ -85,6 +85,15 @@ def test_values_are_shown_before_records():
         ["vision=8", "llm=32", "yes", "0.1235", "-"],
         ["-", "-", "[x]"],
     ]
+
+
+def test_what_a_sample_teaches_stands_out_in_its_text():
+    samples = [{"id": "a", "text": "What? Red.", "supervised": "Red.", "learned": [[6, 10]]}]
+    console = Console(width=60, color_system="standard", force_terminal=True, file=io.StringIO())
+    for table in check_tables({"data": {"train": 3}, "samples": samples}):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "\x1b[2mWhat? \x1b[0m\x1b[1;32mRed.\x1b[0m" in text
 
 
 def test_mappings_of_records_get_a_row_each_and_deeper_ones_their_path():
