@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from mars_jax.hubfiles import on_hub
+
 # The linears that LoRA adapts when the config doesn't say: those of every layer, and the projector's.
 DEFAULT_MODULES: Mapping[str, Mapping[str, Sequence[str | int]]] = {
     "vision": {
@@ -28,6 +30,8 @@ DEFAULT_MODULES: Mapping[str, Mapping[str, Sequence[str | int]]] = {
 
 
 def _from_config_folder(path: Path, info: ValidationInfo) -> Path:
+    if on_hub(path):
+        return path
     return Path(os.path.abspath((info.context or {}).get("folder", Path()) / path.expanduser()))
 
 
@@ -55,7 +59,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The frozen base."""
 
-    checkpoint: InputPath = Field(description="folder of a Hugging Face checkpoint")
+    checkpoint: InputPath = Field(description="folder of a Hugging Face checkpoint, or hf://OWNER/NAME")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of base and activations")
     remat: Literal["auto", "none", "attention", "full"] = Field(
         default="auto", description="what layers keep for the backward pass; auto: all if it fits, else attention"
@@ -65,7 +69,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Where the samples are and how they are split."""
 
-    train: InputPath = Field(description="file of training samples")
+    train: InputPath = Field(description="file or folder of training samples, or hf://datasets/OWNER/NAME")
     validation: InputPath | None = Field(default=None, description="file of validation samples; null: split off train")
     test: InputPath | None = Field(default=None, description="file of test samples; null: split off train")
     image_root: InputPath | None = Field(default=None, description="folder of the images; null: that of the data file")

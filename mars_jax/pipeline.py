@@ -23,6 +23,7 @@ from mars_jax.evaluate import evaluate_run
 from mars_jax.finetune import finetune as run_finetune
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, write_adapter
 from mars_jax.hub.write import write_merged
+from mars_jax.hubfiles import repository
 from mars_jax.jsonfiles import read_json, read_jsonl, write_json
 from mars_jax.laws import Laws, fit_laws
 from mars_jax.programs import Program, probe_programs
@@ -349,7 +350,7 @@ class _Session:
                 self._adapters,
                 self._ranks(),
                 self.workspace.model_config,
-                base_name=str(self.config.model.checkpoint),
+                base_name=repository(self.config.model.checkpoint),
                 provenance={
                     "selection": _brief(read_json(self.directory.selection_file)),
                     "finetune": read_json(self.directory.finetune_summary_file),
@@ -360,7 +361,7 @@ class _Session:
             return {"adapter": self.directory.adapter}
 
         def merge() -> Document:
-            write_merged(self.directory.merged, self.config.model.checkpoint, self._adapters)
+            write_merged(self.directory.merged, self.workspace.checkpoint, self._adapters)
             return {"merged": self.directory.merged}
 
         file = self.directory.adapter / ADAPTER_WEIGHTS_FILE

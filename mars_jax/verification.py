@@ -25,7 +25,7 @@ def verify_run(workspace: Workspace, adapters: Any, directory: RunDirectory, mer
     source = ExampleSource(records, workspace.preprocessor, plan_shapes(records, workspace.preprocessor, 2**31).shapes)
     batch = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
     inputs = _torch_inputs(records, batch, workspace.preprocessor)
-    checkpoint = workspace.config.model.checkpoint
+    checkpoint = workspace.checkpoint
 
     def logits(base: Any, lora_tree: Any) -> np.ndarray:
         variables = {"params": base, "lora": lora_tree}

@@ -28,6 +28,7 @@ from mars_jax.devices import device_memory_bytes, devices_to_use, single_lane_me
 from mars_jax.errors import ConfigError
 from mars_jax.hub.families import parameters
 from mars_jax.hub.read import open_safetensors, read_checkpoint, read_config, weight_files
+from mars_jax.hubfiles import local
 from mars_jax.memory import activation_bytes, lane_state_bytes
 from mars_jax.models.families import build_model
 from mars_jax.models.multimodal import Multimodal
@@ -56,12 +57,17 @@ class Workspace:
         self.reporter = reporter
         self._engines: dict[Any, Engine] = {}
 
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The folder of the base, downloaded if it is named by its address."""
+        return local(self.config.model.checkpoint)
+
     # Data.
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
         """Tokenizer and pictures of the checkpoint."""
-        return load_preprocessor(self.config.model.checkpoint, self.config.data.max_pixels)
+        return load_preprocessor(self.checkpoint, self.config.data.max_pixels)
 
     @cached_property
     def _splits(self) -> Splits:
@@ -149,7 +155,7 @@ class Workspace:
     @cached_property
     def model_config(self) -> Any:
         """Architecture of the checkpoint."""
-        return read_config(self.config.model.checkpoint)
+        return read_config(self.checkpoint)
 
     @cached_property
     def model(self) -> Multimodal:
@@ -220,7 +226,7 @@ class Workspace:
     @cached_property
     def base(self) -> Any:
         """Frozen parameters on the devices."""
-        loaded = read_checkpoint(self.config.model.checkpoint, self.config.model.dtype)[1]
+        loaded = read_checkpoint(self.checkpoint, self.config.model.dtype)[1]
         return place(loaded, base_shardings(self.abstract_base, self.mesh))
 
     def base_on(self, mesh: Mesh) -> Any:
@@ -365,7 +371,7 @@ class Workspace:
             ConfigError: no usable checkpoint, a target without a hit, a rank beyond a width, or nothing to search.
         """
         _ = self.targets
-        for file in weight_files(self.config.model.checkpoint):
+        for file in weight_files(self.checkpoint):
             with open_safetensors(file):
                 pass
         sizes = self.config.probe.num_samples

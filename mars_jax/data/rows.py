@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mars_jax.errors import DataError
+from mars_jax.hubfiles import local
 
 # Questions and answers of LLaVA-Bench: in the wild, and on COCO.
 _BENCH = (("questions.jsonl", "answers_gpt4.jsonl"), ("qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"))
@@ -46,7 +47,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str], Path]:
     """Reads a file or a folder.
 
     Args:
-        path: the file, or `folder` or `folder#split`.
+        path: the file, or `folder` or `folder#split`; also an address on the hub, see `hubfiles`.
 
     Returns:
         The rows that parse, a fault for each line that doesn't, and the folder that paths of pictures start from.
@@ -79,7 +80,8 @@ def source_files(path: Path) -> list[Path]:
 
 
 def _place(path: Path) -> tuple[Path, str]:
-    """A path, and the split after its `#`."""
+    """A path of this machine, and the split after its `#`."""
+    path = local(path)
     if "#" not in path.name or path.exists():
         return path, ""
     name, _, split = path.name.rpartition("#")
