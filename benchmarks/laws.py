@@ -127,7 +127,7 @@ def calibration(fits: list[Laws]) -> dict[str, Any]:
         selection = select(fit, grids, target, parameters_per_rank=dict.fromkeys(CONVERGENCE, 100))
         kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
         best = min(kept, key=lambda ranks: true_loss(ranks["vision"], ranks["llm"], target))
-        stated.append(selection.p_best)
+        stated += [candidate.p_best for candidate in selection.candidates if candidate.ranks == selection.pick]
         right.append(dict(selection.pick) == dict(best))
     return {"p_best": statistics.mean(stated), "truly_best": statistics.mean(right), "picks": len(fits)}
 

@@ -159,6 +159,11 @@ class LoraConfig(_Section):
             raise ValueError("at least one module needs a rank above 0")
         return modules
 
+    @property
+    def is_searched(self) -> bool:
+        """Whether some module has ranks to choose from."""
+        return any(len(module.ranks) > 1 for module in self.modules.values())
+
 
 class OptimizerConfig(_Section):
     """AdamW, used by the probes and the final run."""

@@ -30,7 +30,7 @@ from mars_jax.programs import Program, probe_programs
 from mars_jax.progress import Reporter
 from mars_jax.rundir import RunDirectory, hash_inputs
 from mars_jax.search import lane_costs, planned_lanes, run_probes
-from mars_jax.selection import Selection, candidates_for_sweep, decide_by_sweep
+from mars_jax.selection import Selection, candidates_for_sweep, decide_by_sweep, given
 from mars_jax.selection import select as choose
 from mars_jax.sweep import run_sweep
 from mars_jax.tuning import lane_block, tune_lane_block
@@ -170,9 +170,10 @@ class _Session:
     def search(self) -> Document:
         """All that leads to the pick."""
         self.data()
-        self.plan()
-        self.probe()
-        self.fit()
+        if self.config.lora.is_searched:
+            self.plan()
+            self.probe()
+            self.fit()
         return self.select()
 
     def data(self) -> Document:
@@ -207,8 +208,17 @@ class _Session:
                 f"another run_dir, take the files back, or delete {self.directory.path} to start again."
             )
 
+    def _need_search(self) -> None:
+        if not self.config.lora.is_searched:
+            ranks = ", ".join(f"{module} {grid[0]}" for module, grid in self.workspace.grids.items())
+            raise ConfigError(
+                f"lora.modules gives every module one rank ({ranks}), so there is nothing to search. Give at least one "
+                "module two ranks or more; or fine-tune with these ranks by `mars run`."
+            )
+
     def plan(self) -> Document:
         """Counts lanes, steps, samples and memory; refuses what can't fit."""
+        self._need_search()
         inputs = hash_inputs(self._sections("model", "lora", "probe", "convergence", "finetune", "mesh"))
 
         def work() -> Document:
@@ -261,7 +271,9 @@ class _Session:
         return self._skip_or_run("fit", inputs, file, work, lambda: _without_draws(read_json(file)))
 
     def select(self) -> Document:
-        """Picks by the laws, and by a local sweep where they leave it open."""
+        """Picks by the laws, and by a local sweep where they leave it open; takes the ranks where all are given."""
+        if not self.config.lora.is_searched:
+            return self._take_given()
         self._need(self.directory.laws_file, "fit")
         inputs = hash_inputs(self.directory.laws_file, self._sections("selection", "lora"))
 
@@ -293,6 +305,17 @@ class _Session:
 
         return self._skip_or_run("select", inputs, self.directory.selection_file, work)
 
+    def _take_given(self) -> Document:
+        def work() -> Document:
+            ranks = {module: grid[0] for module, grid in self.workspace.grids.items() if grid[0]}
+            document = given(ranks, self.workspace.target_num_samples()).to_json()
+            write_json(self.directory.selection_file, document)
+            self.reporter.notice(f"select: {document['explanation']}")
+            return document
+
+        inputs = hash_inputs(self._sections("selection", "lora"))
+        return self._skip_or_run("select", inputs, self.directory.selection_file, work)
+
     def _ranks(self) -> dict[str, int]:
         """The pick, with 0 for frozen modules."""
         self._need(self.directory.selection_file, "select")
@@ -315,6 +338,8 @@ class _Session:
 
     @cached_property
     def _programs(self) -> tuple[Program, ...]:
+        if not self.config.lora.is_searched:
+            return ()
         block = lane_block(self.workspace, self.directory)
         return probe_programs(self.workspace, planned_lanes(self.config), block)
 
@@ -330,6 +355,7 @@ class _Session:
 
     def compare(self) -> Document:
         """The comparison; runs that are recorded are not run again."""
+        self._need_search()
         sections = self._sections("seed", "finetune", "optimizer", "evaluate")
         inputs = hash_inputs(self.directory.selection_file, sections)
 

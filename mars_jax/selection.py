@@ -18,7 +18,7 @@ from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.laws import Laws
 
 Ranks = Mapping[str, int]
-Method = Literal["laws", "paper", "local_sweep"]
+Method = Literal["laws", "paper", "local_sweep", "given"]
 
 _SMALLEST_TAU = math.log(1.25)
 _ONE_SIDED_95 = 1.64
@@ -61,9 +61,9 @@ class Selection:
     Attributes:
       target_num_samples: D of the run that the ranks are for.
       pick: module -> rank.
-      p_best: `p_best` of the picked candidate.
+      p_best: `p_best` of the picked candidate; None where there was nothing to choose from.
       fallback: what went wrong when no candidate was balanced or the balance could not be told, else None.
-      method: `laws`, `paper`, or `local_sweep` once a sweep has decided.
+      method: `laws`, `paper`, `local_sweep` once a sweep has decided, or `given` where the config names the ranks.
       tau: largest imbalance that counts as balanced, in log time; None where the balance is not known.
       candidates: every rank vector of the grid, fewest parameters first.
       explanation: why this pick, in plain words.
@@ -71,7 +71,7 @@ class Selection:
 
     target_num_samples: int
     pick: Ranks
-    p_best: float
+    p_best: float | None
     fallback: str | None
     method: Method
     tau: float | None
@@ -80,7 +80,9 @@ class Selection:
 
     def needs_sweep(self, threshold: float = 0.8) -> bool:
         """Whether the laws leave the pick open: P(best) < threshold, and another candidate to compare it with."""
-        return self.method == "laws" and self.p_best < threshold and len(candidates_for_sweep(self)) > 1
+        if self.method != "laws" or self.p_best is None:
+            return False
+        return self.p_best < threshold and len(candidates_for_sweep(self)) > 1
 
     def to_json(self) -> dict[str, Any]:
         """The document selection.json."""
@@ -97,6 +99,20 @@ class Selection:
             Candidate(**{**entry, "predicted_ci": tuple(entry["predicted_ci"])}) for entry in document["candidates"]
         )
         return cls(**{**document, "candidates": candidates})
+
+
+def given(ranks: Ranks, target_num_samples: int) -> Selection:
+    """The selection where the config gives every module one rank."""
+    return Selection(
+        target_num_samples=target_num_samples,
+        pick=dict(ranks),
+        p_best=None,
+        fallback=None,
+        method="given",
+        tau=None,
+        candidates=(),
+        explanation="lora.modules gives every module one rank, so these were taken and nothing was searched.",
+    )
 
 
 def balanced_rank(

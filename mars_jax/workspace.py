@@ -368,20 +368,14 @@ class Workspace:
         """Refuses a checkpoint, targets or ranks that can't be used, reading headers only, before the data are read.
 
         Raises:
-            ConfigError: no usable checkpoint, a target without a hit, a rank beyond a width, or nothing to search.
+            ConfigError: no usable checkpoint, a target without a hit, or a rank beyond a width.
         """
         _ = self.targets
         for file in weight_files(self.checkpoint):
             with open_safetensors(file):
                 pass
         sizes = self.config.probe.num_samples
-        if all(len(ranks) == 1 for ranks in self.grids.values()):
-            ranks = ", ".join(f"{module} {grid[0]}" for module, grid in self.grids.items())
-            raise ConfigError(
-                f"lora.modules gives every module one rank ({ranks}), so there is nothing to search. Give at least one "
-                f"module two ranks or more."
-            )
-        if len(sizes) < 2:
+        if self.config.lora.is_searched and len(sizes) < 2:
             raise ConfigError(
                 f"probe.num_samples is {list(sizes)}; the laws need at least two numbers of samples. Add another."
             )
@@ -393,7 +387,7 @@ class Workspace:
             ConfigError: more samples asked for than there are.
         """
         total = len(self.search.train)
-        wanted = {"probe.num_samples": max(self.config.probe.num_samples)}
+        wanted = {"probe.num_samples": max(self.config.probe.num_samples)} if self.config.lora.is_searched else {}
         if self.config.selection.target_num_samples:
             wanted["selection.target_num_samples"] = self.config.selection.target_num_samples
         for key, value in wanted.items():

@@ -76,11 +76,6 @@ def refused(*arguments: object) -> tuple[int, str]:
             "selection.target_num_samples=61",
             "selection.target_num_samples asks for 61 training samples, but the training split has 46.",
         ),
-        (
-            "lora.modules={vision: {ranks: [4]}, llm: {ranks: [8]}}",
-            "lora.modules gives every module one rank (vision 4, llm 8), so there is nothing to search. Give at least "
-            "one module two ranks or more.",
-        ),
         ("probe.num_samples=[16]", "probe.num_samples is [16]; the laws need at least two numbers of samples."),
     ],
 )
@@ -90,6 +85,16 @@ def test_a_setting_that_cannot_be_used_is_refused_before_any_training(config, tm
     assert code == 2
     assert text in message
     assert not (tmp_path / "run" / "probes").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "probe", "compare"])
+def test_a_search_without_a_choice_is_refused(config, command):
+    code, message = refused(command, config, "lora.modules={vision: {ranks: [4]}, llm: {ranks: [8]}}")
+    assert code == 2
+    assert message == (
+        "lora.modules gives every module one rank (vision 4, llm 8), so there is nothing to search. Give at least one "
+        "module two ranks or more; or fine-tune with these ranks by `mars run`."
+    )
 
 
 @pytest.mark.parametrize(

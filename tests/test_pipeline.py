@@ -231,6 +231,17 @@ def test_another_pick_is_fine_tuned_from_the_start(job, tmp_path):
     assert [row["step"] for row in lines(run / "finetune" / "metrics.jsonl")] == [0, 1, 2]
 
 
+def test_given_ranks_are_trained_without_a_search(job, tmp_path):
+    modules = {"vision": {"ranks": [0]}, "projector": {"targets": ["projector/linear_2"], "ranks": [3]}}
+    small = ["finetune={steps: 4, look_every: 2, warmup_steps: 1}", "evaluate.max_samples=3", "evaluate.controls=false"]
+    document = job.mars("run", job.config, f"run_dir={tmp_path / 'run'}", f"lora.modules={json.dumps(modules)}", *small)
+    assert document["pick"] == {"projector": 3}
+    assert document["why"].startswith("lora.modules gives every module one rank")
+    assert not (tmp_path / "run" / "probes").exists()
+    assert read(tmp_path / "run" / "finetune" / "summary.json")["ranks"] == {"vision": 0, "projector": 3}
+    assert "Use rank\u00a03 for projector." in (tmp_path / "run" / "report" / "index.html").read_text()
+
+
 def test_more_answers_than_the_limit_leave_the_accuracy_null(job, tmp_path):
     run = copy_of(job, tmp_path / "copy", lambda config: config["evaluate"].update(max_candidates=2, max_samples=3))
     done = tiny_job.mars("evaluate", run, "--json", cache=job.cache)
