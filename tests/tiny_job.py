@@ -23,10 +23,10 @@ importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == "
 """
 
 
-def checkpoint(directory: Path) -> Path:
-    """A random LLaVA-OneVision of one layer a side, with the tokenizer and image processor of `tiny_data`."""
+def checkpoint(directory: Path, decoder_layers: int = 1) -> Path:
+    """A random LLaVA-OneVision of an encoder layer, with the tokenizer and image processor of `tiny_data`."""
     model = tiny_llava.torch_model(
-        text={"vocab_size": 300, "num_hidden_layers": 1},
+        text={"vocab_size": 300, "num_hidden_layers": decoder_layers},
         vision={"num_hidden_layers": 1},
         image_token_index=tiny_data.IMAGE_TOKEN_ID,
         video_token_index=299,

@@ -267,6 +267,13 @@ class ExampleSource:
             "image_weight": np.pad(example["image_weight"], spare),
         }
 
+    def prompt(self, number: int) -> Example:
+        """Record `number` up to its last answer: what the model has read when it is to say the answer's first token.
+
+        It is `with_answers` of one answer without tokens, so S = 1: `target_positions` is where the prompt ends.
+        """
+        return self.with_answers(number, [()])
+
     def _text(self, record: Record) -> tuple[tuple[Encoded, tuple[ImageTokens, ...]], int]:
         encoded, pictures = _encode_text(record, self._preprocessor)
         needed = _shapes_of(encoded, pictures)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.qwen2 import Layout
+from mars_jax.models.qwen2 import Cache, Layout, take_positions
 
 
 class Batch(TypedDict):
@@ -86,6 +86,36 @@ class Multimodal(nn.Module):
     def hidden(self, batch: Batch) -> Array:
         """Returns final hidden states [B, T, D]."""
         return self.llm.hidden(self.embed(batch), _layout(batch))
+
+    def prefill(self, batch: Batch, room: int) -> tuple[Array, Cache]:
+        """Reads prompts, to go on from the position of the one target that each has.
+
+        Args:
+            batch: prompts with positions and segments, S = 1: see `ExampleSource.prompt`.
+            room: places to keep for tokens that follow.
+
+        Returns:
+            Float32 logits of the first token that follows [B, V], and the cache, with C = T + `room`.
+        """
+        embeddings = self.embed(batch)
+        segments = jnp.pad(batch["segments"], [(0, 0), (0, room)], constant_values=1)
+        cache = self.llm.empty_cache(segments, embeddings.dtype)
+        hidden, cache = self.llm.extend(embeddings, batch["positions"], cache)
+        return self.llm.head(take_positions(hidden, batch["target_positions"])[:, 0]), cache
+
+    def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Reads one more token of each row.
+
+        Args:
+            tokens: int32 [B].
+            positions: int32 [B], rotary positions; text goes on along all axes alike.
+            cache: of `prefill`, or of the token before.
+
+        Returns:
+            Float32 logits of the token after it [B, V], and the cache with this one.
+        """
+        hidden, cache = self.llm.extend(self.llm.embed(tokens[:, None]), positions[:, None], cache)
+        return self.llm.head(hidden[:, 0]), cache
 
     def _supervised(self, batch: Batch) -> Array:
         """Hidden states at the supervised positions [B, S, D]."""

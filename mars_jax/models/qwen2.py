@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
+from jax.typing import DTypeLike
 
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.head import frozen_head_loss
@@ -30,6 +31,31 @@ class Layout(NamedTuple):
 
     positions: Array
     segments: Array | None = None
+
+
+class Cache(NamedTuple):
+    """What attention keeps of B sequences that grow, in C places; the next token of each comes to the same place.
+
+    Attributes:
+        keys: [L, B, C, G, head], turned by their rotary positions.
+        values: [L, B, C, G, head].
+        segments: int32 [B, C], as in `Layout`; places that are still free have theirs already.
+        used: int32 [], places that are taken, the first ones.
+    """
+
+    keys: Array
+    values: Array
+    segments: Array
+    used: Array
+
+    def write(self, layer: Array | int, key: Array, value: Array) -> "Cache":
+        """The cache with keys and values [B, S, G, head] of a layer in the next S places; `used` is left as it is."""
+        # In a loop that carries the cache, nothing is copied.
+        place = (layer, 0, self.used, 0, 0)
+        return self._replace(
+            keys=jax.lax.dynamic_update_slice(self.keys, key[None], place),
+            values=jax.lax.dynamic_update_slice(self.values, value[None], place),
+        )
 
 
 def rotary_angles(config: TextConfig, positions: Array) -> Array:
@@ -67,8 +93,15 @@ class SelfAttention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array | None = None, layout: Layout | None = None) -> Array:
-        """Maps x [B, T, D] to [B, T, D], or to [B, S, D]: the outputs at positions [B, S]."""
+    def __call__(
+        self,
+        x: Array,
+        positions: Array | None = None,
+        layout: Layout | None = None,
+        cache: Cache | None = None,
+        layer: Array | int = 0,
+    ) -> tuple[Array, Cache | None]:
+        """See `DecoderLayer`."""
         config = self.config
         places = jnp.arange(x.shape[1])[None] if layout is None else layout.positions
         asking, of_query = x, places
@@ -82,8 +115,14 @@ class SelfAttention(nn.Module):
         query, key, value = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (query, key, value))
         query = rotate(query, rotary_angles(config, of_query))
         key = rotate(key, rotary_angles(config, places))
-        mixed = attention(query, key, value, causal_visibility(x.shape[1], positions, layout))
-        return Dense(config.hidden_size, use_bias=False, name="o_proj")(mixed)
+        if cache is None:
+            visible = causal_visibility(x.shape[1], positions, layout)
+        else:
+            cache = cache.write(layer, key, value)
+            key, value = cache.keys[layer], cache.values[layer]
+            visible = causal_visibility(key.shape[1], cache.used + jnp.arange(x.shape[1])[None], layout)
+        mixed = attention(query, key, value, visible)
+        return Dense(config.hidden_size, use_bias=False, name="o_proj")(mixed), cache
 
 
 class Mlp(nn.Module):
@@ -107,14 +146,25 @@ class DecoderLayer(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array | None, layout: Layout | None = None) -> tuple[Array, None]:
-        """Maps x [B, T, D] to ([B, T, D], None), or to [B, S, D]: the outputs at positions [B, S]."""
+    def __call__(
+        self,
+        x: Array,
+        positions: Array | None,
+        layout: Layout | None = None,
+        cache: Cache | None = None,
+        layer: Array | int = 0,
+    ) -> tuple[Array, Cache | None]:
+        """Maps x [B, T, D] to ([B, T, D], None), or to [B, S, D]: the outputs at positions [B, S].
+
+        With a cache, x are tokens that come to its next places and see what it holds, and None is the cache with their
+        keys and values of this `layer`. Then `layout` has the positions of these tokens and the segments of the cache.
+        """
         eps = self.config.rms_norm_eps
         normal = RMSNorm(eps, name="input_layernorm")(x)
-        mixed = SelfAttention(self.config, name="self_attn")(normal, positions, layout)
+        mixed, cache = SelfAttention(self.config, name="self_attn")(normal, positions, layout, cache, layer)
         x = (x if positions is None else take_positions(x, positions)) + mixed
         x = x + Mlp(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
-        return x, None
+        return x, cache
 
 
 class Qwen2Decoder(nn.Module):
@@ -172,6 +222,35 @@ class Qwen2Decoder(nn.Module):
         last = {"params": jax.tree.map(lambda leaf: leaf[-1], base), "lora": jax.tree.map(lambda a: a[-1], adapters)}
         x, _ = layer.apply(last, x, positions, layout)
         return self.norm(x)
+
+    def empty_cache(self, segments: Array, dtype: DTypeLike) -> Cache:
+        """A cache with a place for each of `segments` int32 [B, C]."""
+        config = self.config
+        shape = (config.num_layers, *segments.shape, config.num_kv_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.int32(0))
+
+    def extend(self, embeddings: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Final hidden states [B, S, D] of tokens that come to the next places of a cache, and the cache with them.
+
+        Args:
+            embeddings: [B, S, D], of the tokens.
+            positions: rotary positions of the tokens, as in `Layout`.
+            cache: what came before.
+        """
+        layer = DecoderLayer(self.config, parent=None)
+        variables = self.layers.variables
+        layout = Layout(positions, cache.segments)
+
+        def body(carry: tuple[Array, Cache], place: tuple[Array, Any, Any]) -> tuple[tuple[Array, Cache], None]:
+            number, base, adapters = place
+            x, cache = carry
+            extended: Any = layer.apply({"params": base, "lora": adapters}, x, None, layout, cache, number)
+            return extended, None
+
+        places = jnp.arange(self.config.num_layers), variables["params"], variables.get("lora", {})
+        # Not unrolled: on CPU it compiles in half the time, and steps take no longer.
+        (x, cache), _ = jax.lax.scan(body, (embeddings, cache), places)
+        return self.norm(x), cache._replace(used=cache.used + embeddings.shape[1])
 
     def head(self, hidden: Array) -> Array:
         """Maps hidden states [..., D] to float32 logits [..., V]."""
