@@ -305,6 +305,9 @@ class EvaluateConfig(_Section):
     batch_size: Count = Field(default=16, description="samples a step")
     max_samples: Count | None = Field(default=None, description="test samples to use; null: all")
     max_candidates: Count = Field(default=64, description="most answers that one question may be scored against")
+    max_new_tokens: Count | None = Field(
+        default=None, description="tokens of an answer that the model writes itself, read by rules; null: none"
+    )
     controls: Flag = Field(default=True, description="also measure without images and with shuffled images")
 
 

@@ -21,6 +21,7 @@ from mars_jax.data.batches import subset
 from mars_jax.data.formats import PROMPTS
 from mars_jax.data.records import Record
 from mars_jax.evaluator import Evaluator, Outcome, candidate_answers, last_answer
+from mars_jax.generation import load_end_tokens
 from mars_jax.jsonfiles import append_jsonl, write_json
 from mars_jax.rundir import RunDirectory
 from mars_jax.scoring import is_right, macro_mean, mcnemar, read_answer, rules_of, share
@@ -32,7 +33,10 @@ Tree = Any
 
 def evaluate_run(workspace: Workspace, adapters: Tree, directory: RunDirectory) -> dict[str, Any]:
     """Base and fine-tuned model on the test split; also one line a sample."""
-    evaluator, records = held_out_evaluator(workspace, controls=workspace.config.evaluate.controls)
+    settings = workspace.config.evaluate
+    evaluator, records = held_out_evaluator(
+        workspace, controls=settings.controls, max_new_tokens=settings.max_new_tokens
+    )
     candidates = evaluator.candidates
     trainable, scales = lora.split_trainable(adapters)
     untrained = lora.join_trainable(jax.tree.map(jnp.zeros_like, trainable), scales)
@@ -161,7 +165,9 @@ def scoring_name(candidates: Sequence[str]) -> str:
     return "letter_loglik" if letters else "string_loglik"
 
 
-def held_out_evaluator(workspace: Workspace, *, controls: bool) -> tuple[Evaluator, list[Record]]:
+def held_out_evaluator(
+    workspace: Workspace, *, controls: bool, max_new_tokens: int | None = None
+) -> tuple[Evaluator, list[Record]]:
     """The evaluator of the test samples that a config asks for, and those samples."""
     settings = workspace.config.evaluate
     every = workspace.test_records
@@ -174,7 +180,8 @@ def held_out_evaluator(workspace: Workspace, *, controls: bool) -> tuple[Evaluat
     if not candidates:
         workspace.reporter.warn(
             f"answers are not scored: the training split has more than {settings.max_candidates} distinct answers "
-            f"(evaluate.max_candidates). Perplexity is measured all the same."
+            f"(evaluate.max_candidates). Perplexity is measured all the same, and evaluate.max_new_tokens has answers "
+            f"written and read."
         )
     strange = [record.id for record in records if candidates and last_answer(record) not in candidates]
     if strange:
@@ -192,5 +199,7 @@ def held_out_evaluator(workspace: Workspace, *, controls: bool) -> tuple[Evaluat
         controls=controls,
         seed=workspace.config.seed,
         rows=row_sharding(workspace.mesh),
+        max_new_tokens=max_new_tokens,
+        end_tokens=load_end_tokens(workspace.checkpoint, workspace.preprocessor.tokenizer),
     )
     return evaluator, records

@@ -5,9 +5,10 @@ right is told by `scoring`; what is written down, by `evaluate`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,9 +16,10 @@ import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
-from mars_jax.data.batches import can_shuffle, eval_batches, image_blind, shuffle_images
-from mars_jax.data.examples import ExampleSource, Preprocessor, plan_shapes
+from mars_jax.data.batches import Batch, can_shuffle, eval_batches, image_blind, shuffle_images
+from mars_jax.data.examples import Example, ExampleSource, Preprocessor, plan_shapes
 from mars_jax.data.records import Record
+from mars_jax.generation import generate
 from mars_jax.scoring import share
 from mars_jax.sharding import place
 
@@ -72,8 +74,25 @@ def last_answer(record: Record) -> str:
     return record.turns[-1].text
 
 
+class _Asked(NamedTuple):
+    """The same records as batches [B, ...] for each thing that is measured; None for what isn't."""
+
+    batch: Batch  # with their own answers, for the loss
+    answers: Batch | None  # with every candidate in place of the last answer
+    prompts: Batch | None  # without it
+    valid: int  # rows that are real
+
+    def blind(self) -> "_Asked":
+        """Without pictures."""
+        return self._replace(
+            batch=image_blind(self.batch),
+            answers=self.answers and image_blind(self.answers),
+            prompts=self.prompts and image_blind(self.prompts),
+        )
+
+
 class Evaluator:
-    """Scores adapters on records under several conditions with two compiled programs."""
+    """Scores adapters on records under several conditions with a compiled program for each thing that is measured."""
 
     def __init__(
         self,
@@ -87,11 +106,14 @@ class Evaluator:
         controls: bool,
         seed: int,
         rows: NamedSharding | None = None,
+        max_new_tokens: int | None = None,
+        end_tokens: Sequence[int] = (),
     ) -> None:
         """Plans the shapes of every condition.
 
         Args:
-            model: a Linen module whose `apply` returns logits at the supervised positions.
+            model: a Linen module whose `apply` returns logits at the supervised positions; one that writes answers has
+                the methods of `Multimodal`.
             base: frozen parameters.
             records: held-out records.
             preprocessor: of the checkpoint.
@@ -101,12 +123,14 @@ class Evaluator:
             controls: whether to measure without pictures and with shuffled ones too.
             seed: of the shuffled pictures.
             rows: how the samples of a batch are split over the devices that the base lies on.
+            max_new_tokens: of the answers that the model writes greedily; None to ask for none.
+            end_tokens: those that end such an answer.
         """
         if rows is not None:
             parts = rows.num_devices
             batch_size = parts * -(-batch_size // parts)
         self._base, self._preprocessor, self._batch_size = base, preprocessor, batch_size
-        self._controls, self._rows = controls, rows
+        self._controls, self._rows, self._asks = controls, rows, max_new_tokens is not None
         self.candidates = tuple(candidates)
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and can_shuffle(records):
@@ -129,6 +153,9 @@ class Evaluator:
 
         self._losses = jax.jit(lambda *arguments: token_losses(*arguments).sum(axis=1))
         self._candidate_losses = jax.jit(candidate_losses)
+        if max_new_tokens is not None:
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_tokens": end_tokens}
+            self._generate = jax.jit(partial(generate, model, pad_token=tokenizer.pad_token_id, **options))
 
     def evaluate(
         self, models: Mapping[str, Tree], advance: Callable[[int, str], None] = lambda records, text: None
@@ -144,14 +171,13 @@ class Evaluator:
         """
         parts: dict[str, list[tuple[np.ndarray, ...]]] = {}
         for view, records in self._views.items():
-            for batch, answers, valid in self._batches(records):
+            for asked in self._batches(records):
                 for condition in ("", "blind") if view == "" and self._controls else (view,):
-                    shown = image_blind(batch) if condition == "blind" else batch
+                    shown = asked.blind() if condition == "blind" else asked
                     for name, adapters in models.items():
                         key = f"{name}_{condition}" if condition else name
-                        part = self._score(adapters, shown, answers and {**answers, "pixels": shown["pixels"]})
-                        parts.setdefault(key, []).append(tuple(array[:valid] for array in part))
-                advance(valid, view)
+                        parts.setdefault(key, []).append(self._score(adapters, shown))
+                advance(asked.valid, view)
         return {key: self._outcome(chunks) for key, chunks in parts.items()}
 
     @property
@@ -159,21 +185,25 @@ class Evaluator:
         """Records that `evaluate` reads, for its progress."""
         return sum(len(records) for records in self._views.values())
 
-    def _score(
-        self, adapters: Tree, batch: Mapping[str, Any], answers: Mapping[str, Any] | None
-    ) -> tuple[np.ndarray, ...]:
-        """Losses [B], supervised tokens [B] and losses of candidates [B, C] of a batch (C = 0 when not scored)."""
-        losses = np.asarray(self._losses(self._base, adapters, self._on_devices(batch)))
-        scores = np.zeros((len(losses), 0))
-        if answers is not None:
-            scores = np.asarray(self._candidate_losses(self._base, adapters, self._on_devices(answers))).T
-        return losses, batch["target_weights"].sum(axis=1), scores
+    def _score(self, adapters: Tree, asked: _Asked) -> tuple[np.ndarray, ...]:
+        """Losses, supervised tokens, losses of candidates [., C] and tokens of answers [., N] of a batch's real rows.
 
-    def _on_devices(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        C and N are 0 for what isn't measured.
+        """
+        losses = np.asarray(self._losses(self._base, adapters, self._on_devices(asked.batch)))
+        scores, said = np.zeros((len(losses), 0)), np.zeros((len(losses), 0), np.int32)
+        if asked.answers is not None:
+            scores = np.asarray(self._candidate_losses(self._base, adapters, self._on_devices(asked.answers))).T
+        if asked.prompts is not None:
+            said = np.asarray(self._generate(self._base, adapters, self._on_devices(asked.prompts)))
+        part = losses, asked.batch["target_weights"].sum(axis=1), scores, said
+        return tuple(array[: asked.valid] for array in part)
+
+    def _on_devices(self, batch: Batch) -> Mapping[str, Any]:
         return place(dict(batch), self._rows) if self._rows else batch
 
     def _outcome(self, chunks: Sequence[tuple[np.ndarray, ...]]) -> Outcome:
-        losses, tokens, scores = (np.concatenate(column) for column in zip(*chunks, strict=True))
+        losses, tokens, scores, said = (np.concatenate(column) for column in zip(*chunks, strict=True))
         # Shuffling pictures keeps the order, the options and the answers of the records.
         records = self._views[""]
         choices, correct = np.zeros(0, np.int64), np.zeros(0, bool)
@@ -181,15 +211,20 @@ class Evaluator:
             allowed = [[not r.options or answer in r.options for answer in self.candidates] for r in records]
             choices = np.where(allowed, scores, np.inf).argmin(axis=1)
             correct = np.asarray([self.candidates[k] == last_answer(r) for k, r in zip(choices, records, strict=True)])
-        return Outcome(losses, tokens, choices, correct)
+        decode = partial(self._preprocessor.tokenizer.decode, skip_special_tokens=True)
+        answers = tuple(str(decode(row)).strip() for row in said) if self._asks else ()
+        return Outcome(losses, tokens, choices, correct, answers)
 
-    def _batches(self, records: Sequence[Record]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, int]]:
-        """Batches [B, ...], the same with every candidate answer in place of the last, and the number of real rows."""
+    def _batches(self, records: Sequence[Record]) -> Iterator[_Asked]:
         size = self._batch_size
         source = ExampleSource(records, self._preprocessor, self._shapes)
+
+        def stacked(rows: Iterable[Example]) -> Batch:
+            made = list(rows)
+            return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
         for start, (batch, valid) in zip(range(0, len(records), size), eval_batches(source, size), strict=True):
-            answers = None
-            if self._answers:
-                rows = [source.with_answers(start + min(row, valid - 1), self._answers) for row in range(size)]
-                answers = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            yield batch, answers, valid
+            places = [start + min(row, valid - 1) for row in range(size)]
+            answers = stacked(source.with_answers(n, self._answers) for n in places) if self._answers else None
+            prompts = stacked(source.prompt(n) for n in places) if self._asks else None
+            yield _Asked(batch, answers, prompts, valid)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 
 from mars_jax.errors import ConfigError
 from mars_jax.hub.read import read_json
-from mars_jax.models.multimodal import Multimodal
 from mars_jax.models.qwen2 import Cache, take_positions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load_end_tokens(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tu
 
 
 def generate(
-    model: Multimodal,
+    model: nn.Module,
     base: Mapping[str, Any],
     adapters: Mapping[str, Any],
     batch: Mapping[str, Any],
@@ -63,7 +63,7 @@ def generate(
     For `jax.jit`, with the base as an argument; a program serves all batches of one shape.
 
     Args:
-        model: the architecture.
+        model: a `Multimodal`.
         base: frozen parameters.
         adapters: of the `lora` collection; empty for the base alone.
         batch: B prompts, see `ExampleSource.prompt`.

@@ -14,12 +14,13 @@ import tiny_job
 import tiny_qwen
 from flax import linen as nn
 
-from mars_jax.data.batches import shuffle_images
+from mars_jax.data.batches import image_blind, shuffle_images
 from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
 from mars_jax.data.formats import Turn
 from mars_jax.data.records import Record, load_records
 from mars_jax.evaluate import scoring_name
 from mars_jax.evaluator import Evaluator, candidate_answers
+from mars_jax.generation import generate
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.families import build_model
 from mars_jax.models.llava import LlavaOnevision
@@ -233,3 +234,31 @@ def test_without_candidates_only_the_loss_is_measured(preprocessor, lettered, ou
     document = found["right"].to_json()
     assert document["accuracy"] is document["accuracy_ci"] is None
     np.testing.assert_allclose(found["right"].losses, outcomes["right"].losses[:1], rtol=1e-6)
+
+
+# What the model writes itself.
+
+
+def test_answers_are_what_the_model_writes_to_each_record_alone(tmp_path, records):
+    config, params = read_checkpoint(tiny_job.checkpoint(tmp_path), "float32")
+    model, preprocessor = LlavaOnevision(config), load_preprocessor(tmp_path)
+    some = records[:3]
+    written = {"max_new_tokens": 3, "end_tokens": [preprocessor.tokenizer.eos_token_id]}
+    evaluator = Evaluator(
+        model, params, some, preprocessor, candidates=(), batch_size=2, controls=True, seed=0, **written
+    )
+    outcomes = evaluator.evaluate({"base": {}})
+    pad = preprocessor.tokenizer.pad_token_id
+    source = ExampleSource(some, preprocessor, plan_shapes(some, preprocessor, 2**31).shapes)
+    alone = jax.jit(partial(generate, model, pad_token=pad, **written))
+
+    def text(example) -> str:
+        said = alone(params, {}, {name: array[None] for name, array in example.items()})
+        return preprocessor.tokenizer.decode(said[0], skip_special_tokens=True).strip()
+
+    prompts = [source.prompt(number) for number in range(len(some))]
+    assert list(outcomes["base"].answers) == [text(prompt) for prompt in prompts]
+    blind = [text(image_blind(prompt)) for prompt in prompts]
+    assert list(outcomes["base_blind"].answers) == blind
+    assert any(blind), blind
+    assert len(outcomes["base_shuffled"].answers) == 3

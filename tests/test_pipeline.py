@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_job
 import yaml
 from typer.testing import CliRunner
 
 from mars_jax.cli import app
+from mars_jax.scoring import share
 
 LANE_KEYS = [
     "lane", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",
@@ -242,8 +244,9 @@ def test_given_ranks_are_trained_without_a_search(job, tmp_path):
     assert "Use rank\u00a03 for projector." in (tmp_path / "run" / "report" / "index.html").read_text()
 
 
-def test_more_answers_than_the_limit_leave_the_accuracy_null(job, tmp_path):
-    run = copy_of(job, tmp_path / "copy", lambda config: config["evaluate"].update(max_candidates=2, max_samples=3))
+def test_more_answers_than_the_limit_leave_what_the_model_writes_itself(job, tmp_path):
+    more_answers = {"max_candidates": 2, "max_samples": 3, "max_new_tokens": 4}
+    run = copy_of(job, tmp_path / "copy", lambda config: config["evaluate"].update(more_answers))
     done = tiny_job.mars("evaluate", run, "--json", cache=job.cache)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -254,6 +257,12 @@ def test_more_answers_than_the_limit_leave_the_accuracy_null(job, tmp_path):
         assert condition["perplexity"] > 1
     samples = lines(run / "samples.jsonl")
     assert [sample["finetuned"]["response"] for sample in samples] == [None] * 3
+    written = [sample["finetuned_blind"]["generated"] for sample in samples]
+    assert all(isinstance(text, str) for text in written)
+    right = [text.lower() == sample["target"] for text, sample in zip(written, samples, strict=True)]
+    assert [row for row in document["generated"] if row["condition"] == "finetuned_blind"] == [
+        {"condition": "finetuned_blind", "rule": "exact", **share(np.asarray(right)), "unread": 0}
+    ]
     kept = {sample["id"]: sample["finetuned"]["loss"] for sample in lines(job.run / "samples.jsonl")}
     for sample in samples:
         assert sample["finetuned"]["loss"] == pytest.approx(kept[sample["id"]], rel=1e-4)
