@@ -32,6 +32,7 @@ BUDGETS = (2, 3, 4, 6, 8)
 LOSS_ALONE = "loss alone"  # no rule: nothing tells when a module has converged
 HUBER = 0.02
 SWEPT = 4
+SWEPT_PROBES = (4, 8)  # of the best probes, which need no law
 
 
 class Grid:
@@ -246,7 +247,8 @@ def _without_laws(cell: Cell, probes: Probes, laws_of: Mapping[str, Laws], grid:
     found = []
     for name, some in ordered.items():
         found.append(_swept(name, some[:1], grid, prices, search))
-        found.append(_swept(f"{name}, sweep of {SWEPT}", some[:SWEPT], grid, prices, search))
+        for number in SWEPT_PROBES if name == "best probe" else (SWEPT,):
+            found.append(_swept(f"{name}, sweep of {number}", some[:number], grid, prices, search))
     if LOSS_ALONE in laws_of:
         candidates = sorted(
             selected(cell, laws_of[LOSS_ALONE], "chosen form").candidates, key=lambda c: c.predicted_loss

@@ -111,6 +111,7 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
     rows = timed("nested", partial(probe_rows, workspace=workspace, lanes=lanes))
     probes = {"nested": Probes(workspace, reads(workspace, lanes), rows)}
     probes["half nested"] = first_half(probes["nested"])
+    probes["quarter nested"] = first_half(probes["half nested"])
     vectors = grid_of(workspace.grids)
     grid = timed("grid", partial(final_runs, workspace=workspace, vectors=vectors))
     base = workspace.learning_rates(workspace.config.finetune.learning_rate)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 # What methods' names match, by colour; the first family that does has it.
 FAMILIES = {
+    "short probes, the best swept": (r"[\w ]+: best probe, sweep", LIGHT["text"]),
     "parts of it": (r"[\w ]+: (quadratic|best probe|.*balance alone)", RAMP[3]),
-    "MARS, nested probes": (r"(half )?nested: ", LIGHT["pick"]),
+    "MARS, nested probes": (r"(half |quarter )?nested: ", LIGHT["pick"]),
     "MARS, separate probes": (r"separate: ", RAMP[1]),
     "random search": (r"random search", RAMP[0]),
     "TPE and halving": (r"TPE", RAMP[5]),
