@@ -14,13 +14,14 @@ enough for modules to converge; for the first seed of each task, as are the fina
 Runs of one pair differ between seeds, so the lowest of 25 losses is partly luck, which no method can pick. "Expected"
 regret is of losses that are means over the seeds of a task.
 
-Compute is counted in final runs, the winner's own included. Final runs are only four times as long as a probe here, so
-that a whole grid of them can be paid for: a search that costs several of them costs little beside long ones. "sweep" is
-successive halving over the final runs' own curves, of candidates of the laws or of the "best probes", those with the lowest loss
-measured at the largest D read; "half" and "quarter" nested probes are the same passes, stopped there. TPE is optuna's, with asynchronous successive halving, replayed on
-the recorded curves (mean of 20 replays); random search is the exact expectation. The definitions are in
-evidence_methods.py and evidence_claims.py, the lanes in evidence_runs.py. Methods are named by probes, rule and form of
-Law-P ("power form" where another was chosen); a rule that can't time both modules leaves the pick to the loss.
+Compute is counted in final runs, the winner's own included. Final runs are only four times as long as a probe here,
+so that a whole grid of them can be paid for: a search that costs several of them costs little beside long ones.
+"sweep" is successive halving over the final runs' own curves, of candidates of the laws or of the "best probes",
+those with the lowest loss measured at the largest D read; "half" and "quarter" nested probes are the same passes,
+stopped there. TPE is optuna's, with asynchronous successive halving, replayed on the recorded curves (mean of 20
+replays); random search is the exact expectation. The definitions are in evidence_methods.py and evidence_claims.py,
+the lanes in evidence_runs.py. Methods are named by probes, rule and form of Law-P ("power form" where another was
+chosen); a rule that can't time both modules leaves the pick to the loss.
 
 figure = share of cells (task x seed) in which the regret of the default rule and form with the sweep, on nested probes,
 which every cell has, is at most 0.5 %.

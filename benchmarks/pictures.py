@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 # What methods' names match, by colour; the first family that does has it.
 FAMILIES = {
-    "short probes, the best swept": (r"[\w ]+: best probe, sweep", LIGHT["text"]),
+    "short probes, the best swept": (r"[\w ]+: best probe, sweep", LIGHT["ink"]),
     "parts of it": (r"[\w ]+: (quadratic|best probe|.*balance alone)", RAMP[3]),
     "MARS, nested probes": (r"(half |quarter )?nested: ", LIGHT["pick"]),
     "MARS, separate probes": (r"separate: ", RAMP[1]),
