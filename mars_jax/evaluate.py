@@ -139,7 +139,9 @@ def _by_tag(
             row: dict[str, Any] = {"tag": name, "value": value, "rule": rule, "num_samples": int(within.sum())}
             for condition, by_rule in right.items():
                 told = share(by_rule[rule][within])
-                row |= {condition: told["accuracy"], f"{condition}_ci": told["accuracy_ci"]}
+                row[condition] = told["accuracy"]
+                if condition in ("base", "finetuned"):  # those of the controls follow from the number of samples
+                    row[f"{condition}_ci"] = told["accuracy_ci"]
             yield row
 
 

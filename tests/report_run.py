@@ -184,7 +184,7 @@ def make_run(run: Path, dropped_id: str = "easy-000017") -> Path:
                     "rule": "string_loglik",
                     "num_samples": 256,
                     **{name: 0.5 + place / 100 for place, name in enumerate(conditions)},
-                    **{f"{name}_ci": [0.4, 0.6] for name in conditions},
+                    **{f"{name}_ci": [0.4, 0.6] for name in ("base", "finetuned")},
                 }
                 for subject in ("shape & form", "colour")
             ],
