@@ -102,15 +102,6 @@ def test_round_trip(ranks, scale, base, tmp_path):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7), back, adapters)
 
 
-def test_names_without_vision_model_are_read(base, tmp_path):
-    config, params = base
-    export(tmp_path, tiny_llava.random_adapters(params, RANKS), RANKS, config)
-    before = read_adapter(tmp_path, config)[0]
-    tensors = load_file(tmp_path / WEIGHTS)
-    save_file({key.replace("vision_model.", ""): value for key, value in tensors.items()}, tmp_path / WEIGHTS)
-    jax.tree.map(np.testing.assert_array_equal, read_adapter(tmp_path, config)[0], before)
-
-
 def test_a_frozen_module_is_left_out_of_everything(base, tmp_path):
     config, params = base
     adapters = tiny_llava.random_adapters(params, RANKS)
@@ -214,16 +205,42 @@ def test_adapters_that_cannot_be_exported(change, ranks, error, message, base, t
 A_KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+STRAYS = [
+    "base_model.model.lm_head.lora_A.weight",
+    "base_model.model.model.language_model.embed_tokens.lora_embedding_A",
+    "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    "base_model.model.model.language_model.layers.0.self_attn.q_proj.base_layer.bias",
+    "base_model.model.model.multi_modal_projector.linear_1.weight",
+    A_KEY.replace("layers.0", "layers.2"),
+    A_KEY.replace("language_model", "audio_tower"),
+    A_KEY.replace("q_proj", "qkv"),
+]
+
+
 @pytest.mark.parametrize(
     ("settings_change", "tensors_change", "message"),
     [
-        ({"use_dora": True}, {}, r"use_dora is True; only False is read here"),
+        ({"peft_type": "LOHA"}, {}, r"peft_type is 'LOHA'; only 'LORA' is read here"),
+        ({"peft_type": None}, {}, r"peft_type is None; only 'LORA'"),
+        ({"use_dora": True}, {}, r"use_dora is True; only None, False, .* is read here: plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save is \['lm_head'\]"),
-        ({"r": None}, {}, r"r is None; a number is needed"),
-        ({"rank_pattern": {}}, {}, r"has rank [23]; adapter_config.json gives it rank 4, alpha [46]"),
+        ({"bias": "lora_only"}, {}, r"bias is 'lora_only'; only 'none', None"),
+        ({"fan_in_fan_out": True}, {}, r"fan_in_fan_out is True"),
+        ({"trainable_token_indices": [3]}, {}, r"trainable_token_indices is \[3\]"),
+        ({"init_lora_weights": "pissa_niter_4"}, {}, r"init_lora_weights is 'pissa_niter_4'; only True, False, None"),
+        ({"set_by_a_later_peft": {"x": 1}}, {}, r"set_by_a_later_peft is {'x': 1}"),
+        ({"r": None}, {}, r"r is None; a number above 0 is needed"),
+        ({"rank_pattern": {}}, {}, r"has shape \[.*; rank 4, which adapter_config.json gives it, .* make it \[4"),
+        ({"r": 5}, {}, r"has shape .*; rank 5, which"),
         ({"alpha_pattern": {r".*layers\.0\..*": 5}}, {}, r"one rank and one alpha for each module"),
-        ({}, {"base_model.model.lm_head.lora_A.weight": np.ones((4, 32), np.float32)}, r"lm_head.* is no LoRA tensor"),
+        ({}, {A_KEY: np.ones((4, 31), np.float32)}, r"q_proj.lora_A.weight' has shape \[4, 31\]; .* make it \[4, 32\]"),
         ({}, {A_KEY: None}, r"'llm/layers/self_attn/q_proj' lacks lora_A in layers \[0\] of 2"),
+        (
+            {},
+            {A_KEY.replace("lora_A", "lora_A.other"): np.ones((4, 32), np.float32)},
+            r"q_proj.lora_A.*q_proj.lora_A.* are the same tensor of two adapters or in two key layouts",
+        ),
+        *(({}, {name: np.ones((4, 32), np.float32)}, f"'{name}' is no LoRA tensor of a linear") for name in STRAYS),
     ],
 )
 def test_adapters_that_cannot_be_read(settings_change, tensors_change, message, base, tmp_path):
@@ -233,6 +250,23 @@ def test_adapters_that_cannot_be_read(settings_change, tensors_change, message, 
     tensors = load_file(tmp_path / WEIGHTS) | tensors_change
     save_file({key: value for key, value in tensors.items() if value is not None}, tmp_path / WEIGHTS)
     with pytest.raises(ConfigError, match=message):
+        read_adapter(tmp_path, config)
+
+
+def test_an_adapter_of_what_the_model_never_reads_is_refused(base, tmp_path):
+    config, params = base
+    export(tmp_path, tiny_llava.random_adapters(params, {"vision": 2}), {"vision": 2}, config)
+    of_layer_1 = {key: value for key, value in load_file(tmp_path / WEIGHTS).items() if "layers.1" in key}
+    save_file(of_layer_1, tmp_path / WEIGHTS)
+    with pytest.raises(ConfigError, match=r"holds no tensor that the model would read"):
+        read_adapter(tmp_path, replace(config, vision_feature_layers=(1,)))
+
+
+def test_pickled_weights_are_not_read(base, tmp_path):
+    config, params = base
+    export(tmp_path, tiny_llava.random_adapters(params, RANKS), RANKS, config)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"no such file; found: .*adapter_model.bin.*Only safetensors are read"):
         read_adapter(tmp_path, config)
 
 

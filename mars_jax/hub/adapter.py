@@ -18,7 +18,7 @@ from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.card import model_card
 from mars_jax.hub.families import family_of
 from mars_jax.hub.read import read_json, read_tensors
-from mars_jax.hub.tables import Family
+from mars_jax.hub.tables import Family, Parameter
 from mars_jax.hub.write import write_json
 from mars_jax.lora import Tree, flatten, unflatten
 from mars_jax.models.configs import LlavaConfig, ModelConfig
@@ -29,7 +29,21 @@ PROVENANCE_FILE = "mars.json"
 CARD_FILE = "README.md"
 
 PEFT_PREFIX = "base_model.model."
-_LAYER_NUMBER = r"(?<=layers|blocks|\.layer)\.(\d+)\."
+# A state dict saved as it is has the adapter's name in it, and no prefix where there was no `PeftModel`.
+_LORA_TENSOR = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<linear>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+# Settings that PEFT writes and that do not change what the tensors compute, and those that are read by their values.
+_WITHOUT_EFFECT = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("lora_dropout", "eva_config", "velora_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+# What the others may be; what isn't here must be off. Other initialisations change the weights of the base.
+_PLAIN_LORA: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +121,10 @@ def write_adapter(
 
 
 def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict[str, int]]:
-    """Reads an adapter that `write_adapter` wrote, or one that PEFT wrote with one rank and alpha for each module.
+    """Reads a LoRA adapter that `write_adapter` or PEFT wrote, under the names of any transformers version.
+
+    Read are plain LoRA (also rsLoRA) and, for each module, one rank and one scale; ranks and alphas follow patterns as
+    PEFT resolves them. What belongs to vision layers that the model never reads is left out.
 
     Args:
         directory: with the adapter's files.
@@ -118,39 +135,69 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
         ranks of the modules it adapts.
 
     Raises:
-        ConfigError: a file that is missing or broken, or an adapter that is not plain LoRA on whole layer stacks.
+        ConfigError: a file that is missing or broken, a setting that makes it more than plain LoRA, or a tensor that
+            has no place in the tree.
     """
     directory = Path(directory)
-    settings_file = read_json(directory / ADAPTER_CONFIG_FILE)
-    _check_plain_lora(settings_file, directory / ADAPTER_CONFIG_FILE)
-    family = family_of(config)
+    settings = read_json(directory / ADAPTER_CONFIG_FILE)
+    _check_plain_lora(settings, directory / ADAPTER_CONFIG_FILE)
     file = directory / ADAPTER_WEIGHTS_FILE
-    paths = {row.key.removesuffix(".weight"): path for path, row in family.linears.items()}
-    found: dict[str, dict[int, np.ndarray]] = {}
-    settings: dict[str, tuple[int, float]] = {}
+    if not file.is_file():
+        found = sorted(path.name for path in directory.iterdir())
+        raise ConfigError(
+            f"{file}: no such file; found: {', '.join(found)}. Only safetensors are read: save the adapter again with "
+            f"`save_pretrained`, which writes them."
+        )
+    family = family_of(config)
+    kernels = {parameter.path: parameter for parameter in family.parameters(config)}
+    places = {
+        key.removesuffix(".weight"): (path, layer)
+        for path in family.linears
+        for layer, key in enumerate(kernels[f"{path}/kernel"].keys)
+    }
+    layers: dict[str, dict[int, np.ndarray]] = {}
+    names: dict[tuple[str, int], str] = {}
+    modules: dict[str, tuple[int, float]] = {}
     for name, tensor in read_tensors(file):
-        match = re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.*)\.lora_([AB])\.weight", name)
-        key = family.hub_key(match[1]) if match else name
-        layer = re.search(_LAYER_NUMBER, key)
-        path = paths.get(re.sub(_LAYER_NUMBER, ".{layer}.", key))
-        if not match or not path:
+        match = _LORA_TENSOR.fullmatch(name)
+        key = family.hub_key(match["linear"]) if match else ""
+        if match and family.unused(f"{key}.weight", config):
+            continue
+        if not match or key not in places:
             raise ConfigError(
-                f"{file}: {name!r} is no LoRA tensor of a linear of the model. "
-                f"Give an adapter that was trained on the layers or the projector of this family."
+                f"{file}: {name!r} is no LoRA tensor of a linear in the layers or the projector of this model. Give an "
+                f"adapter that was trained on those of a {config.family} base with as many layers; names start with "
+                f"{PEFT_PREFIX} and {family.layouts}."
             )
-        side, module = match[2].lower(), path.split("/")[0]
-        rank, alpha = (_pattern_value(settings_file, field, match[1]) for field in ("r", "lora_alpha"))
-        stored = tensor.shape[0 if side == "a" else 1]
-        setting = settings.setdefault(module, (stored, alpha / stored))
-        if stored != rank or setting != (stored, alpha / stored):
+        path, layer = places[key]
+        leaf, kernel = f"{path}/{match['side'].lower()}", kernels[f"{path}/kernel"]
+        other = names.setdefault((leaf, layer), name)
+        if other != name:
             raise ConfigError(
-                f"{file}: {name!r} has rank {stored}; {ADAPTER_CONFIG_FILE} gives it rank {rank:g}, alpha {alpha:g}, "
-                f"and {module!r} has rank {setting[0]} and scale {setting[1]:g} elsewhere. "
-                f"Give an adapter with one rank and one alpha for each module."
+                f"{file}: {name!r} and {other!r} are the same tensor of two adapters or in two key layouts. "
+                f"Keep one of them."
             )
-        found.setdefault(f"{path}/{side}", {})[int(layer[1]) if layer else 0] = tensor.astype(np.float32).T
-    scales = {module: scale for module, (_, scale) in settings.items()}
-    return unflatten(_stacked(found, scales, file)), {module: rank for module, (rank, _) in settings.items()}
+        setting = _resolved(settings, match["linear"])
+        module = path.split("/")[0]
+        if modules.setdefault(module, setting) != setting:
+            rank, scale = modules[module]
+            raise ConfigError(
+                f"{file}: {name!r} has rank {setting[0]} and scale {setting[1]:g}; other linears of {module!r} have "
+                f"rank {rank} and scale {scale:g}. Give an adapter with one rank and one alpha for each module."
+            )
+        d_in, d_out = kernel.shape[-2:]
+        expected = (setting[0], d_in) if match["side"] == "A" else (d_out, setting[0])
+        if tensor.shape != expected:
+            raise ConfigError(
+                f"{file}: {name!r} has shape {list(tensor.shape)}; rank {setting[0]}, which {ADAPTER_CONFIG_FILE} "
+                f"gives it, and the base's configuration make it {list(expected)}. Give the files of one adapter, and "
+                f"the base that it was trained on."
+            )
+        layers.setdefault(leaf, {})[layer] = tensor.astype(np.float32).T
+    if not layers:
+        raise ConfigError(f"{file}: holds no tensor that the model would read. Export the adapter again.")
+    flat = _stacked(layers, kernels, {module: scale for module, (_, scale) in modules.items()}, file)
+    return unflatten(flat), {module: rank for module, (rank, _) in modules.items()}
 
 
 def _trained_linears(adapters: Mapping[str, Any], ranks: Mapping[str, int], config: ModelConfig) -> list[_Linear]:
@@ -249,53 +296,55 @@ def _check_expression(expression: str, paths: list[str], config: ModelConfig) ->
                 assert bool(re.fullmatch(expression, variant)) == (linear in paths and reached), (expression, variant)
 
 
-def _pattern_value(config: Mapping[str, Any], name: str, path: str) -> float:
-    """The rank or alpha that PEFT gives a module path: the first pattern that matches up to its end, or the default."""
-    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[name]) or {}
-    hits = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)]
-    return float(hits[0] if hits else config[name])
+def _resolved(settings: Mapping[str, Any], linear: str) -> tuple[int, float]:
+    """The rank and scale that PEFT gives a linear by its path."""
+    rank = _pattern_value(settings, "r", "rank_pattern", linear)
+    alpha = _pattern_value(settings, "lora_alpha", "alpha_pattern", linear)
+    return int(rank), alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _check_plain_lora(config: Mapping[str, Any], path: Path) -> None:
-    allowed: dict[str, tuple[object, ...]] = {
-        "peft_type": ("LORA",),
-        "bias": ("none", None),
-        "use_dora": (False, None),
-        "use_rslora": (False, None),
-        "modules_to_save": (None, []),
-    }
-    for key, values in allowed.items():
-        if config.get(key) not in values:
+def _pattern_value(settings: Mapping[str, Any], default: str, patterns: str, linear: str) -> float:
+    """That of the first pattern that matches up to the path's end, or the default."""
+    hits = (value for key, value in (settings.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", linear))
+    return float(next(hits, settings[default]))
+
+
+def _check_plain_lora(settings: Mapping[str, Any], path: Path) -> None:
+    for key, value in {"peft_type": None, **settings}.items():
+        allowed = _PLAIN_LORA.get(key, (None, False, [], {}))
+        if key not in _WITHOUT_EFFECT and value not in allowed:
             raise ConfigError(
-                f"{path}: {key} is {config.get(key)!r}; only {values[0]!r} is read here. Give a plain LoRA adapter."
+                f"{path}: {key} is {value!r}; only {', '.join(map(repr, allowed))} is read here: plain LoRA. Give "
+                f"a plain LoRA adapter, or merge this one into its base in PyTorch and give that as the checkpoint."
             )
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise ConfigError(f"{path}: {key} is {config.get(key)!r}; a number is needed. Export the adapter again.")
+        if not isinstance(settings.get(key), int | float) or not settings[key] > 0:
+            raise ConfigError(
+                f"{path}: {key} is {settings.get(key)!r}; a number above 0 is needed. Export the adapter again."
+            )
 
 
 def _stacked(
-    found: Mapping[str, Mapping[int, np.ndarray]], scales: Mapping[str, float], file: Path
+    layers: Mapping[str, Mapping[int, np.ndarray]],
+    kernels: Mapping[str, Parameter],
+    scales: Mapping[str, float],
+    file: Path,
 ) -> dict[str, np.ndarray]:
-    depth = dict.fromkeys(scales, 0)
-    for path, layers in found.items():
-        module = path.split("/")[0]
-        depth[module] = max(depth[module], 1 + max(layers))
     flat: dict[str, np.ndarray] = {}
-    for path in sorted({path.rpartition("/")[0] for path in found}):
-        module = path.split("/")[0]
+    for path in sorted({leaf.rpartition("/")[0] for leaf in layers}):
+        kernel = kernels[f"{path}/kernel"]
         for side in ("a", "b"):
-            layers = found.get(f"{path}/{side}", {})
-            missing = sorted(set(range(depth[module])) - set(layers))
+            found = layers.get(f"{path}/{side}", {})
+            missing = sorted(set(range(len(kernel.keys))) - set(found))
             if missing:
                 raise ConfigError(
-                    f"{file}: {path!r} lacks lora_{side.upper()} in layers {missing} of {depth[module]}; only whole "
+                    f"{file}: {path!r} lacks lora_{side.upper()} in layers {missing} of {len(kernel.keys)}; only whole "
                     f"stacks are read. Export the adapter again, or train every layer."
                 )
-            stack = np.stack([layers[layer] for layer in range(depth[module])])
-            flat[f"{path}/{side}"] = stack[0] if module == "projector" else stack
-        scale = np.full(depth[module], scales[module], np.float32)
-        flat[f"{path}/scale"] = scale[0] if module == "projector" else scale
+            stack = np.stack([found[layer] for layer in sorted(found)])
+            flat[f"{path}/{side}"] = stack if kernel.stacked else stack[0]
+        scale = np.full(len(kernel.keys), scales[path.split("/")[0]], np.float32)
+        flat[f"{path}/scale"] = scale if kernel.stacked else scale[0]
     return flat
 
 
