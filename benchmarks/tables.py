@@ -19,7 +19,7 @@ from mars_jax.jsonfiles import read_json, write_text
 
 HERE = Path(__file__).parent
 EVIDENCE = ("laws", "planted", "evidence")
-ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "kills")
+ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "kills", "adapter_matrix")
 
 Row = Mapping[str, Any]
 
@@ -106,6 +106,12 @@ def losses(documents: Mapping[str, Row]) -> list[str]:
         fewest = min(detail["ours"], key=int)
         if detail["ours"][fewest]["from disk"]["peak_bytes"] > detail["peft"]["1"]["peak_bytes"]:
             found.append(f"b6: one PEFT process takes less memory than ours with {fewest} lanes.")
+    for base in documents["adapter_matrix"]["detail"]["bases"] if "adapter_matrix" in documents else []:
+        if base.get("positions") == "given":
+            found.append(
+                f"adapter_matrix: transformers {base['pair'][0]} places pictures of {base['base']} otherwise than we "
+                "do, without any adapter too; adapters were compared with our positions given to it."
+            )
     return found
 
 

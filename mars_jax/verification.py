@@ -24,7 +24,7 @@ def verify_run(workspace: Workspace, adapters: Any, directory: RunDirectory, mer
     records = workspace.test_records[:_RECORDS]
     source = ExampleSource(records, workspace.preprocessor, plan_shapes(records, workspace.preprocessor, 2**31).shapes)
     batch = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
-    inputs = _torch_inputs(records, batch, workspace.preprocessor)
+    inputs = torch_inputs(records, batch, workspace.preprocessor)
     checkpoint = workspace.checkpoint
 
     def logits(base: Any, lora_tree: Any) -> np.ndarray:
@@ -41,7 +41,7 @@ def verify_run(workspace: Workspace, adapters: Any, directory: RunDirectory, mer
     return document
 
 
-def _torch_inputs(
+def torch_inputs(
     records: Sequence[Record], batch: Mapping[str, np.ndarray], preprocessor: Preprocessor
 ) -> dict[str, np.ndarray]:
     """The same records as inputs of the Hugging Face model."""

@@ -87,7 +87,7 @@ def test_keys_shapes_and_settings(base, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "| vision | 2 | 4 | 2 |" in card
     assert "'org/base', revision='abc123'" in card
-    assert "vLLM takes no LoRA adapter for LLaVA-OneVision" in card
+    assert "vLLM 0.33 takes no LoRA adapter for `LlavaOnevisionForConditionalGeneration`: serve the merged" in card
 
 
 @pytest.mark.parametrize("ranks", [RANKS, {"vision": 5}, {"llm": 1, "projector": 2}])

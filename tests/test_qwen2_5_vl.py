@@ -270,6 +270,18 @@ def test_defaults_of_the_encoder_are_those_of_transformers():
     assert list(ours.full_attention_layers) == list(theirs.fullatt_block_indexes)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_defaults_of_the_decoder_are_those_of_transformers(nested):
+    sizes = {"hidden_size": 1024, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 8}
+    sizes |= {"vocab_size": 9, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    vision = {"vision_config": {"out_hidden_size": 1024}}
+    text = {"text_config": sizes} if nested else sizes
+    ours = model_config({"model_type": "qwen2_5_vl", **text, **vision}).text
+    theirs = transformers.Qwen2_5_VLTextConfig(**sizes)
+    assert (ours.num_kv_heads, ours.rms_norm_eps) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
 def test_a_processor_of_another_model_is_refused(base, tmp_path):
     directory = shutil.copytree(base[1], tmp_path / "base")
     path = directory / "preprocessor_config.json"

@@ -1,8 +1,13 @@
-"""The model card of an exported adapter: what it is, how to load it, where it can't be served."""
+"""The model card of an exported adapter: what it is, how to load it, what serves it and how.
+
+What it says of vLLM was read in the source of vLLM 0.33.0: `config/lora.py`, `lora/` and the classes of the models.
+"""
 
 from collections.abc import Mapping
 
 from mars_jax.hub.tables import Family
+
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _TEMPLATE = """\
 ---
@@ -32,11 +37,14 @@ model = PeftModel.from_pretrained(base, "PATH/TO/THIS/DIRECTORY")
 ```
 
 Names and patterns fit transformers 4.57 to 5.23 with peft 0.18 or newer. peft only warns when tensors find no place,
-so check once that the outputs differ from the base's; `mars export RUN --verify` does.
+so check once that the outputs differ from the base's; `mars export RUN --verify` does.{loading}
 
 ## Serve
 
-{serving}
+- transformers with peft: as above.
+- {vllm}
+- Anything else was not checked: take the merged checkpoint of the same run (`mars export RUN --merged`).
+
 Where the adapter comes from (run, data, settings) is in `mars.json`.
 """
 
@@ -57,10 +65,41 @@ def model_card(
     rows = [f"| {module} | {rank} | {alphas[module]:g} | {alphas[module] / rank:g} |" for module, rank in ranks.items()]
     return _TEMPLATE.format(
         auto_class=family.auto_class,
-        serving=family.serving,
+        loading=f"\n{family.loading}" if family.loading else "",
+        vllm=_vllm(family, ranks, alphas),
         base=base,
         rows="\n".join(rows),
         revision=f" at revision `{revision}`" if revision else "",
         revision_argument=f", revision={revision!r}" if revision else "",
         size=size,
+    )
+
+
+def _vllm(family: Family, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
+    """What to tell vLLM about this adapter, and what it would do otherwise."""
+    if family.vllm == "nothing":
+        return (
+            f"vLLM 0.33's `{family.auto_class}` takes no vision encoder of this kind, merged or not: use transformers."
+        )
+    if family.vllm == "merged" or max(ranks.values()) > _VLLM_RANKS[-1]:
+        why = (
+            f"no LoRA adapter for `{family.auto_class}`"
+            if family.vllm == "merged"
+            else f"no rank above {_VLLM_RANKS[-1]}"
+        )
+        return f"vLLM 0.33 takes {why}: serve the merged checkpoint of the same run (`mars export RUN --merged`)."
+    needed = next(rank for rank in _VLLM_RANKS if rank >= max(ranks.values()))
+    arguments, text = f"enable_lora=True, max_lora_rank={needed}", ""
+    switched = " and ".join(module for module in ranks if module != "llm")
+    if switched:
+        arguments += ", enable_tower_connector_lora=True"
+        text = f" Without the last it drops the part of {switched}, with no more than a warning."
+    if len({alphas[module] / rank for module, rank in ranks.items()}) > 1:
+        text += (
+            " Releases that don't read `rank_pattern` and `alpha_pattern` scale every module alike, which is wrong "
+            "here: serve them the merged checkpoint."
+        )
+    return (
+        f"vLLM 0.33: `LLM(BASE, {arguments})`.{text} It refuses fully trained modules (`modules_to_save`), biases and "
+        "DoRA; this adapter has none of them."
     )

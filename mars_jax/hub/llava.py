@@ -165,23 +165,20 @@ ONEVISION = Family(
         f"{_VISION}.post_layernorm.weight": (("vision",), 1.0),
         f"{_VISION}.post_layernorm.bias": (("vision",), 0.0),
     },
-    serving="vLLM takes no LoRA adapter for LLaVA-OneVision (0.33): serve the merged checkpoint of the same run there.",
+    vllm="merged",
 )
 WITH_SIGLIP = replace(
     ONEVISION,
     auto_class="LlavaForConditionalGeneration",
     rows=(*_SIGLIP, *_JOINED),
-    serving=(
-        "vLLM applies the part of the language model (0.33) and drops those of vision and projector with no more than "
-        "a warning: serve the merged checkpoint of the same run there."
-    ),
+    vllm="adapters",
 )
 WITH_CLIP = replace(WITH_SIGLIP, rows=(*_CLIP, *_JOINED))
 _QUERIES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 WITH_DINOV2 = replace(
     WITH_SIGLIP,
     rows=(*_DINOV2, *_JOINED),
-    serving="vLLM's LLaVA takes no DINOv2 encoder, as far as its source was read: serve it with transformers.",
+    vllm="nothing",
     to_hub=(
         *ONEVISION.to_hub[:-1],
         *(

@@ -73,9 +73,9 @@ FAMILY = Family(
     },
     layouts="model.layers., model.language_model., visual. or model.visual.",
     extra_tensors={},
-    serving=(
-        "vLLM applies the vision and projector parts only with `enable_tower_connector_lora=True` (0.33), and needs "
-        "`max_lora_rank` at or above the largest rank; without the switch it drops them with no more than a warning. "
-        "The merged checkpoint of the same run needs neither."
+    vllm="adapters",
+    loading=(
+        "transformers 5.3 to 5.5 (until 5.5.4) place the pictures of this family wrongly, with and without an adapter "
+        "(its issue 45325)."
     ),
 )

@@ -77,9 +77,11 @@ class Family:
         layouts: what keys start with, for people.
         extra_tensors: hub key -> names of its dimensions, and its value, of tensors that transformers builds and never
             reads.
-        serving: what to know before serving an adapter, for the model card.
+        vllm: what vLLM takes of the family: adapters (those of vision and projector behind a switch), only merged
+            checkpoints, or nothing.
         aliases: end of a linear's hub key -> its name in the memory of the newest transformers, where that isn't the
             same.
+        loading: what to know of single transformers versions, for the model card.
     """
 
     auto_class: str
@@ -94,8 +96,9 @@ class Family:
     modules: Mapping[str, ModuleKeys]
     layouts: str
     extra_tensors: Mapping[str, tuple[tuple[str, ...], float]]
-    serving: str
+    vllm: Literal["adapters", "merged", "nothing"]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    loading: str = ""
 
     @property
     def linears(self) -> dict[str, Row]:

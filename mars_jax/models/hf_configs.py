@@ -60,6 +60,7 @@ _DEFAULTS: dict[Any, Json] = {
     },
 }
 _DEFAULTS["qwen2_5_vl_vision"] = _DEFAULTS["qwen2_5_vl"]
+_DEFAULTS["qwen2_5_vl_text"] = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 _DEFAULT_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 
 
@@ -142,8 +143,8 @@ def _parts(
         if isinstance(part, Mapping):
             part = {"model_type": kind, **part}
             # The decoder of a flat file has the name of the family; defaults by that are the encoder's.
-            defaults = {} if name == "text_config" and part["model_type"] == "qwen2_5_vl" else _DEFAULTS
-            config = {**config, name: {**defaults.get(part["model_type"], {}), **part}}
+            flat = name == "text_config" and part["model_type"] == "qwen2_5_vl"
+            config = {**config, name: {**_DEFAULTS.get("qwen2_5_vl_text" if flat else part["model_type"], {}), **part}}
     needed = {"text_config": text_keys, "vision_config": vision_keys}
     missing = [name for name in needed if not isinstance(config.get(name), Mapping)]
     missing += [f"{name}.{key}" for name, keys in needed.items() for key in keys if key not in config.get(name, keys)]
