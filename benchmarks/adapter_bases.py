@@ -40,6 +40,8 @@ _TEXT: Document = {
     "num_key_value_heads": 2,
     "vocab_size": 320,
     "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }

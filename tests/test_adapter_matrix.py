@@ -44,6 +44,30 @@ def test_tensors_that_peft_does_not_hold_as_they_are(exported, change, fault, tm
 
 
 @pytest.mark.parametrize(
+    ("own", "given", "positions", "reason"),
+    [
+        (0.0, 0.0, "own", None),
+        (1.0, 0.0, "given", None),
+        (1.0, 0.5, None, "base: its logits are 0.5 from ours"),
+        (np.nan, np.nan, None, "base: its logits are nan from ours"),
+    ],
+)
+def test_adapters_are_compared_where_the_base_computes_what_ours_does(
+    exported, own, given, positions, reason, tmp_path
+):
+    base, _ = exported
+    ours = np.zeros((*base.inputs["input_ids"].shape, 4), np.float32)
+    base = base._replace(program=lambda variables, batch: ours)
+    save_file({"own": ours + np.float32(own), "given": ours + np.float32(given)}, tmp_path / "base.logits")
+    found = matrix.judged_base({"astray": {}}, tmp_path, base)
+    assert (found["positions"], found["reason"]) == (positions, reason)
+    assert matrix.judged_base({"astray": {"missing_keys": ["x"]}}, tmp_path, base)["reason"].startswith(
+        "base: {'missing"
+    )
+    assert matrix.judged_base({"error": "E"}, tmp_path, base)["reason"] == "base: E"
+
+
+@pytest.mark.parametrize(
     ("apart", "moved", "fault"),
     [
         (9e-5, 1.0, None),

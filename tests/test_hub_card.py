@@ -27,7 +27,10 @@ def test_vllm_needs_a_switch_for_what_is_not_the_llm_and_room_for_the_largest_ra
 
 
 def test_scales_that_older_releases_get_wrong_are_told():
-    assert "don't read `rank_pattern` and `alpha_pattern`" in card(llava.WITH_CLIP, ALL, rule=lambda rank: 16)
+    told = "don't read `rank_pattern` and `alpha_pattern`"
+    assert told in card(llava.WITH_CLIP, ALL, rule=lambda rank: 16)
+    # One scale up to rounding.
+    assert told not in card(llava.WITH_CLIP, ALL, rule=lambda rank: 0.7 * rank)
 
 
 @pytest.mark.parametrize(

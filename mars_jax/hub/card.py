@@ -94,7 +94,7 @@ def _vllm(family: Family, ranks: Mapping[str, int], alphas: Mapping[str, float])
     if switched:
         arguments += ", enable_tower_connector_lora=True"
         text = f" Without the last it drops the part of {switched}, with no more than a warning."
-    if len({alphas[module] / rank for module, rank in ranks.items()}) > 1:
+    if len({f"{alphas[module] / rank:g}" for module, rank in ranks.items()}) > 1:
         text += (
             " Releases that don't read `rank_pattern` and `alpha_pattern` scale every module alike, which is wrong "
             "here: serve them the merged checkpoint."
