@@ -263,7 +263,7 @@ def _train(
                     schedule=schedule,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
-                    advance=lambda progress: advance(progress.lane_steps, f"validation loss {progress.loss:.3f}"),
+                    advance=lambda progress: advance(progress.lane_steps, progress.text),
                 )
             for record in _records(workspace, engine, evaluator, group, result):
                 append_jsonl(directory.trials_file, record)

@@ -58,7 +58,7 @@ def finetune(
             checkpoints=checkpoints,
             initial=_initial(engine, directory, start) if start else None,
             interrupts=interrupts,
-            advance=lambda progress: advance(progress.lane_steps, f"validation loss {progress.loss:.3f}"),
+            advance=lambda progress: advance(progress.lane_steps, progress.text),
         )
     (rows,) = result.rows
     if not rows[-1]["alive"]:

@@ -82,7 +82,7 @@ def run_sweep(
             look_batches=workspace.look_batches(config.finetune.validation_samples, batch_size),
             checkpoints=checkpoints,
             interrupts=interrupts,
-            advance=lambda progress: advance(progress.lane_steps, f"validation loss {progress.loss:.3f}"),
+            advance=lambda progress: advance(progress.lane_steps, progress.text),
         )
     last = [(lane.ranks, rows) for lane, rows in zip(lanes, result.rows, strict=True) if rows[-1]["step"] == steps]
     return [(ranks, best_loss(rows, steps)) for ranks, rows in last]

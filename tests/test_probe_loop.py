@@ -15,7 +15,7 @@ from mars_jax.compile_cache import CompileCounter
 from mars_jax.convergence import ConvergenceRule
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.jsonfiles import append_jsonl, read_jsonl
-from mars_jax.probe.loop import warmup_multipliers
+from mars_jax.probe.loop import Progress, warmup_multipliers
 from mars_jax.probe.plan import Lane, look_steps
 from mars_jax.probe.records import lane_records
 from mars_jax.sharding import lane_sharding
@@ -220,6 +220,11 @@ def test_going_on_from_a_result_counted_its_steps_twice(uninterrupted):
     np.testing.assert_equal(second.rows, uninterrupted.rows)
     assert_same(second.state, uninterrupted.state)
     assert second.useful_steps == uninterrupted.useful_steps
+
+
+def test_progress_told_a_loss_of_nan_before_the_first_look():
+    assert Progress(0, 0, 1, math.nan).text == ""
+    assert Progress(8, 8, 1, 1.23456).text == "validation loss 1.235"
 
 
 def test_progress_survived_no_group_whose_lanes_had_all_diverged():

@@ -113,6 +113,11 @@ class Progress(NamedTuple):
     running: int
     loss: float
 
+    @property
+    def text(self) -> str:
+        """The loss in words; nothing where there is none."""
+        return "" if math.isnan(self.loss) else f"validation loss {self.loss:.3f}"
+
 
 def warmup_multipliers(steps: int, warmup_steps: int, shape: str) -> np.ndarray:
     """Factors on the learning rate, float32 [steps]: linear warm-up, then "constant", "linear" or "cosine" to zero."""
