@@ -161,7 +161,8 @@ def test_every_layout_is_read_and_written_back(base, layout, tmp_path):
     config_json = read_json(directory / "config.json")
     if layout == "hub":  # as the files of the hub: the decoder's settings at the top
         text = config_json.pop("text_config")
-        config_json = text | config_json | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+        rope = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+        config_json = text | config_json | rope
         del config_json["rope_parameters"]
     _, params = read_checkpoint(directory, "float32")
     write_checkpoint(tmp_path, config_json, params, "float32")
