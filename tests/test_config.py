@@ -122,7 +122,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         [
             f"{path}, line 2: model.dtype is 'int8' but must be 'float32' or 'bfloat16' "
             "(dtype of base and activations)",
-            f"{path}, line 3: data.train is missing (file of training samples)",
+            f"{path}, line 3: data.train is missing (file or folder of training samples, or hf://datasets/OWNER/NAME)",
             f"{path}, line 4: probe.num_samples.1 is 'x' but must be a whole number "
             "(numbers of training samples D to try, rising)",
             f"{path}, line 4: probe.seeds is 0 but must be greater than 0 "
