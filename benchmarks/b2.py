@@ -1,9 +1,9 @@
 """B2: programs that XLA compiles for the whole probe phase of the demo, and in a second process.
 
-A fresh process with an empty compile cache does what `mars probe configs/demo.yaml` does, and every program that JAX
-asks XLA for is counted, the small ones of single operations too. A second fresh process with the same cache and a new
-run directory must find them all. Lanes of every number run in a bucket's one program (the number is data), so the bound
-on compiles is that of one lane-count size a bucket: buckets + 3.
+A fresh process with an empty compile cache does what `mars probe configs/demo.yaml` does, with a run for each of two D,
+and every program that JAX asks XLA for is counted, the small ones of single operations too. A second fresh process with
+the same cache and a new run directory must find them all. Lanes of every number run in a bucket's one program (the
+number is data), so the bound on compiles is that of one lane-count size a bucket: buckets + 3.
 
 figure = programs compiled by the first process.
 
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from own import DEMO, Document, Warnings, answer, arguments, demo_config, publish, run_child
+from own import DEMO, SEPARATE, Document, Warnings, answer, arguments, demo_config, publish, run_child
 from results import require_quiet
 
 LANE_COUNT_SIZES = 1
-SHORT = ("lora.modules.vision.ranks=[2,8]", "lora.modules.llm.ranks=[2,8]", "probe.steps=16")
+SHORT = (*SEPARATE, "lora.modules.vision.ranks=[2,8]", "lora.modules.llm.ranks=[2,8]", "probe.steps=16")
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         return answer(options.child, count)
     load = require_quiet(options.anyway)
     with TemporaryDirectory() as folder:
-        first, second = two_processes(Path(folder), SHORT if options.short else ())
+        first, second = two_processes(Path(folder), SHORT if options.short else SEPARATE)
     limit = bound(first["buckets"])
     publish(
         options,

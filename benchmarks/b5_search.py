@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from own import Document, Warnings, demo_config
 
 if TYPE_CHECKING:
-    from mars_jax.selection import Ranks
     from mars_jax.workspace import Workspace
 
 LENGTHS = (768, 1536, 3072, 6144, 12288)
@@ -75,7 +74,7 @@ def measure(
 
 def run_search(folder: Path, overrides: Sequence[str], known: "Workspace | None" = None) -> Found:
     """`mars probe`, `fit` and `select`; what they cost is told apart."""
-    from costs import Cost, final_run, probes, sweep
+    from costs import final_run, probes
 
     from mars_jax import pipeline
     from mars_jax.compile_cache import CompileCounter
@@ -95,17 +94,12 @@ def run_search(folder: Path, overrides: Sequence[str], known: "Workspace | None"
     workspace = with_config(known, config) if known else Workspace(config, Warnings())
     directory = RunDirectory(folder)
     programs = probe_programs(workspace, planned_lanes(config), lane_block(workspace, directory))
-    candidates = swept(workspace, directory) if selection["method"] == "local_sweep" else ()
-    parts = {
-        "probes": probes(workspace, programs, directory),
-        "sweep": sweep(workspace, programs, candidates) if candidates else Cost(),
-    }
     document = {
         "pick": selection["pick"],
         "method": selection["method"],
         "p_best": selection["p_best"],
         "fallback": selection["fallback"],
-        "cost": {name: asdict(cost) for name, cost in parts.items()},
+        "probes": asdict(probes(workspace, programs, directory)),
         "final_run": {str(n): asdict(final_run(workspace, programs, selection["pick"], n)) for n in lengths(config)},
         "seconds": seconds,
         "compile_seconds": counter.seconds,
@@ -116,22 +110,6 @@ def run_search(folder: Path, overrides: Sequence[str], known: "Workspace | None"
 def lengths(config: Any) -> list[int]:
     """Steps of final runs to count: those of the config, and others."""
     return sorted({config.finetune.steps, *LENGTHS})
-
-
-def swept(workspace: "Workspace", directory: Any) -> tuple["Ranks", ...]:
-    """The candidates of a finished search's sweep, from its laws."""
-    from mars_jax import lora
-    from mars_jax.jsonfiles import read_json
-    from mars_jax.laws import Laws
-    from mars_jax.selection import candidates_for_sweep, select
-
-    selection = select(
-        Laws.from_json(read_json(directory.laws_file)),
-        workspace.grids,
-        workspace.target_num_samples(),
-        parameters_per_rank=lora.parameters_per_rank(workspace.targets),
-    )
-    return candidates_for_sweep(selection, most=workspace.config.selection.sweep.max_candidates)
 
 
 def full_grid(found: Found) -> Document:

@@ -21,7 +21,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from own import ROOT, Document, Warnings, answer, arguments, demo_config, publish, quiet_environment, run_child
+from own import (
+    ROOT,
+    SEPARATE,
+    Document,
+    Warnings,
+    answer,
+    arguments,
+    demo_config,
+    publish,
+    quiet_environment,
+    run_child,
+)
 from results import require_quiet
 
 RANKS = {"vision": 32, "projector": 8, "llm": 32}
@@ -104,7 +115,7 @@ def train_lanes(lanes: int, cache: str, run_dir: str) -> Document:
     from mars_jax.workspace import Workspace
 
     compile_cache.enable(Path(cache))
-    workspace = Workspace(demo_config(run_dir), Warnings())
+    workspace = Workspace(demo_config(run_dir, SEPARATE), Warnings())
     settings = workspace.config.probe
     group = [Lane(RANKS, max(settings.num_samples), seed) for seed in range(lanes)]
     engine = workspace.engine(RANKS, lanes, workspace.default_lane_block)
@@ -143,7 +154,7 @@ def write_peft_job(folder: Path) -> None:
     from mars_jax.probe.plan import Lane
     from mars_jax.workspace import Workspace
 
-    workspace = Workspace(demo_config(folder), Warnings())
+    workspace = Workspace(demo_config(folder, SEPARATE), Warnings())
     config = workspace.config
     width, height = load_rgb(workspace.search.train[0].images[0]).size
     grid = PeftGrid(config.model.checkpoint, workspace.targets, workspace.alpha, config.optimizer, (height, width))

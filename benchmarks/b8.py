@@ -1,7 +1,7 @@
 """B8: how much of the probe phase of the demo is useful, and what the host adds to it.
 
-The lanes of configs/demo.yaml run as `mars probe` runs them, patience, checkpoints and all, in one process. Told are:
-lane-steps against the steps that the compiled blocks had room for;
+The lanes of configs/demo.yaml, with a run for each of two D, run as `mars probe` runs them, patience, checkpoints and
+all, in one process. Told are: lane-steps against the steps that the compiled blocks had room for;
 seconds in the convergence rule and the records, and in the fits of both laws, against those of the probe phase without
 compiling; how often the host waits for the device (it reads results after each call of the chunk, and nowhere else);
 how long the device waits for batches (a call's batches that were ready only after the call before had ended), and how
@@ -29,7 +29,7 @@ os.environ |= cpu_device_for_each_core()
 
 import jax
 from costs import Cost, chunk_calls
-from own import Document, Warnings, arguments, demo_config, publish
+from own import SEPARATE, Document, Warnings, arguments, demo_config, publish
 from results import require_quiet
 
 from mars_jax.checkpoint import Checkpoints
@@ -95,7 +95,7 @@ def main() -> None:
     options = arguments(__doc__)
     load = require_quiet(options.anyway)
     with TemporaryDirectory() as folder:
-        workspace = Workspace(demo_config(folder, SHORT if options.short else ()), Warnings())
+        workspace = Workspace(demo_config(folder, (*SEPARATE, *(SHORT if options.short else ()))), Warnings())
         programs = probe_programs(workspace, planned_lanes(workspace.config), workspace.default_lane_block)
         schedule = probe_schedule(workspace)
         groups = [

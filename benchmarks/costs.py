@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 from mars_jax.flops import evaluation_flops, lane_step_flops
-from mars_jax.halving import halving_schedule
 from mars_jax.jsonfiles import read_jsonl
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.plan import Lane
@@ -111,17 +110,6 @@ def probes(workspace: Workspace, programs: Sequence[Program], directory: RunDire
                 cached_encoder=program.bucket.cached_encoder,
             )
     return total
-
-
-def sweep(workspace: Workspace, programs: Sequence[Program], candidates: Sequence[Ranks]) -> Cost:
-    """The local sweep over some candidates."""
-    settings, steps = workspace.config.probe, workspace.config.selection.sweep.steps
-    rungs = halving_schedule(len(candidates), steps)
-    stops = [rung.steps for rung in rungs]
-    ends = [rung.steps for rung in rungs[:-1] for _ in range(rung.lanes - rung.survivors)]
-    ends += [steps] * rungs[-1].lanes
-    engine = covering_engine(workspace, programs, candidates, sum(stops) // len(stops))
-    return _in_engine(workspace, engine, ends, sorted({0, *stops}), settings.batch_size)
 
 
 def final_run(workspace: Workspace, programs: Sequence[Program], ranks: Ranks, steps: int | None = None) -> Cost:

@@ -23,7 +23,7 @@ from mars_jax.laws import Laws, fit_laws
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.splice import hybrids
 from mars_jax.programs import look_flops, step_flops
-from mars_jax.selection import Selection, candidates_for_sweep, select
+from mars_jax.selection import Selection, select
 
 Document = dict[str, Any]
 
@@ -31,8 +31,7 @@ REPLAYS = 20  # of TPE
 BUDGETS = (2, 3, 4, 6, 8)
 LOSS_ALONE = "loss alone"  # no rule: nothing tells when a module has converged
 HUBER = 0.02
-SWEPT = 4
-SWEPT_PROBES = (4, 8)  # of the best probes, which need no law
+SWEPT = (4, 8)
 
 
 class Grid:
@@ -117,7 +116,7 @@ class Prices:
 
 
 def ours(cell: Cell, sampling: str, grid: Grid, prices: Prices) -> tuple[list[Method], dict[str, Laws]]:
-    """The picks from some probes by each rule and form, with and without the sweep; and the laws of each rule."""
+    """The picks from some probes by each rule and form, the sweeps of probes and laws, and the laws of each rule."""
     probes = cell.probes[sampling]
     laws_of = {rule: laws for rule in (*RULES, LOSS_ALONE) if (laws := fitted(probes, rule)) is not None}
     found = []
@@ -128,9 +127,6 @@ def ours(cell: Cell, sampling: str, grid: Grid, prices: Prices) -> tuple[list[Me
         forms += ["paper"] if len(laws.convergence) == len(SEARCHED) else []
         for form in forms:
             found.append(_picked(f"{rule}, {form}", selected(cell, laws, form), grid, prices, search))
-        selection = selected(cell, laws, "chosen form")
-        open_ = candidates_for_sweep(selection) if selection.needs_sweep() else [selection.pick]
-        found.append(_swept(f"{rule}, chosen form, sweep", open_, grid, prices, search))
     bent = fitted(probes, LOSS_ALONE, huber=HUBER)
     if bent:
         search = prices.probes(probes, LOSS_ALONE)
@@ -247,14 +243,15 @@ def _without_laws(cell: Cell, probes: Probes, laws_of: Mapping[str, Laws], grid:
     found = []
     for name, some in ordered.items():
         found.append(_swept(name, some[:1], grid, prices, search))
-        for number in SWEPT_PROBES if name == "best probe" else (SWEPT,):
-            found.append(_swept(f"{name}, sweep of {number}", some[:number], grid, prices, search))
+        found += [_swept(f"{name}, sweep of {number}", some[:number], grid, prices, search) for number in SWEPT]
     if LOSS_ALONE in laws_of:
-        candidates = sorted(
-            selected(cell, laws_of[LOSS_ALONE], "chosen form").candidates, key=lambda c: c.predicted_loss
-        )
-        first = [candidate.ranks for candidate in candidates[:SWEPT]]
-        found.append(_swept(f"{LOSS_ALONE}, sweep of {SWEPT}", first, grid, prices, search))
+        selection = selected(cell, laws_of[LOSS_ALONE], "chosen form")
+        first = [c.ranks for c in sorted(selection.candidates, key=lambda candidate: candidate.predicted_loss)]
+        found += [_swept(f"{LOSS_ALONE}, sweep of {number}", first[:number], grid, prices, search) for number in SWEPT]
+        mixed = [ranks for ranks in ordered["best probe"] if key(ranks) != key(selection.pick)]
+        for number in SWEPT:
+            some = [selection.pick, *mixed[: number - 1]]
+            found.append(_swept(f"best probe and the laws' pick, sweep of {number}", some, grid, prices, search))
     for rule, laws in laws_of.items():
         if len(laws.convergence) == len(SEARCHED):
             balances = [(c.imbalance, key(c.ranks)) for c in selected(cell, laws, "chosen form").candidates]

@@ -97,7 +97,7 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
         f"evaluate.max_samples={form.test}",
         "convergence.rule=splice",
     ]
-    workspace = task_workspace(data, *settings, "probe.sampling=nested", f"probe.num_samples={list(form.nested)}")
+    workspace = task_workspace(data, *settings, f"probe.num_samples={list(form.nested)}")
     place = folder / f"seed{seed}"
 
     def timed(name: str, work: Callable[[Path], Any]) -> Any:
@@ -130,7 +130,11 @@ def run_cell(folder: Path, form: Form, shift: Sequence[str], seed: int, tell: Ca
     retuned = []
     if seed < form.extra_seeds:
         separate = task_workspace(
-            data, *settings, f"probe.num_samples={list(form.separate)}", f"probe.steps={form.separate_steps}"
+            data,
+            *settings,
+            "probe.sampling=separate",
+            f"probe.num_samples={list(form.separate)}",
+            f"probe.steps={form.separate_steps}",
         )
         lanes = plan_lanes(separate.grids, form.separate, 1, corners=True, single_module=True)
         by_size = {size: [lane for lane in lanes if lane.num_samples == size] for size in form.separate}

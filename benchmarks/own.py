@@ -97,6 +97,10 @@ def answer(spec: str, work: Callable[..., Document]) -> None:
     print(dump_json(work(**json.loads(spec))), flush=True)
 
 
+# A run for each D, in place of the demo's single passes: what the published numbers were measured on.
+SEPARATE = ("probe.sampling=separate", "probe.num_samples=[256,2048]", "probe.steps=80", "selection.sweep=1")
+
+
 def demo_config(run_dir: Path | str, overrides: Sequence[str] = (), config: Path | str = DEMO) -> "Config":
     """The demo's config, or another, with changes and another run directory."""
     from mars_jax.config import load_config

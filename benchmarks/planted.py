@@ -197,6 +197,7 @@ def _workspace(folder: Path, form: Form, shift: Sequence[str], *settings: str) -
     return task_workspace(
         data,
         f"probe.num_samples=[{form.samples // 2},{form.samples}]",
+        "probe.sampling=separate",
         f"probe.steps={form.steps}",
         f"probe.validation_samples={form.validation_samples}",
         "probe.looks_per_doubling=4",

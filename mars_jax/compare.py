@@ -19,9 +19,8 @@ from mars_jax.checkpoint import Checkpoints
 from mars_jax.evaluate import held_out_evaluator
 from mars_jax.evaluator import Evaluator
 from mars_jax.finetune import final_schedule, run_finals
-from mars_jax.halving import halving_schedule
 from mars_jax.interrupts import Interrupts
-from mars_jax.jsonfiles import append_jsonl, read_jsonl, write_json
+from mars_jax.jsonfiles import append_jsonl, read_json, read_jsonl, write_json
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.leaving import Leaving, Row
 from mars_jax.probe.loop import GroupResult
@@ -31,7 +30,7 @@ from mars_jax.probe.splice import hybrids
 from mars_jax.programs import Program, covering_engine, look_flops, step_flops
 from mars_jax.rundir import RunDirectory
 from mars_jax.search import probe_schedule
-from mars_jax.selection import Ranks, Selection, candidates_for_sweep
+from mars_jax.selection import Ranks, Selection
 from mars_jax.sweep import best_loss
 from mars_jax.workspace import Workspace
 
@@ -177,7 +176,8 @@ def _by_tpe(
 
 
 def search_cost(workspace: Workspace, selection: Selection, directory: RunDirectory) -> tuple[float, float]:
-    """FLOPs of probes and sweep at their own ranks, with looks and hybrids, and seconds of the phases up to it."""
+    """FLOPs of probes and sweep at their own ranks, with looks and hybrids, less the final run that the sweep leaves;
+    and seconds of the phases up to the pick, that run's among them."""
     config, warn = workspace.config, workspace.reporter.warn
     records = {record["lane"]: record for record in read_jsonl(directory.lanes_file, warn)}
     looks, samples = probe_schedule(workspace).looks, config.probe.validation_samples
@@ -194,14 +194,10 @@ def search_cost(workspace: Workspace, selection: Selection, directory: RunDirect
                 workspace, records[row["lane"]]["ranks"], samples
             )
     if selection.method == "local_sweep":
-        candidates = candidates_for_sweep(selection, most=config.selection.sweep.max_candidates)
-        vectors = [_whole(workspace, ranks) for ranks in candidates]
-        step = float(np.mean([step_flops(workspace, ranks) for ranks in vectors]))
-        look = float(np.mean([look_flops(workspace, ranks, config.finetune.validation_samples) for ranks in vectors]))
-        before = 0
-        for rung in halving_schedule(len(candidates), config.selection.sweep.steps):
-            flops += rung.lanes * ((rung.steps - before) * step + look)
-            before = rung.steps
+        # The pick's own run is counted with its trial.
+        flops -= final_flops(workspace, _whole(workspace, selection.pick))
+        for run in read_json(directory.sweep_file)["runs"]:
+            flops += run["looks"][-1][0] / config.finetune.steps * final_flops(workspace, run["ranks"])
     phases = directory.state()["phases"]
     return flops, sum(phases[name]["seconds"] for name in ("probe", "fit", "select") if name in phases)
 

@@ -41,6 +41,8 @@ def _from_current_folder(path: Path) -> Path:
 
 # The first step at which `mars_jax.probe.plan.look_steps` looks at a lane, after step 0.
 _FIRST_LOOK = 4
+# Of a probe that repeats its data.
+_STEPS = 500
 
 InputPath = Annotated[Path, AfterValidator(_from_config_folder)]
 RunPath = Annotated[Path, AfterValidator(_from_current_folder)]
@@ -181,10 +183,12 @@ class ProbeConfig(_Section):
     """The short runs that the laws are fitted to."""
 
     num_samples: tuple[Count, ...] = Field(
-        default=(128, 256, 512, 1024, 2048), min_length=1, description="numbers of training samples D to try, rising"
+        default=(512, 1024, 2048), min_length=1, description="numbers of training samples D to try, rising"
     )
     seeds: Count = Field(default=1, description="runs of each (ranks, D), with seeds 0, 1, ...")
-    steps: Count = Field(default=500, description="optimizer steps of a lane: its horizon")
+    steps: Count | None = Field(
+        default=None, description="optimizer steps of a lane, its horizon, with sampling: separate; null: 500"
+    )
     batch_size: Count = Field(default=16, description="samples a step of one lane")
     looks_per_doubling: Count = Field(
         default=4, description="looks at the validation loss each time the step doubles (log-spaced)"
@@ -196,7 +200,7 @@ class ProbeConfig(_Section):
         "what a constant learning rate shakes then hides no convergence; null: they read the newest adapters",
     )
     sampling: Literal["separate", "nested"] = Field(
-        default="separate", description="a run for each D, or one single pass over the largest D that is read at each D"
+        default="nested", description="one single pass over the largest D that is read at each D, or a run for each D"
     )
     patience: Annotated[float, Field(strict=True, gt=1)] | None = Field(
         default=2.0, description="a lane leaves this many times its best step without a better look; null: never"
@@ -213,6 +217,11 @@ class ProbeConfig(_Section):
         if list(self.num_samples) != sorted(set(self.num_samples)):
             raise ValueError(f"num_samples must rise without repeats; seen {list(self.num_samples)}")
         if self.sampling == "nested":
+            if self.steps is not None:
+                raise ValueError(
+                    f"steps ({self.steps}) is for sampling: separate; with nested a lane takes the largest of "
+                    f"num_samples / batch_size, {self.horizon}. Set sampling: separate, or leave steps out"
+                )
             largest = self.num_samples[-1]
             for size in self.num_samples:
                 if size % self.batch_size or largest % size or (largest // size).bit_count() != 1:
@@ -230,14 +239,14 @@ class ProbeConfig(_Section):
     @property
     def horizon(self) -> int:
         """Steps of the longest lane."""
-        return self.num_samples[-1] // self.batch_size if self.sampling == "nested" else self.steps
+        return self.num_samples[-1] // self.batch_size if self.sampling == "nested" else self.steps or _STEPS
 
 
 class ConvergenceConfig(_Section):
     """When a module counts as converged. With `loss_fraction`, lanes that adapt one module only are planned too."""
 
     rule: Literal["loss_fraction", "splice", "drift"] | None = Field(
-        default="loss_fraction",
+        default=None,
         description="the signal that is followed; null: none, so the ranks are picked by loss alone, from fewer lanes",
     )
     epsilon: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
@@ -258,23 +267,16 @@ class LawsConfig(_Section):
     )
 
 
-class SweepConfig(_Section):
-    """The runs that decide between the last candidates when the laws can't."""
-
-    enabled: Flag = Field(default=True, description="run the sweep when it is needed")
-    threshold: Annotated[float, Field(strict=True, ge=0, le=1)] = Field(
-        default=0.8, description="sweep if P(best) is below"
-    )
-    max_candidates: Annotated[int, Field(strict=True, ge=2)] = Field(default=5, description="candidates in the sweep")
-    steps: Count = Field(default=500, description="optimizer steps of the longest runs")
-
-
 class SelectionConfig(_Section):
     """How the ranks are picked."""
 
     method: Literal["laws", "paper"] = Field(default="laws", description="by expected loss, or as in the paper")
     target_num_samples: Count | None = Field(default=None, description="D to pick for; null: all training samples")
-    sweep: SweepConfig = SweepConfig()
+    sweep: Count = Field(
+        default=8,
+        description="final runs that are begun, with the ranks of the best probes; rung by rung the worse half ends, "
+        "and the last one is the final run; 1: the laws' pick alone is trained",
+    )
 
 
 class FinetuneConfig(_Section):
@@ -286,7 +288,7 @@ class FinetuneConfig(_Section):
     warmup_steps: CountOrZero = Field(default=30, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="shape after the warm-up")
     look_every: Count = Field(default=50, description="steps between two looks at the validation loss")
-    validation_samples: Count = Field(default=256, description="validation samples in a look, and in one of the sweep")
+    validation_samples: Count = Field(default=256, description="validation samples in a look")
     warm_start: Flag = Field(
         default=False, description="start from the probe with the picked ranks and the largest D, if there was one"
     )

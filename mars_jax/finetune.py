@@ -1,6 +1,7 @@
 """The final run: one lane with the picked ranks on the target number of samples, best checkpoint by validation loss.
 
-It runs in the program of the probes if that costs less than compiling its own: padding is exact, only not free.
+It runs in the program of the probes if that costs less than compiling its own: padding is exact, only not free. A
+sweep (`mars_jax.sweep`) has made it already: final runs of several ranks, of which the best is kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from mars_jax.adapterfiles import read_adapters, write_adapters
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.errors import NoValidResultError
 from mars_jax.interrupts import Interrupts
-from mars_jax.jsonfiles import append_jsonl, write_json
+from mars_jax.jsonfiles import append_jsonl, read_json, write_json
 from mars_jax.probe.engine import Engine
 from mars_jax.probe.leaving import Leaving, ceiling_of
 from mars_jax.probe.loop import GroupResult, Rates, Row, Schedule, best_adapters, run_group, warmup_multipliers
@@ -26,7 +27,7 @@ from mars_jax.workspace import Workspace
 def finetune(
     workspace: Workspace, programs: Sequence[Program], ranks: Mapping[str, int], directory: RunDirectory
 ) -> dict[str, Any]:
-    """Runs, or goes on with, the final fine-tune; its best adapters lie in `directory.finetune_adapters_file` then.
+    """Runs, or goes on with, the final fine-tune, unless a sweep has left it; see `write_final` for what is there then.
 
     Args:
         workspace: of the run.
@@ -35,16 +36,21 @@ def finetune(
         directory: the state is checkpointed in a folder for each lane, so that another pick starts anew.
 
     Returns:
-        The outcome, also written as summary.json beside metrics.jsonl, one record a look.
+        The outcome, also written as summary.json.
 
     Raises:
         NoValidResultError: the loss was not finite, or exploded.
     """
+    if directory.finetune_summary_file.exists():
+        summary = read_json(directory.finetune_summary_file)
+        if summary.get("from_sweep") and summary["ranks"] == ranks:
+            workspace.reporter.notice("finetune: the run of the sweep that ended best is the final run")
+            return summary
     settings = workspace.config.finetune
     lane = Lane(ranks, workspace.target_num_samples(), seed=0)
     engine = covering_engine(workspace, programs, [ranks], settings.steps)
     rates = workspace.learning_rates(settings.learning_rate)
-    start = _probe_to_start_from(workspace, ranks, directory)
+    starts, initial = starts_of(workspace, engine, [ranks], directory)
     with (
         Checkpoints(directory.finetune_checkpoints / lane.name, workspace.reporter.warn) as checkpoints,
         workspace.reporter.progress("fine-tune", settings.steps, "steps") as advance,
@@ -56,7 +62,7 @@ def finetune(
             [lane],
             rates,
             checkpoints=checkpoints,
-            initial=_initial(engine, directory, start) if start else None,
+            initial=initial,
             interrupts=interrupts,
             advance=lambda progress: advance(progress.lane_steps, progress.text),
         )
@@ -66,23 +72,55 @@ def finetune(
             f"the final run with ranks {dict(ranks)} diverged by step {rows[-1]['step']}: {rows[-1]['reason']}. Lower "
             f"finetune.learning_rate (now {rates})."
         )
+    return write_final(workspace, directory, engine, result, 0, lane, starts[0], from_sweep=False)
+
+
+def write_final(
+    workspace: Workspace,
+    directory: RunDirectory,
+    engine: Engine,
+    result: GroupResult,
+    k: int,
+    lane: Lane,
+    start: str | None,
+    *,
+    from_sweep: bool,
+) -> dict[str, Any]:
+    """Keeps a lane as the final run: adapters at its lowest validation loss, metrics.jsonl (a look each), summary.json.
+
+    Args:
+        workspace: of the run.
+        directory: of the run.
+        engine: that ran it.
+        result: of its group.
+        k: its place there.
+        lane: its ranks and number of samples.
+        start: the probe that it started from, if any.
+        from_sweep: whether it was picked from several.
+
+    Returns:
+        The summary.
+    """
+    settings, rows = workspace.config.finetune, result.rows[k]
+    rates = workspace.learning_rates(settings.learning_rate)
     best = min(rows, key=lambda row: row["validation_loss"])
     if best["step"] == 0:
         workspace.reporter.warn(
             f"the final run never came below the validation loss that it started from ({best['validation_loss']:.4f} "
             f"nats), so it changed nothing. Lower finetune.learning_rate (now {rates}) or raise finetune.steps."
         )
-    write_adapters(directory.finetune_adapters_file, best_adapters(engine, result, 0, lane))
+    write_adapters(directory.finetune_adapters_file, best_adapters(engine, result, k, lane))
     _write_metrics(directory, rows, final_schedule(workspace).multipliers, rates)
     summary = {
         "steps": settings.steps,
         "best_step": best["step"],
         "best_validation_loss": best["validation_loss"],
-        "ranks": dict(ranks),
+        "ranks": dict(lane.ranks),
         "num_samples": lane.num_samples,
         "learning_rate": rates,
-        "parameters": sum(ranks[m] * n for m, n in lora.parameters_per_rank(workspace.targets).items()),
+        "parameters": sum(lane.ranks[m] * n for m, n in lora.parameters_per_rank(workspace.targets).items()),
         "warm_start": start,
+        "from_sweep": from_sweep,
     }
     write_json(directory.finetune_summary_file, summary)
     return summary
@@ -124,11 +162,19 @@ def final_schedule(workspace: Workspace) -> Schedule:
     )
 
 
+def starts_of(
+    workspace: Workspace, engine: Engine, vectors: Sequence[Mapping[str, int]], directory: RunDirectory
+) -> tuple[list[str | None], dict[int, np.ndarray]]:
+    """The probe that each final run starts from, where the config asks for it; and `initial` of `run_group`."""
+    if not workspace.config.finetune.warm_start:
+        return [None] * len(vectors), {}
+    probes = [_probe_to_start_from(workspace, ranks, directory) for ranks in vectors]
+    return probes, {k: _initial(engine, directory, probe) for k, probe in enumerate(probes) if probe}
+
+
 def _probe_to_start_from(workspace: Workspace, ranks: Mapping[str, int], directory: RunDirectory) -> str | None:
-    """The probe with these ranks, the largest D and seed 0, if the config asks to start from it."""
+    """The probe with these ranks, the largest D and seed 0."""
     config = workspace.config
-    if not config.finetune.warm_start:
-        return None
     probe = Lane(ranks, max(config.probe.num_samples), seed=0).name
     if directory.probe_adapters(probe).exists():
         workspace.reporter.notice(f"finetune: starts from probe {probe}")

@@ -34,6 +34,12 @@ def halving_schedule(lanes: int, steps: int) -> tuple[Rung, ...]:
     return tuple(Rung(sizes[i], max(1, math.ceil(steps / 2 ** (count - 1 - i))), sizes[i + 1]) for i in range(count))
 
 
+def lane_steps(rungs: Sequence[Rung]) -> int:
+    """Optimizer steps of all lanes together."""
+    starts = [0, *(rung.steps for rung in rungs)]
+    return sum(rung.lanes * (rung.steps - start) for rung, start in zip(rungs, starts, strict=False))
+
+
 def survivors(losses: Sequence[float], keep: int) -> tuple[int, ...]:
     """Indices of the `keep` smallest losses, best first; losses that are not finite never survive."""
     finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]

@@ -29,7 +29,7 @@ from mars_jax.laws import Laws, fit_laws
 from mars_jax.programs import Program, probe_programs
 from mars_jax.progress import Reporter
 from mars_jax.rundir import RunDirectory, hash_inputs
-from mars_jax.search import lane_costs, planned_lanes, run_probes
+from mars_jax.search import lane_costs, planned_lanes, probed_losses, run_probes
 from mars_jax.selection import Selection, candidates_for_sweep, decide_by_sweep, given
 from mars_jax.selection import select as choose
 from mars_jax.sweep import run_sweep
@@ -219,14 +219,15 @@ class _Session:
     def plan(self) -> Document:
         """Counts lanes, steps, samples and memory; refuses what can't fit."""
         self._need_search()
-        inputs = hash_inputs(self._sections("model", "lora", "probe", "convergence", "finetune", "mesh"))
+        inputs = hash_inputs(self._sections("model", "lora", "probe", "convergence", "selection", "finetune", "mesh"))
 
         def work() -> Document:
             document = lane_costs(self.workspace, planned_lanes(self.config))
             write_json(self.directory.plan_file, document)
             self.reporter.notice(
-                f"plan: {document['lanes']} lanes, {document['lane_steps']} lane-steps; the full grid of final runs "
-                f"would be {document['full_grid_steps']} steps"
+                f"plan: {document['lanes']} lanes, {document['lane_steps']} lane-steps; then {document['final_runs']} "
+                f"final runs, halved in rungs, {document['final_steps']}; the full grid of final runs would be "
+                f"{document['full_grid_steps']}"
             )
             return document
 
@@ -271,33 +272,35 @@ class _Session:
         return self._skip_or_run("fit", inputs, file, work, lambda: _without_draws(read_json(file)))
 
     def select(self) -> Document:
-        """Picks by the laws, and by a local sweep where they leave it open; takes the ranks where all are given."""
+        """Picks by the laws and a sweep of final runs; takes the ranks where all are given."""
         if not self.config.lora.is_searched:
             return self._take_given()
         self._need(self.directory.laws_file, "fit")
-        inputs = hash_inputs(self.directory.laws_file, self._sections("selection", "lora"))
+        sections = self._sections("selection", "lora", "seed", "optimizer", "finetune")
+        inputs = hash_inputs(self.directory.laws_file, self.directory.lanes_file, sections)
 
         def work() -> Document:
-            workspace = self.workspace
-            settings = self.config.selection
-            laws = Laws.from_json(read_json(self.directory.laws_file))
+            workspace, settings = self.workspace, self.config.selection
+            grids = {module: ranks for module, ranks in workspace.grids.items() if max(ranks) > 0}
+            records = read_jsonl(self.directory.lanes_file, self.reporter.warn)
             selection = choose(
-                laws,
-                {module: ranks for module, ranks in workspace.grids.items() if max(ranks) > 0},
+                Laws.from_json(read_json(self.directory.laws_file)),
+                grids,
                 workspace.target_num_samples(),
                 method=settings.method,
                 parameters_per_rank=lora.parameters_per_rank(workspace.targets),
+                probed=probed_losses(records, list(grids)),
             )
-            if settings.sweep.enabled and selection.needs_sweep(settings.sweep.threshold):
-                candidates = candidates_for_sweep(selection, most=settings.sweep.max_candidates)
+            candidates = candidates_for_sweep(selection, min(settings.sweep, self.config.probe.lanes_per_program))
+            if settings.method == "laws" and len(candidates) > 1:
                 self.reporter.notice(
-                    f"select: P(best) is {selection.p_best:.2f}, so the last {len(candidates)} candidates are run"
+                    f"select: the {len(candidates)} best probes are given a final run, halved in rungs"
                 )
-                frozen = {module: 0 for module, ranks in workspace.grids.items() if max(ranks) == 0}
-                vectors = [{**ranks, **frozen} for ranks in candidates]
-                results = run_sweep(workspace, self._programs, vectors, self.directory.sweep_checkpoints)
-                results = [({m: r for m, r in ranks.items() if m not in frozen}, loss) for ranks, loss in results]
-                selection = decide_by_sweep(selection, results)
+                vectors = [dict.fromkeys(workspace.grids, 0) | dict(ranks) for ranks in candidates]
+                results = run_sweep(workspace, self._programs, vectors, self.directory)
+                selection = decide_by_sweep(
+                    selection, [({module: ranks[module] for module in grids}, loss) for ranks, loss in results]
+                )
             document = selection.to_json()
             write_json(self.directory.selection_file, document)
             self.reporter.notice(f"select: {document['explanation']}")

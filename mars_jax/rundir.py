@@ -142,9 +142,14 @@ class RunDirectory:
         return self.path / "selection.json"
 
     @property
+    def sweep_file(self) -> Path:
+        """The curves of the local sweep's final runs."""
+        return self.path / "sweep" / "runs.json"
+
+    @property
     def sweep_checkpoints(self) -> Path:
         """State of the local sweep."""
-        return self.path / "selection" / "checkpoints"
+        return self.path / "sweep" / "checkpoints"
 
     @property
     def finetune_metrics_file(self) -> Path:

@@ -6,7 +6,7 @@ The compiled part is `probe.engine`, the loop over one group `probe.loop`; the l
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mars_jax import lora
+from mars_jax import halving, lora
 from mars_jax.adapterfiles import write_adapters
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.config import Config
@@ -35,7 +35,7 @@ from mars_jax.probe.loop import (
     run_group,
     warmup_multipliers,
 )
-from mars_jax.probe.plan import Lane, look_steps, plan_lanes
+from mars_jax.probe.plan import Lane, Ranks, look_steps, plan_lanes
 from mars_jax.probe.reading import Adapters, losses_of
 from mars_jax.probe.records import lane_records
 from mars_jax.probe.snapshots import Snapshots, snapshot_bytes
@@ -67,7 +67,7 @@ def readings(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
     """What is read off a lane: a lane for each D, and its number of steps."""
     settings = config.probe
     if settings.sampling == "separate":
-        return [(lane, settings.steps)]
+        return [(lane, settings.horizon)]
     return [(replace(lane, num_samples=size), size // settings.batch_size) for size in reversed(settings.num_samples)]
 
 
@@ -96,6 +96,7 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
         )
     looks = len(look_steps(settings.horizon, settings.looks_per_doubling)) if config.convergence.rule == "splice" else 0
     grid_size = int(np.prod([len(ranks) for ranks in workspace.grids.values()]))
+    swept = sweep_size(config, lanes)
     lane_steps = len(lanes) * settings.horizon
     return {
         "lanes": sum(len(readings(config, lane)) for lane in lanes),
@@ -103,6 +104,8 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
         "lane_steps": lane_steps,
         "samples": lane_steps * settings.batch_size,
         "flops": sum(settings.horizon * step_flops(workspace, lane.ranks) for lane in lanes),
+        "final_runs": swept,
+        "final_steps": halving.lane_steps(halving.halving_schedule(swept, config.finetune.steps)),
         "rank_vectors": grid_size,
         "full_grid_steps": grid_size * config.finetune.steps,
         "full_grid_samples": grid_size * config.finetune.steps * config.finetune.batch_size,
@@ -115,6 +118,26 @@ def lane_costs(workspace: Workspace, lanes: tuple[Lane, ...]) -> dict[str, Any]:
         "remat": workspace.remat,
         "machine_memory_bytes": memory,
     }
+
+
+def sweep_size(config: Config, lanes: Sequence[Lane]) -> int:
+    """Final runs that are begun: as many as the sweep takes of the rank vectors that adapt all modules; else one."""
+    if config.selection.method != "laws":
+        return 1
+    most = max(len(lane.adapted) for lane in lanes)
+    joint = {tuple(lane.ranks.items()) for lane in lanes if len(lane.adapted) == most}
+    return min(config.selection.sweep, config.probe.lanes_per_program, len(joint))
+
+
+def probed_losses(records: Sequence[Mapping[str, Any]], modules: Sequence[str]) -> list[tuple[Ranks, float]]:
+    """(ranks, lowest validation loss in nats) of the lanes that adapt all of some modules, at the largest D."""
+    joint = [r for r in records if set(r["adapted"]) == set(modules) and r["status"] != "diverged"]
+    largest = max((record["num_samples"] for record in joint), default=0)
+    return [
+        ({module: record["ranks"][module] for module in modules}, record["best_loss"])
+        for record in joint
+        if record["num_samples"] == largest
+    ]
 
 
 def convergence_rule(config: Config) -> ConvergenceRule | None:

@@ -1,4 +1,4 @@
-"""From the laws to one rank per module: balance, prune, predict, pick; and the local sweep that settles close calls.
+"""From the laws to one rank per module: balance, prune, predict, pick; and the local sweep, which has the last word.
 
 Pure functions of a `Laws` and numbers. No lane is run here: for a sweep the caller runs the candidates that it is
 given and hands the losses back.
@@ -41,6 +41,7 @@ class Candidate:
       parameters: trainable LoRA parameters.
       p_best: share of bootstrap draws in which, of those kept, it is the one with the fewest parameters whose loss is
         within 0.5 % of the smallest (the smallest itself by the paper's method); 0 when not kept.
+      probed_loss: validation loss of its probe at the largest D, nats, seeds averaged; None where there was none.
     """
 
     ranks: Ranks
@@ -52,6 +53,7 @@ class Candidate:
     predicted_ci: tuple[float, float]
     parameters: int
     p_best: float
+    probed_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,6 @@ class Selection:
     tau: float | None
     candidates: tuple[Candidate, ...]
     explanation: str
-
-    def needs_sweep(self, threshold: float = 0.8) -> bool:
-        """Whether the laws leave the pick open: P(best) < threshold, and another candidate to compare it with."""
-        if self.method != "laws" or self.p_best is None:
-            return False
-        return self.p_best < threshold and len(candidates_for_sweep(self)) > 1
 
     def to_json(self) -> dict[str, Any]:
         """The document selection.json."""
@@ -153,6 +149,7 @@ def select(
     parameters_per_rank: Mapping[str, int],
     constant_parameters: int = 0,
     pivot: str = "llm",
+    probed: Sequence[tuple[Ranks, float]] = (),
 ) -> Selection:
     """Picks ranks from the grid at the target number of samples.
 
@@ -169,6 +166,7 @@ def select(
       parameters_per_rank: module -> trainable parameters of one rank.
       constant_parameters: trainable parameters that do not depend on the ranks.
       pivot: the module whose ranks the paper's method loops over; the last searched one where it is not searched.
+      probed: (ranks, validation loss in nats) of the probes at the largest D, for the sweep.
 
     Returns:
       The selection; `fallback` is set, and the least unbalanced vector picked, when none is balanced. Where a searched
@@ -226,6 +224,7 @@ def select(
     winners = indices[_cheapest(draws[:, indices], tie)]
     p_best = np.bincount(winners, minlength=len(vectors)) / len(draws)
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    measured = [[loss for ranks, loss in probed if ranks == vector] for vector in vectors]
     candidates = tuple(
         Candidate(
             ranks=vectors[i],
@@ -237,6 +236,7 @@ def select(
             predicted_ci=(float(low[i]), float(high[i])),
             parameters=int(sizes[i]),
             p_best=float(p_best[i]),
+            probed_loss=float(np.mean(measured[i])) if measured[i] else None,
         )
         for i in range(len(vectors))
     )
@@ -351,19 +351,22 @@ def _explain(
     )
 
 
-def candidates_for_sweep(selection: Selection, threshold: float = 0.05, most: int = 5) -> tuple[Ranks, ...]:
-    """Rank vectors worth running, at most `most`: the pick, then those with P(best) >= threshold, likeliest first."""
-    likely = [c for c in selection.candidates if c.kept and c.p_best >= threshold and c.ranks != selection.pick]
-    likely.sort(key=lambda candidate: -candidate.p_best)
-    return (selection.pick, *(candidate.ranks for candidate in likely))[:most]
+def candidates_for_sweep(selection: Selection, most: int) -> tuple[Ranks, ...]:
+    """Rank vectors worth a final run: those of the `most` probes with the lowest losses, the best first.
+
+    Balanced or not, and without the laws: on tasks where the best ranks are known (docs/evidence.md) the probes' own
+    losses found better ones than what the laws predict from them.
+    """
+    probed = [(c.probed_loss, c.ranks) for c in selection.candidates if c.probed_loss is not None]
+    return tuple(ranks for _, ranks in sorted(probed, key=lambda one: one[0])[:most])
 
 
 def decide_by_sweep(selection: Selection, results: Sequence[tuple[Ranks, float]]) -> Selection:
-    """The selection after a local sweep: the candidate with the smallest mean validation loss.
+    """The selection after a local sweep: the candidate whose final run has the smallest validation loss.
 
     Args:
       selection: what the laws said.
-      results: (ranks, validation loss in nats) of each lane that ran to the end; seeds of one candidate are averaged.
+      results: (ranks, validation loss in nats) of each final run that came to its end.
 
     Returns:
       The selection with method `local_sweep`; `p_best` stays what the laws gave the new pick.
@@ -372,25 +375,27 @@ def decide_by_sweep(selection: Selection, results: Sequence[tuple[Ranks, float]]
       ConfigError: a result is not of a candidate.
       NoValidResultError: no candidate has only finite losses.
     """
-    losses: dict[int, list[float]] = {}
+    losses: dict[int, float] = {}
     for ranks, loss in results:
         found = [i for i, candidate in enumerate(selection.candidates) if candidate.ranks == ranks]
         if not found:
             raise ConfigError(f"the sweep has a result for {_words(ranks)}, which is not in the rank grid.")
-        losses.setdefault(found[0], []).append(loss)
-    means = {i: float(np.mean(values)) for i, values in losses.items() if np.all(np.isfinite(values))}
-    if not means:
+        losses[found[0]] = loss
+    ordered = sorted((i for i in losses if math.isfinite(losses[i])), key=lambda i: losses[i])
+    if not ordered:
         raise NoValidResultError(
-            f"the local sweep gave {len(results)} results and no candidate with only finite losses. "
-            "Look at the lanes' curves, and lower the learning rate."
+            f"the local sweep gave {len(results)} results, and no loss is finite. Lower the learning rate."
         )
-    best = min(means, key=lambda i: means[i])
-    pick = selection.candidates[best]
-    others = [f"{_words(selection.candidates[i].ranks)}: {means[i]:.4f}" for i in sorted(means, key=lambda i: means[i])]
-    agrees = "which the laws had picked as well" if pick.ranks == selection.pick else "not the pick of the laws"
+    pick = selection.candidates[ordered[0]]
+    ends = "; ".join(f"{_words(selection.candidates[i].ranks)}: {losses[i]:.4f}" for i in ordered)
+    agrees = (
+        "which the laws had picked as well"
+        if pick.ranks == selection.pick
+        else (f"where the laws had picked {_words(selection.pick)}")
+    )
     explanation = (
-        f"The laws could not separate the last candidates (P(best) {selection.p_best:.2f}), so {len(means)} were run. "
-        f"Smallest measured validation loss in nats: {'; '.join(others)}. The pick is {_words(pick.ranks)}, {agrees}."
+        f"Of the final runs that the best probes were given, those that came to their end have these validation losses "
+        f"in nats: {ends}. The pick is {_words(pick.ranks)}, {agrees}."
     )
     return dataclasses.replace(
         selection, pick=pick.ranks, p_best=pick.p_best, method="local_sweep", explanation=explanation

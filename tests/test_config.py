@@ -45,11 +45,17 @@ def test_paths_are_from_the_config_folder_but_run_dir_from_here(tmp_path, monkey
 
 
 def test_overrides_win_and_are_yaml(tmp_path):
-    path = write(tmp_path, MINIMAL + "probe: {steps: 100, seeds: 2}\n")
+    path = write(tmp_path, MINIMAL + "probe: {looks_per_doubling: 3, seeds: 2}\n")
     config = load_config(
-        path, ["probe.steps=60", "probe.num_samples=[32, 64]", "optimizer.learning_rate=2e-4", "probe.corners=false"]
+        path,
+        [
+            "probe.looks_per_doubling=6",
+            "probe.num_samples=[256, 512]",
+            "optimizer.learning_rate=2e-4",
+            "probe.corners=false",
+        ],
     )
-    assert (config.probe.steps, config.probe.seeds, config.probe.num_samples) == (60, 2, (32, 64))
+    assert (config.probe.looks_per_doubling, config.probe.seeds, config.probe.num_samples) == (6, 2, (256, 512))
     assert config.optimizer.learning_rate == 2e-4
     assert config.probe.corners is False
 
@@ -96,10 +102,11 @@ def test_configs_are_made_in_python_too_and_are_frozen(tmp_path):
 
 
 def test_unknown_keys_are_named_with_line_nearest_name_and_all_names(tmp_path):
-    path = write(tmp_path, MINIMAL + "selection:\n  sweep:\n    treshold: 0.5\n")
+    path = write(tmp_path, MINIMAL + "probe:\n  batchsize: 8\n")
     assert refusal(path) == (
-        f"{path}, line 6: unknown key selection.sweep.treshold. Did you mean selection.sweep.threshold? "
-        "Allowed in selection.sweep: enabled, threshold, max_candidates, steps"
+        f"{path}, line 5: unknown key probe.batchsize. Did you mean probe.batch_size? Allowed in probe: num_samples, "
+        "seeds, steps, batch_size, looks_per_doubling, validation_samples, averaging, sampling, patience, chunk_steps, "
+        "lanes_per_program, lane_block, corners"
     )
 
 
@@ -128,7 +135,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
             f"{path}, line 4: probe.seeds is 0 but must be greater than 0 "
             "(runs of each (ranks, D), with seeds 0, 1, ...)",
             "override 'probe.steps=many': probe.steps is 'many' but must be a whole number "
-            "(optimizer steps of a lane: its horizon)",
+            "(optimizer steps of a lane, its horizon, with sampling: separate; null: 500)",
             "override 'export.merged=1': export.merged is 1 but must be true or false "
             "(also write the whole checkpoint with the adapters added)",
         ]
@@ -145,7 +152,8 @@ def test_every_fault_is_listed_at_once(tmp_path):
         ("optimizer.learning_rate={vision: -1}", "optimizer.learning_rate.vision is -1 but must be greater than 0"),
         ("optimizer.learning_rate={llm: 1e-3}", "name each module of lora.modules (vision, projector, llm); seen llm"),
         ("optimizer.eps=.nan", "optimizer.eps is nan but must be a finite number"),
-        ("optimizer.warmup_steps=501", "optimizer.warmup_steps (501) must be at most the 500 steps of a probe"),
+        ("probe.steps=80", "probe: steps (80) is for sampling: separate; with nested a lane takes"),
+        ("optimizer.warmup_steps=501", "optimizer.warmup_steps (501) must be at most the 128 steps of a probe"),
         (
             "lora.modules.llm.ranks=[8, 4]",
             "lora.modules.llm.ranks: ranks must rise without repeats, e.g. [4, 8]; seen [8, 4]",

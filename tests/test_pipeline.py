@@ -155,7 +155,27 @@ def test_laws_and_selection_keep_to_the_contract(job):
     )
     assert selection["pick"] in ranks
     assert selection["target_num_samples"] == read(job.run / "data.json")["train"]
-    assert selection["method"] in ("laws", "local_sweep")
+    assert selection["method"] == "local_sweep"
+
+
+def test_the_final_runs_of_the_best_probes_are_halved_and_the_last_is_the_final_run(job):
+    selection, curves = read(job.run / "selection.json"), read(job.run / "sweep" / "runs.json")["runs"]
+    summary, metrics = read(job.run / "finetune" / "summary.json"), lines(job.run / "finetune" / "metrics.jsonl")
+    probes = [lane for lane in lines(job.run / "probes" / "lanes.jsonl") if lane["num_samples"] == 32]
+    best = sorted(probes, key=lambda lane: lane["best_loss"])[:3]
+    assert [run["ranks"] for run in curves] == [lane["ranks"] for lane in best]
+    probed = {str(c["ranks"]): c["probed_loss"] for c in selection["candidates"] if c["probed_loss"] is not None}
+    assert probed == {str(lane["ranks"]): lane["best_loss"] for lane in probes}
+    ends = {str(run["ranks"]): run["looks"] for run in curves}
+    assert sorted(looks[-1][0] for looks in ends.values()) == [8, 16, 16]
+    halfway = {ranks: min(loss for step, loss in looks if step <= 8) for ranks, looks in ends.items()}
+    assert ends[max(halfway, key=halfway.get)][-1][0] == 8
+    last = {ranks: min(loss for _, loss in looks) for ranks, looks in ends.items() if looks[-1][0] == 16}
+    assert summary["from_sweep"]
+    assert str(summary["ranks"]) == str(selection["pick"]) == min(last, key=last.get)
+    assert summary["best_validation_loss"] == min(last.values())
+    assert [[row["step"], row["validation_loss"]] for row in metrics] == ends[str(selection["pick"])]
+    assert "finetune: the run of the sweep that ended best is the final run" in job.stderr
 
 
 def test_the_final_run_lowers_the_loss_and_its_adapter_is_what_was_evaluated(job):
@@ -364,7 +384,7 @@ def test_tpe_stops_runs_of_a_comparison_and_does_not_train_them_again(job, tmp_p
     # A search so short that random search, with as much compute, can't pay for the whole grid.
     settings = [
         *("lora.modules.vision.ranks=[1,2,3,4]", "lora.modules.llm.ranks=[1,2,3,4]", "convergence.rule=null"),
-        *("probe.num_samples=[8,16]", "probe.steps=4", "probe.corners=false", "selection.sweep.enabled=false"),
+        *("probe.num_samples=[8,16]", "probe.steps=4", "probe.corners=false", "selection.sweep=1"),
         *("finetune.steps=16", "finetune.look_every=2", "evaluate.max_samples=3", f"run_dir={run}"),
     ]
     found = job.mars("compare", job.config, *settings)

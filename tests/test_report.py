@@ -320,16 +320,44 @@ def test_warnings_about_lanes(whole: Path, tmp_path: Path) -> None:
     assert any("vision had not converged at the end of 32 of 32 lanes" in text for text in warnings)
 
 
-def test_a_sweep_is_said(whole: Path, tmp_path: Path) -> None:
-    run = copy_of(whole, tmp_path / "part", "selection.json")
+def test_a_sweep_is_said_with_what_it_measured_and_what_it_cost(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path / "part", "selection.json", "finetune/summary.json", "config.resolved.yaml")
     document = json.loads((run / "selection.json").read_text(encoding="utf-8"))
+    steps = json.loads((run / "finetune/summary.json").read_text(encoding="utf-8"))["steps"]
+    others = [c["ranks"] for c in document["candidates"] if c["ranks"] != document["pick"]][:2]
+    for candidate in document["candidates"]:
+        candidate["probed_loss"] = 1.25 if candidate["ranks"] in [*others, document["pick"]] else None
     write_json(
         run / "selection.json", document | {"method": "local_sweep", "p_best": 0.5, "explanation": "It won 3 rungs."}
     )
+    runs = [
+        {"ranks": document["pick"], "looks": [[0, 2.0], [steps, 0.5]]},
+        {"ranks": others[0], "looks": [[0, 2.0], [steps // 2, 0.8125]]},
+        {"ranks": others[1], "looks": [[0, 2.0], [steps // 4, None]]},
+    ]
+    write_json(run / "sweep/runs.json", {"runs": runs})
     page, report = report_of(run)
-    assert "a local sweep of real runs decided" in page
+    assert "25 rank vectors 3 were probed; the best 3 of these were given final runs, and" in page
     assert "It won 3 rungs." in page
     assert not any("do not settle" in text for text in report["verdict"]["warnings"])
+    assert report["costs"]["sweep"]["steps"] == steps // 2 + steps // 4
+    assert [one["loss"] for one in report["sweep"]] == [0.5, 0.8125, None]
+    assert f"1.25 0.812 {steps // 2:,}" in page
+
+
+def test_steps_of_a_pass_that_is_read_at_three_sizes_were_counted_three_times(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path / "part", "config.resolved.yaml")
+    for lane in make_lanes(np.random.default_rng(0))[:2]:
+        for part in (4, 2, 1):
+            append_jsonl(
+                run / "probes/lanes.jsonl",
+                lane | {"num_samples": 2048 // part, "steps": 128 // part, "lane": f"{lane['lane']}-{part}"},
+            )
+    nested = (
+        (run / "config.resolved.yaml").read_text(encoding="utf-8").replace("probe:", "probe:\n  sampling: nested", 1)
+    )
+    (run / "config.resolved.yaml").write_text(nested, encoding="utf-8")
+    assert report_of(run)[1]["costs"]["search"]["steps"] == 2 * 128
 
 
 @pytest.mark.parametrize(

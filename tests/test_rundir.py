@@ -86,12 +86,12 @@ def test_a_broken_phase_is_recorded_and_its_seconds_are_kept(config, error, stat
 def test_another_config_is_refused_with_the_difference(config_file, config):
     with RunDirectory.open(config):
         pass
-    other = load_config(config_file, ["probe.steps=60", "lora.modules={llm: {ranks: [8]}}"])
+    other = load_config(config_file, ["probe.batch_size=64", "lora.modules={llm: {ranks: [8]}}"])
     with pytest.raises(ConfigError) as error, RunDirectory.open(other):
         pass
     lines = str(error.value).splitlines()
     assert lines[0] == f"run directory {config.run_dir} was made with another config (there -> here):"
-    assert "  probe.steps: 500 -> 60" in lines
+    assert "  probe.batch_size: 16 -> 64" in lines
     assert "  lora.modules.llm.ranks: [4, 8, 16, 32, 64] -> [8]" in lines
     assert "  lora.modules.projector.ranks: [16] -> (absent)" in lines
     assert lines[-1] == f"Set another run_dir, take the settings back, or delete {config.run_dir} to start again."
@@ -170,7 +170,7 @@ def test_every_place_is_inside_and_has_its_own_name(tmp_path):
     run = RunDirectory(tmp_path)
     places = [getattr(run, name) for name, value in vars(RunDirectory).items() if isinstance(value, property)]
     places.append(run.probe_adapters("vision8-llm2-D256-s0"))
-    assert len({*places}) == len(places) == 25 + 1
+    assert len({*places}) == len(places) == 26 + 1
     assert all(tmp_path in place.parents for place in places)
 
 

@@ -114,7 +114,6 @@ def test_equal_laws_keep_the_diagonal_and_pick_its_largest_ranks():
     assert found.tau == pytest.approx(math.log(1.25))
     assert found.p_best == 1.0
     assert found.fallback is None
-    assert not found.needs_sweep()
     assert len(found.candidates) == 25
     assert "vision 64, llm 64, projector 8" in found.explanation
     assert "5 rank vectors kept from 25" in found.explanation
@@ -204,51 +203,55 @@ def test_json_has_the_documented_keys_and_comes_back():
     keys = {"target_num_samples", "pick", "p_best", "fallback", "method", "candidates", "tau", "explanation"}
     assert set(document) == keys
     candidate_keys = {"ranks", "convergence_steps", "imbalance", "kept", "reason", "predicted_loss", "predicted_ci"}
-    assert set(document["candidates"][0]) == candidate_keys | {"parameters", "p_best"}
+    assert set(document["candidates"][0]) == candidate_keys | {"parameters", "p_best", "probed_loss"}
     assert Selection.from_json(document) == found
 
 
 # The sweep
 
 
+PROBED = [
+    ({"vision": 8, "llm": 64, "projector": 8}, 1.3),
+    ({"vision": 8, "llm": 64, "projector": 8}, 1.1),
+    ({"vision": 64, "llm": 8, "projector": 8}, 1.1),
+    ({"vision": 16, "llm": 16, "projector": 8}, 1.5),
+]
+
+
 @pytest.fixture
-def close_call():
-    found = pick(laws(performance=law_p({"vision": 0.0, "llm": 0.0}, spread=0.1)))
-    assert found.needs_sweep()
-    return found
+def probed():
+    return pick(laws(), probed=PROBED)
 
 
-def test_sweep_candidates_are_the_likely_ones(close_call):
-    ranks = candidates_for_sweep(close_call)
-    chances = {tuple(c.ranks.items()): c.p_best for c in close_call.candidates}
-    assert ranks[0] == close_call.pick
-    assert 2 <= len(ranks) <= 5
-    assert all(chances[tuple(r.items())] >= 0.05 for r in ranks[1:])
-    assert candidates_for_sweep(close_call, most=1) == (close_call.pick,)
-    assert sum(chances.values()) == pytest.approx(1.0)
+def test_the_sweep_takes_the_best_probes_with_their_seeds_averaged(probed):
+    assert [candidate.probed_loss for candidate in probed.candidates].count(None) == 22
+    second, first, third = PROBED[0][0], PROBED[2][0], PROBED[3][0]
+    assert candidates_for_sweep(probed, 8) == (first, second, third)
+    assert candidates_for_sweep(probed, 2) == (first, second)
+    assert candidates_for_sweep(pick(laws()), 8) == ()
 
 
-def test_sweep_decides_by_the_mean_of_the_measured_losses(close_call):
-    first, second = candidates_for_sweep(close_call)[:2]
-    decided = decide_by_sweep(close_call, [(first, 1.0), (first, 1.2), (second, 1.05), (second, 1.05)])
+def test_the_sweep_decides_by_the_losses_of_the_final_runs(probed):
+    first, second = candidates_for_sweep(probed, 2)
+    decided = decide_by_sweep(probed, [(first, 1.1), (second, 1.05)])
     assert decided.pick == second
     assert decided.method == "local_sweep"
-    assert not decided.needs_sweep()
-    assert "not the pick of the laws" in decided.explanation
-    agreed = decide_by_sweep(close_call, [(first, 1.0), (second, float("nan"))])
-    assert agreed.pick == first
+    assert "where the laws had picked vision 64, llm 64, projector 8" in decided.explanation
+    assert "vision 8, llm 64, projector 8: 1.0500; vision 64, llm 8, projector 8: 1.1000" in decided.explanation
+    agreed = decide_by_sweep(probed, [(probed.pick, 1.0), (second, float("nan"))])
+    assert agreed.pick == probed.pick
     assert "which the laws had picked as well" in agreed.explanation
-    assert agreed.candidates == close_call.candidates
+    assert agreed.candidates == probed.candidates
 
 
-def test_sweep_without_a_finite_loss_is_refused(close_call):
-    with pytest.raises(NoValidResultError, match="no candidate with only finite losses"):
-        decide_by_sweep(close_call, [(close_call.pick, float("inf"))])
+def test_sweep_without_a_finite_loss_is_refused(probed):
+    with pytest.raises(NoValidResultError, match="no loss is finite"):
+        decide_by_sweep(probed, [(probed.pick, float("inf"))])
 
 
-def test_sweep_of_an_unknown_vector_is_refused(close_call):
+def test_sweep_of_an_unknown_vector_is_refused(probed):
     with pytest.raises(ConfigError, match="vision 3, llm 3, which is not in the rank grid"):
-        decide_by_sweep(close_call, [({"vision": 3, "llm": 3}, 1.0)])
+        decide_by_sweep(probed, [({"vision": 3, "llm": 3}, 1.0)])
 
 
 def test_halving_schedule():

@@ -72,6 +72,7 @@ def config(path: Path, base: Path, train: Path, run_dir: Path, **sections: dict[
         },
         "optimizer": {"learning_rate": 0.03, "warmup_steps": 2},
         "probe": {
+            "sampling": "separate",
             "num_samples": [8, 16, 32],
             "steps": 16,
             "batch_size": 4,
@@ -81,7 +82,7 @@ def config(path: Path, base: Path, train: Path, run_dir: Path, **sections: dict[
         },
         "convergence": {"rule": "drift", "epsilon": 0.7, "sustain": 1},
         "laws": {"bootstraps": 20},
-        "selection": {"sweep": {"max_candidates": 2, "steps": 8, "threshold": 1.0}},
+        "selection": {"sweep": 3},
         "finetune": {"steps": 16, "batch_size": 4, "warmup_steps": 2, "look_every": 8},
         "evaluate": {"batch_size": 4},
     }

@@ -141,7 +141,7 @@ def run_group(
     checkpoints: Checkpoints | None = None,
     snapshots: Snapshots | None = None,
     start: GroupResult | None = None,
-    initial: np.ndarray | None = None,
+    initial: Mapping[int, np.ndarray] | None = None,
     interrupts: Interrupts | None = None,
     advance: Callable[[Progress], None] = lambda progress: None,
 ) -> GroupResult:
@@ -159,7 +159,7 @@ def run_group(
         checkpoints: where to save and resume; None for neither.
         snapshots: where to keep the adapters of every look; None for nowhere.
         start: go on from here, in place of a fresh state or a checkpoint; used up.
-        initial: adapters [P] that fresh lanes start from in place of their own draw.
+        initial: lane -> adapters [P] that it starts from, if fresh, in place of its own draw.
         interrupts: looked at after every chunk.
         advance: told how it stands after every chunk.
 
@@ -287,7 +287,7 @@ def _start(
     engine: Engine,
     learning_rates: Rates | Sequence[Rates],
     checkpoints: Checkpoints | None,
-    initial: np.ndarray | None,
+    initial: Mapping[int, np.ndarray] | None,
 ) -> tuple[LaneState, _Group]:
     """The newest checkpoint of these lanes, or a fresh state; slots without a lane hold a copy of the last one."""
     by_slot = dict(zip(slots, range(len(lanes)), strict=True))
@@ -299,12 +299,13 @@ def _start(
         {m: np.asarray([lane.ranks[m] for lane in filled], np.int32) for m in lanes[0].ranks},
         {m: np.asarray([lane_rates[m] for lane_rates in rates], np.float32) for m in lanes[0].ranks},
     )
-    if initial is not None:
-        spread = np.ascontiguousarray(np.broadcast_to(initial, state.trainable.shape))
-        snapshots = np.zeros(state.snapshots.shape, np.float32)
-        snapshots[:, -1] = initial
+    if initial:
+        vectors, snapshots = np.array(state.trainable), np.array(state.snapshots)
+        for slot, k in by_slot.items():
+            if k in initial:
+                vectors[slot] = snapshots[slot, -1] = initial[k]
         # A copy each: the chunk takes over every buffer that it is given.
-        copies = {name: spread.copy() for name in ("trainable", "average", "best")} | {"snapshots": snapshots}
+        copies = {name: vectors.copy() for name in ("trainable", "average", "best")} | {"snapshots": snapshots}
         state = state._replace(**place(copies, lane_sharding(engine.mesh)))
     if checkpoints:
         # Saved by lane, since slots depend on the mesh.

@@ -21,7 +21,7 @@ class RunRecord:
     Attributes:
         directory: the run directory, as the caller named it.
         config_text: `config.resolved.yaml` as written, for the page.
-        config, state, plan, data, laws, selection, summary, evaluation, adapter: the documents.
+        config, state, plan, data, laws, selection, sweep, summary, evaluation, adapter: the documents.
         lanes: one record a probe lane. curves: one record a lane and look. metrics: one record a logged fine-tune step.
         read, absent: names of the files that were and were not there.
         notes: what had to be left out while reading.
@@ -37,6 +37,7 @@ class RunRecord:
     curves: tuple[Record, ...]
     laws: Record
     selection: Record
+    sweep: Record
     metrics: tuple[Record, ...]
     summary: Record
     evaluation: Record
@@ -67,6 +68,8 @@ def read_run(directory: Path) -> RunRecord:
         run.curves_file,
         run.laws_file,
         run.selection_file,
+        # Not every search has one.
+        *([run.sweep_file] if run.sweep_file.is_file() else []),
         run.finetune_metrics_file,
         run.finetune_summary_file,
         run.evaluation_file,
@@ -87,6 +90,7 @@ def read_run(directory: Path) -> RunRecord:
         curves=tuple(read_jsonl(run.curves_file, notes.append)),
         laws=_document(run.laws_file),
         selection=_document(run.selection_file),
+        sweep=_document(run.sweep_file),
         metrics=tuple(read_jsonl(run.finetune_metrics_file, notes.append)),
         summary=_document(run.finetune_summary_file),
         evaluation=_document(run.evaluation_file),

@@ -24,7 +24,7 @@ CLOSE = 0.06  # final losses of one pair differ by about this share between seed
 def build_report(run: RunRecord) -> dict[str, Any]:
     """The document of report.json, less its figures. A part whose files are absent is null or empty.
 
-    Keys: `schema`, `run`, `sources`, `verdict`, `evaluation`, `selection`, `laws` (without draws), `probes`,
+    Keys: `schema`, `run`, `sources`, `verdict`, `evaluation`, `selection`, `sweep`, `laws` (without draws), `probes`,
     `finetune`, `data`, `costs`, `phases`, `versions`.
     """
     selection = dict(run.selection)
@@ -39,6 +39,7 @@ def build_report(run: RunRecord) -> dict[str, Any]:
         "verdict": verdict(run),
         "evaluation": dict(run.evaluation) or None,
         "selection": selection if run.selection else None,
+        "sweep": _sweep(run) or None,
         "laws": {key: value for key, value in run.laws.items() if key != "draws"} or None,
         "probes": {"statuses": _statuses(run), "lanes": list(run.lanes)} if run.lanes else None,
         "finetune": dict(run.summary) or None,
@@ -89,11 +90,15 @@ def _choice_sentences(run: RunRecord) -> list[str]:
     candidates = selection.get("candidates") or []
     balanced = sum(bool(candidate.get("kept")) for candidate in candidates)
     p_best, target = selection.get("p_best"), selection.get("target_num_samples")
-    if selection.get("method") == "local_sweep":
+    swept = selection.get("method") == "local_sweep"
+    if swept:
+        probed = sum(candidate.get("probed_loss") is not None for candidate in candidates)
         sentences.append(
-            "The laws alone could not separate the best candidates, so a local sweep of real runs decided."
+            f"Of the {len(candidates)} rank vectors {probed} were probed; the best {len(_sweep_runs(run))} of these "
+            "were given final runs, and the worse half of these ended at each rung. What was measured decided, not the "
+            "laws."
         )
-    if p_best is not None and balanced:
+    if p_best is not None and balanced and not swept:
         sentences.append(
             f"In {percent(p_best, 0)} of the bootstrap refits this choice has the lowest predicted validation loss "
             f"of {_field(selection, balanced)} at {count(target)} training samples. Whether the law "
@@ -138,6 +143,23 @@ def _outcome_sentences(run: RunRecord) -> list[str]:
     return sentences
 
 
+def _sweep_runs(run: RunRecord) -> list[Record]:
+    return list(run.sweep.get("runs") or [])
+
+
+def _sweep(run: RunRecord) -> list[dict[str, Any]]:
+    """The final runs that were begun: ranks, those of them that train, steps, and the lowest loss (null: diverged)."""
+    return [
+        {
+            "ranks": dict(one["ranks"]),
+            "trained": {module: rank for module, rank in one["ranks"].items() if rank},
+            "steps": one["looks"][-1][0],
+            "loss": None if None in (losses := [loss for _, loss in one["looks"]]) else min(losses),
+        }
+        for one in _sweep_runs(run)
+    ]
+
+
 def _condition(run: RunRecord, name: str) -> Record:
     return (run.evaluation.get("conditions") or {}).get(name) or {}
 
@@ -157,7 +179,7 @@ def _selection_warnings(run: RunRecord) -> list[str]:
     if p_best is not None and p_best < SURE and selection.get("method") != "local_sweep":
         warnings.append(
             f"The laws do not settle this choice (P(best) {percent(p_best, 0)}, {percent(SURE, 0)} is wanted): "
-            "other balanced candidates may be as good. More probe seeds or the local sweep would tell."
+            "other balanced candidates may be as good. `selection.sweep` would tell."
         )
     picked = picked_candidate(run).get("predicted_loss") or math.nan
     others = [
@@ -180,7 +202,7 @@ def _selection_warnings(run: RunRecord) -> list[str]:
                 f"The picked {module} rank {pick[module]} is the {end} of its grid: {beyond} ranks were not considered."
             )
     better = [other for other in others if not other.get("kept") and other["predicted_loss"] < picked]
-    if better:
+    if better and selection.get("method") != "local_sweep":
         lowest = min(better, key=lambda candidate: candidate["predicted_loss"])
         warnings.append(
             f"Law-P predicts a lower loss for {len(better)} of the candidates pruned as unbalanced, the lowest for "
@@ -259,6 +281,8 @@ def _statuses(run: RunRecord) -> dict[str, int]:
 def costs(run: RunRecord) -> dict[str, Any]:
     """Steps, samples, tokens and seconds that were spent, and the same for a full grid of final runs.
 
+    `search` is the probes, `sweep` the final runs besides the one that was kept.
+
     Null where a file needed for a number is absent: samples need the batch sizes of `config.resolved.yaml`, tokens
     `tokens_per_sample` of `data.json`, the grid `full_grid_steps` of `plan.json`.
     """
@@ -275,13 +299,23 @@ def costs(run: RunRecord) -> dict[str, Any]:
             "tokens": round(samples * per_sample) if samples is not None and per_sample else None,
         }
 
-    probes = spent(sum(lane.get("steps") or 0 for lane in run.lanes) if run.lanes else None, probe_batch)
+    lanes = run.lanes
+    if (run.config.get("probe") or {}).get("sampling") == "nested":
+        # The records of smaller D are of the same runs.
+        largest = max((lane["num_samples"] for lane in lanes), default=0)
+        lanes = tuple(lane for lane in lanes if lane["num_samples"] == largest)
+    probes = spent(sum(lane.get("steps") or 0 for lane in lanes) if lanes else None, probe_batch)
     final = spent(run.summary.get("steps"), final_batch)
+    begun = sum(one["looks"][-1][0] for one in _sweep_runs(run))
+    others = spent(max(0, begun - (final["steps"] or 0)), final_batch)
     grid = spent(run.plan.get("full_grid_steps"), final_batch)
-    share = probes["samples"] / grid["samples"] if probes["samples"] and grid["samples"] else None
+    share = None
+    if probes["samples"] and others["samples"] is not None and grid["samples"]:
+        share = (probes["samples"] + others["samples"]) / grid["samples"]
     seconds = {name: phase.get("seconds") for name, phase in (run.state.get("phases") or {}).items()}
     return {
         "search": probes,
+        "sweep": others,
         "finetune": final,
         "full_grid": grid,
         "search_share_of_full_grid": share,

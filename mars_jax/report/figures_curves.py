@@ -103,7 +103,7 @@ def _two_modules(lanes: Sequence[Record], group: tuple[str, ...]) -> tuple[str, 
 
 
 def finetune_curves(run: RunRecord) -> "Figure | None":
-    """Train and validation loss of the final fine-tune against steps, the best step marked."""
+    """Train and validation loss of the final fine-tune, the best step marked, and those that a sweep began with it."""
     from matplotlib.figure import Figure
 
     train = _series(run.metrics, "train_loss")
@@ -112,6 +112,11 @@ def finetune_curves(run: RunRecord) -> "Figure | None":
         return None
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes: Axes = figure.subplots()
+    others = [one["looks"] for one in run.sweep.get("runs") or [] if one["ranks"] != run.summary.get("ranks")]
+    for i, looks in enumerate(others):
+        label = "validation of other ranks" if i == 0 else None
+        sound = [(step, loss) for step, loss in looks if loss is not None]
+        axes.plot(*zip(*sound, strict=True), color=LIGHT["ramp-6"], linewidth=0.8, label=label)
     if train[0]:
         axes.plot(*train, color=LIGHT["muted"], linewidth=0.8, label="train")
     if validation[0]:
@@ -129,7 +134,7 @@ def finetune_curves(run: RunRecord) -> "Figure | None":
         )
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss (nats a token)")
-    axes.legend(loc="upper right", ncols=3)
+    axes.legend(loc="upper right", ncols=2)
     return figure
 
 
