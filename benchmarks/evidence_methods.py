@@ -20,7 +20,7 @@ from mars_jax import lora, tpe
 from mars_jax.errors import NoValidResultError
 from mars_jax.halving import halving_schedule, survivors
 from mars_jax.laws import Laws, fit_laws
-from mars_jax.probe.plan import Lane
+from mars_jax.probe.plan import Lane, rank_vectors
 from mars_jax.probe.splice import hybrids
 from mars_jax.programs import look_flops, step_flops
 from mars_jax.selection import Selection, select
@@ -289,6 +289,12 @@ def others(cell: Cell, grid: Grid, prices: Prices) -> list[Method]:
     rated = min([uniform, *(run for _, run in cell.rates)], key=lambda run: run.loss)
     price = (1 + len(cell.rates)) * prices.final(uniform.ranks)
     found.append(Method("separate learning rates at rank 8", **grid.regret(rated), compute=price))
+    pairs = {
+        "all pairs": [run.ranks for run in runs],
+        "the pairs of the probes": rank_vectors(cell.workspace.grids, True),
+    }
+    for name, some in pairs.items():
+        found.append(_swept(f"successive halving of {name}, no probes", some, grid, prices, 0.0))
     return found + by_tpe(grid, prices)
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from trials import Rows, by_width, make_data, one_program, probe_rows, reads, ta
 
 from mars_jax.data.batches import eval_batches
 from mars_jax.data.examples import ExampleSource, plan_shapes
-from mars_jax.finetune import run_finals
+from mars_jax.finetune import final_schedule, run_finals
 from mars_jax.jsonfiles import read_json, write_json
 from mars_jax.probe.loop import Rates, Row
 from mars_jax.probe.plan import Lane, plan_lanes
@@ -27,7 +28,8 @@ from mars_jax.workspace import Workspace
 SEARCHED = ("vision", "llm")
 UNIFORM_RANK = 8
 FACTORS = (1 / 3, 3.0)
-LOOKS = 8  # of a final run
+LOOKS = 8  # of a final run, evenly spaced
+EARLY = 16  # and one more after this part of it
 
 
 class Form(NamedTuple):
@@ -183,7 +185,11 @@ def _run_group(
     settings = workspace.config.finetune
     lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in vectors]
     engine = one_program(workspace, lanes).engine
-    result = run_finals(workspace, engine, lanes, rates or workspace.learning_rates(settings.learning_rate))
+    schedule = final_schedule(workspace)
+    # Halving of the whole grid has its first rung there.
+    schedule = replace(schedule, looks=sorted({*schedule.looks, settings.steps // EARLY}))
+    rates = rates or [workspace.learning_rates(settings.learning_rate)] * len(lanes)
+    result = run_finals(workspace, engine, lanes, rates, schedule=schedule)
     test = test_batches(workspace, settings.batch_size)
     losses = losses_of(
         best_of(result),

@@ -4,6 +4,7 @@ Every function takes a config and a reporter and returns the JSON document that 
 call again: finished work with unchanged inputs is skipped, interrupted work goes on.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -303,6 +304,7 @@ class _Session:
                 )
             document = selection.to_json()
             write_json(self.directory.selection_file, document)
+            shutil.rmtree(self.directory.sweep_checkpoints, ignore_errors=True)
             self.reporter.notice(f"select: {document['explanation']}")
             return document
 

@@ -4,7 +4,6 @@ Which candidates, and what follows from the losses, is `mars_jax.selection`'s bu
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,7 +49,8 @@ def run_sweep(
         workspace: of the run.
         programs: of the probe phase, one of which may serve.
         candidates: rank vectors, frozen modules at 0.
-        directory: of the run; the curves of all candidates go to its `sweep_file`.
+        directory: of the run; the curves of all candidates go to its `sweep_file`. The state in `sweep_checkpoints` is
+            left until the pick is written down.
 
     Returns:
         (ranks, best validation loss in nats) of every lane that reached the last rung; its losses are comparable.
@@ -104,7 +104,6 @@ def run_sweep(
         for lane, rows in zip(lanes, result.rows, strict=True)
     ]
     write_json(directory.sweep_file, {"runs": runs})
-    shutil.rmtree(directory.sweep_checkpoints)
     return [(lanes[k].ranks, losses[k]) for k in ended]
 
 

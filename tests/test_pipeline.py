@@ -83,11 +83,11 @@ def test_a_run_leaves_every_file_and_says_what_it_found(job):
     files = {str(path.relative_to(job.run)) for path in job.run.rglob("*") if path.is_file()}
     assert files >= {
         "config.resolved.yaml", "state.json", "events.jsonl", "data.json", "plan.json", "probes/lanes.jsonl",
-        "probes/curves.jsonl", "laws.json", "selection.json", "finetune/metrics.jsonl", "finetune/summary.json",
+        "probes/curves.jsonl", "laws.json", "selection.json", "sweep/runs.json", "finetune/metrics.jsonl", "finetune/summary.json",
         "evaluation.json", "samples.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "report/index.html", "report/report.json",
     }  # fmt: skip
-    assert any((job.run / "finetune" / "checkpoints").iterdir())
+    assert not (job.run / "sweep" / "checkpoints").exists()
     assert not any((job.run / "probes" / "checkpoints").iterdir())  # only the state of probes in progress
     state = read(job.run / "state.json")
     assert list(state["phases"]) == [*PHASES, "report"]
