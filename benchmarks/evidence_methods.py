@@ -289,11 +289,8 @@ def others(cell: Cell, grid: Grid, prices: Prices) -> list[Method]:
     rated = min([uniform, *(run for _, run in cell.rates)], key=lambda run: run.loss)
     price = (1 + len(cell.rates)) * prices.final(uniform.ranks)
     found.append(Method("separate learning rates at rank 8", **grid.regret(rated), compute=price))
-    pairs = {
-        "all pairs": [run.ranks for run in runs],
-        "the pairs of the probes": rank_vectors(cell.workspace.grids, True),
-    }
-    for name, some in pairs.items():
+    probed = rank_vectors(cell.workspace.grids, corners=True)
+    for name, some in (("all pairs", [run.ranks for run in runs]), ("the pairs of the probes", probed)):
         found.append(_swept(f"successive halving of {name}, no probes", some, grid, prices, 0.0))
     return found + by_tpe(grid, prices)
 

@@ -83,8 +83,8 @@ def test_a_run_leaves_every_file_and_says_what_it_found(job):
     files = {str(path.relative_to(job.run)) for path in job.run.rglob("*") if path.is_file()}
     assert files >= {
         "config.resolved.yaml", "state.json", "events.jsonl", "data.json", "plan.json", "probes/lanes.jsonl",
-        "probes/curves.jsonl", "laws.json", "selection.json", "sweep/runs.json", "finetune/metrics.jsonl", "finetune/summary.json",
-        "evaluation.json", "samples.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "probes/curves.jsonl", "laws.json", "selection.json", "sweep/runs.json", "finetune/metrics.jsonl",
+        "finetune/summary.json", "evaluation.json", "samples.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "report/index.html", "report/report.json",
     }  # fmt: skip
     assert not (job.run / "sweep" / "checkpoints").exists()
@@ -366,7 +366,6 @@ def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, 
 def test_larger_ranks_in_a_later_group_of_the_comparison_did_not_fit_the_program_of_the_first(job, tmp_path):
     def change(config: dict[str, Any]) -> None:
         config["probe"]["lanes_per_program"] = 1
-        config["finetune"].update(steps=2, look_every=1)
         config["evaluate"]["max_samples"] = 3
 
     run = copy_of(job, tmp_path / "copy", change)
