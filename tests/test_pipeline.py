@@ -84,8 +84,8 @@ def test_a_run_leaves_every_file_and_says_what_it_found(job):
     assert files >= {
         "config.resolved.yaml", "state.json", "events.jsonl", "data.json", "plan.json", "probes/lanes.jsonl",
         "probes/curves.jsonl", "laws.json", "selection.json", "sweep/runs.json", "finetune/metrics.jsonl",
-        "finetune/summary.json", "evaluation.json", "samples.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
-        "report/index.html", "report/report.json",
+        "finetune/summary.json", "evaluation.json", "samples.jsonl", "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors", "report/index.html", "report/report.json",
     }  # fmt: skip
     assert not (job.run / "sweep" / "checkpoints").exists()
     assert not any((job.run / "probes" / "checkpoints").iterdir())  # only the state of probes in progress
