@@ -15,7 +15,14 @@ import tiny_job
 # Lanes, in two groups, and the steps of each.
 LANES, STEPS = 12, 16
 PROBES = ("probes/lanes.jsonl", "probes/curves.jsonl")
-RESULTS = (*PROBES, "laws.json", "selection.json", "finetune/metrics.jsonl", "finetune/adapters.safetensors")
+RESULTS = (
+    *PROBES,
+    "laws.json",
+    "selection.json",
+    "sweep/runs.json",
+    "finetune/metrics.jsonl",
+    "finetune/adapters.safetensors",
+)
 
 
 @dataclass(frozen=True)

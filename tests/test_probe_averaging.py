@@ -36,7 +36,7 @@ def test_looks_read_the_mean_of_the_adapters_with_weights_that_rise_as_a_power_o
     np.testing.assert_allclose(averaged.lane_state(0).average, expected, rtol=0, atol=1e-6)
     assert averaged.lane_state(0).best_step == STEPS
     assert_same(averaged.lane_state(0).best, averaged.lane_state(0).average)
-    from_the_mean = run(initial=np.asarray(averaged.lane_state(0).average))
+    from_the_mean = run(initial={0: np.asarray(averaged.lane_state(0).average)})
     assert averaged.rows[0][-1]["validation_loss"] == pytest.approx(from_the_mean.rows[0][0]["validation_loss"])
 
 

@@ -17,7 +17,7 @@ def test_lanes_begin_from_the_adapters_that_they_are_given():
     lanes, rates = [Lane({"vision": 4, "llm": 2}, 8, 1)], {"vision": 3e-2, "llm": 3e-2}
     first = least_model.run(lanes, rates, schedule([0, 8]))
     initial = first.lane_state(0).trainable
-    again = least_model.run(lanes, rates, schedule([0]), initial=initial)
+    again = least_model.run(lanes, rates, schedule([0]), initial={0: initial})
     (row,) = again.rows[0]
     assert row["validation_loss"] == first.rows[0][-1]["validation_loss"] != first.rows[0][0]["validation_loss"]
     assert row["update_norm"] == first.rows[0][-1]["update_norm"]
