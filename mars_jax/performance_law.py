@@ -35,8 +35,8 @@ _POLISH: dict[Form, tuple[int, int]] = {"power": (4, 60), "power_overfit": (8, 1
 _POLISH_OF_RESAMPLES: dict[Form, tuple[int, int]] = {"power": (2, 20), "power_overfit": (4, 80)}
 # A relative error that no loss has: least squares.
 _NO_BEND = 1e6
-# Two forms whose order agreement (Kendall tau, -1..1) differs by less than this are told apart by their error.
-_TAU_MARGIN = 0.1
+# Share of the power form's held-out error to which the over-fitting form's must come down.
+_EARNED = 0.9
 
 
 class Overfit(NamedTuple):
@@ -216,19 +216,18 @@ def fit_performance_law(
 
 
 def choose_form(power: PerformanceLaw, overfit: PerformanceLaw | None) -> PerformanceLaw:
-    """The form to select ranks with: what orders the held-out ranks better, then what has the smaller held-out error.
+    """The form to select ranks with: the power form, unless the over-fitting one has earned its parameters.
 
-    Kendall tau decides when the two differ by 0.1 or more, because ordering ranks is what the law is for; the error
-    decides otherwise. Without a fit or a held-out measurement of the over-fitting form it is not used. So the
-    over-fitting form is only ever taken when the lanes reach a D at which over-fitting shows.
+    It has when, fitted without the largest D, it errs there by at most nine tenths of what the power form does, and
+    orders the ranks there at least as well (Kendall tau). Where the two are about as good the one with fewer parameters
+    is the safer: taken for an error smaller by 3 %, the over-fitting form has put the worst ranks of a grid first
+    (docs/evidence.md). So it is only ever taken when the lanes reach a D at which over-fitting shows.
     """
     if overfit is None or overfit.held_out_error is None or power.held_out_error is None:
         return power
-    if power.order_tau is not None and overfit.order_tau is not None:
-        difference = overfit.order_tau - power.order_tau
-        if abs(difference) >= _TAU_MARGIN:
-            return overfit if difference > 0 else power
-    return overfit if overfit.held_out_error < power.held_out_error else power
+    if power.order_tau is not None and overfit.order_tau is not None and overfit.order_tau < power.order_tau:
+        return power
+    return overfit if overfit.held_out_error <= _EARNED * power.held_out_error else power
 
 
 def can_fit(form: Form, ranks: Mapping[str, ArrayLike], num_samples: ArrayLike) -> bool:

@@ -1,6 +1,7 @@
 """Law-C and Law-P: planted laws come back, SciPy in float64 agrees, the paper's points give the paper's slopes."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,16 @@ def test_paper_points_choice_of_form(paper_fits):
     assert choose_form(power, overfit) is overfit
     assert power.order_tau < 0 < overfit.order_tau
     assert overfit.held_out_error < power.held_out_error
+
+
+def test_a_hair_less_error_chose_the_form_that_put_the_worst_ranks_first(paper_fits):
+    power, overfit = paper_fits[4096]
+    power = replace(power, held_out_error=0.1786, order_tau=0.744)
+    assert choose_form(power, replace(overfit, held_out_error=0.1739, order_tau=0.718)) is power
+    assert choose_form(power, replace(overfit, held_out_error=0.1739, order_tau=0.8)) is power
+    assert choose_form(power, replace(overfit, held_out_error=0.15, order_tau=0.718)) is power
+    better = replace(overfit, held_out_error=0.15, order_tau=0.744)
+    assert choose_form(power, better) is better
 
 
 @pytest.fixture(scope="module")
