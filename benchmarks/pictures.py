@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 # What methods' names match, by colour; the first family that does has it.
 FAMILIES = {
-    "short probes, the best swept": (r"[\w ]+: best probe, sweep", LIGHT["ink"]),
+    "best probes, swept (the tool)": (r"[\w ]+: best probe, sweep", LIGHT["ink"]),
     "parts of it": (r"[\w ]+: (quadratic|best probe|.*balance alone)", RAMP[3]),
-    "MARS, nested probes": (r"(half |quarter )?nested: ", LIGHT["pick"]),
-    "MARS, separate probes": (r"separate: ", RAMP[1]),
+    "laws, nested probes": (r"(half |quarter )?nested: ", LIGHT["pick"]),
+    "laws, separate probes": (r"separate: ", RAMP[1]),
+    "halving, no probes": (r"successive halving", RAMP[4]),
     "random search": (r"random search", RAMP[0]),
     "TPE and halving": (r"TPE", RAMP[5]),
     "fixed ranks, separate rates": (r"", LIGHT["muted"]),
