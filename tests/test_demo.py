@@ -84,6 +84,7 @@ def test_shifts_change_pictures_and_answers_by_the_amount_asked(tmp_path):
     assert 0 < len(changed["0.4"]) < len(changed["1"])
 
 
-def test_demo_config_is_valid_and_plans_lanes_that_adapt_together_and_alone():
+def test_demo_config_is_valid_and_probes_the_whole_grid():
     lanes = planned_lanes(load_config(ROOT / "configs" / "demo.yaml"))
-    assert {len(lane.adapted) for lane in lanes} == {1, 3}
+    assert {len(lane.adapted) for lane in lanes} == {3}
+    assert len(lanes) == 9

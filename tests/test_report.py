@@ -337,7 +337,7 @@ def test_a_sweep_is_said_with_what_it_measured_and_what_it_cost(whole: Path, tmp
     ]
     write_json(run / "sweep/runs.json", {"runs": runs})
     page, report = report_of(run)
-    assert "25 rank vectors 3 were probed; the best 3 of these were given final runs, and" in page
+    assert "3 of the 25 rank vectors were probed; the best 3 of these were given final runs, and" in page
     assert "It won 3 rungs." in page
     assert not any("do not settle" in text for text in report["verdict"]["warnings"])
     assert report["costs"]["sweep"]["steps"] == steps // 2 + steps // 4

@@ -94,7 +94,7 @@ def _choice_sentences(run: RunRecord) -> list[str]:
     if swept:
         probed = sum(candidate.get("probed_loss") is not None for candidate in candidates)
         sentences.append(
-            f"Of the {len(candidates)} rank vectors {probed} were probed; the best {len(_sweep_runs(run))} of these "
+            f"{probed} of the {len(candidates)} rank vectors were probed; the best {len(_sweep_runs(run))} of these "
             "were given final runs, and the worse half of these ended at each rung. What was measured decided, not the "
             "laws."
         )
