@@ -22,7 +22,7 @@ from scipy import stats
 from mars_jax.data.formats import Format
 
 Reader = Callable[[str, Sequence[str]], str | None]
-"""Reads the answer from a text and the options' letters; None where it finds none."""
+"""Reads the answer from a text and the options, each of which ends in its letter; None where it finds none."""
 
 
 def _lmms(text: str, options: Sequence[str]) -> str | None:
@@ -43,11 +43,16 @@ def _mmstar(text: str, options: Sequence[str]) -> str | None:
 
 
 def _letter(text: str, options: Sequence[str]) -> str | None:
-    letter = f"([{''.join(options)}])"
+    letter = f"([{''.join(map(_last_letter, options))}])"
     # A letter within a sentence is a word ("A cat"), unless something sets it apart.
     alone = re.findall(rf"\({letter}\)|\b{letter}(?=[.):,]|\s*$)|\b(?:is|answer|option):?\s+{letter}\b", text)
     found = {"".join(groups) for groups in alone}
     return found.pop() if len(found) == 1 else None
+
+
+def _last_letter(option: str) -> str:
+    """Of "B" as of "The answer is B."."""
+    return option.rstrip(".")[-1]
 
 
 def _exact(text: str, options: Sequence[str]) -> str | None:
@@ -62,7 +67,11 @@ READERS: Mapping[str, Reader] = {
     "exact": _exact,
 }
 
-_RULES: Mapping[Format, Sequence[str]] = {"scienceqa": ("lmms", "llava", "letter"), "mmstar": ("mmstar", "letter")}
+_RULES: Mapping[Format, Sequence[str]] = {
+    "scienceqa": ("lmms", "llava", "letter"),
+    "llava_scienceqa": ("llava", "lmms", "letter"),
+    "mmstar": ("mmstar", "letter"),
+}
 
 
 def rules_of(formats: Iterable[Format]) -> Sequence[str]:
@@ -78,7 +87,7 @@ def read_answer(rule: str, text: str, options: Sequence[str]) -> str | None:
 
 def is_right(rule: str, text: str, target: str, options: Sequence[str]) -> bool:
     """Whether a text gives the answer `target` by a rule; a text that can't be read is wrong."""
-    wanted = _exact(target, options) if rule == "exact" else target
+    wanted = _exact(target, options) if rule == "exact" else _last_letter(target)
     return read_answer(rule, text, options) == wanted
 
 

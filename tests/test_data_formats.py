@@ -163,6 +163,26 @@ def test_the_original_folder_of_scienceqa(tmp_path):
         load_records(tmp_path / "ScienceQA")
 
 
+@pytest.mark.parametrize(
+    ("answer", "options"),
+    [
+        ("The answer is B.", ("The answer is A.", "The answer is B.", "The answer is C.")),
+        ("C", ("A", "B", "C")),
+        ("LECTURE: States lie on maps.\nThe answer is B.", ()),
+        ("The answer is D.", ()),
+    ],
+)
+def test_scienceqa_as_llava_writes_it_lists_its_options(tmp_path, answer, options):
+    save_picture(tmp_path / "1" / "image.png", 4, 4)
+    question = "Which state is north?\nContext: N/A\nOptions: (A) Ohio (B) see (A) and (B) (C) Iowa\n<image>"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    path = write(tmp_path / "train.json", [{"id": "1", "image": "1/image.png", "conversations": turns}])
+    (record,) = load_records(path, tmp_path)
+    assert record.options == options
+    assert record.format == ("llava_scienceqa" if options else "llava")
+    assert record.turns[0].text == question
+
+
 def test_mmstar_parquet(tmp_path):
     row = {
         "index": 7,

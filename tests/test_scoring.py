@@ -54,8 +54,15 @@ def test_exact_answers_differ_neither_by_case_nor_by_white_space():
     assert not is_right("exact", "a red squares", "a red square", ())
 
 
+def test_answers_that_are_sentences_are_read_by_their_letters():
+    options, target = ("The answer is A.", "The answer is B."), "The answer is B."
+    for text, right in (("The answer is B.", "llava letter"), ("B", "llava lmms letter"), ("The answer is A.", "")):
+        assert [rule for rule in ("llava", "lmms", "letter") if is_right(rule, text, target, options)] == right.split()
+
+
 def test_the_rules_of_a_file_are_those_of_its_benchmark():
     assert list(rules_of(["scienceqa", "scienceqa"])) == ["lmms", "llava", "letter"]
+    assert list(rules_of(["llava_scienceqa"])) == ["llava", "lmms", "letter"]
     assert list(rules_of(["mmstar"])) == ["mmstar", "letter"]
     assert list(rules_of(["mmstar", "scienceqa"])) == list(rules_of(["llava"])) == ["exact"]
 

@@ -2,6 +2,8 @@
 
 `llava`      {"id", "image": name or names, "conversations": [{"from": "human"|"gpt"|..., "value"}]}; "images" and a
              "system" text as in ShareGPT files are the same
+`llava_scienceqa`  the same of ScienceQA's questions: the last lists "Options: (A) ... (B) ...", and its answer is the
+             letter, alone or as "The answer is X."; with a lecture before it the record is `llava`
 `messages`   {"messages": [{"role", "content": text or parts}], "images": names}; parts are {"type": "text", "text"} and
              {"type": "image", ...}, whose picture is in the part or the next of "images"
 `scienceqa`  {"question", "choices", "answer": number, "hint", "image", ...}
@@ -12,6 +14,7 @@ A picture is a path below the image folder, a `data:` URI, or parquet's {"bytes"
 
 import base64
 import binascii
+import re
 import reprlib
 import string
 from collections.abc import Iterator, Mapping
@@ -24,7 +27,7 @@ OPTION_PROMPT = "Answer with the option's letter from the given choices directly
 # Whose prompt a format's questions are put in; those of the others are the file's own.
 PROMPTS = {"scienceqa": "lmms-eval's of ScienceQA", "mmstar": "lmms-eval's of MMStar"}
 
-Format = Literal["llava", "messages", "scienceqa", "mmstar"]
+Format = Literal["llava", "llava_scienceqa", "messages", "scienceqa", "mmstar"]
 Role = Literal["user", "assistant", "system"]
 ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -51,7 +54,7 @@ class Draft:
         format: that the row is in.
         images: paths relative to the image folder, or encoded pictures.
         turns: the conversation.
-        options: letters that the last answer is one of; empty where it isn't one of few.
+        options: texts that the last answer is one of, each ending in its letter; empty where it isn't one of few.
         tags: kinds of question that it belongs to, as (name, value): results are told by them.
     """
 
@@ -67,7 +70,7 @@ class FaultError(Exception):
 
 
 def detect(value: Mapping[str, Any]) -> Format:
-    """The format of a row; `llava` where nothing else fits."""
+    """The format of a row by its keys; `llava` where nothing else fits."""
     keys = set(value)
     if "messages" in keys:
         return "messages"
@@ -89,9 +92,9 @@ def draft(value: Any) -> Draft:
     kind = detect(value)
     faults: list[str] = []
     images = tuple(_images(value, faults))
-    read = {"llava": _llava, "messages": _messages, "scienceqa": _scienceqa, "mmstar": _mmstar}[kind]
+    readers = {"llava": _llava, "messages": _messages, "scienceqa": _scienceqa, "mmstar": _mmstar}
     try:
-        turns, inline = read(value, len(images))
+        turns, inline = readers[kind](value, len(images))
     except FaultError as error:
         raise FaultError(*faults, *error.args) from None
     sources = iter(images)
@@ -107,7 +110,24 @@ def draft(value: Any) -> Draft:
     if faults:
         raise FaultError(*faults)
     pictures = (*ordered, *sources)
-    return Draft(kind, pictures, turns, _options(kind, value), tuple(_tags(kind, value, len(pictures))))
+    options = _listed(turns) if kind == "llava" else _options(kind, value)
+    tags = tuple(_tags(kind, value, len(pictures)))
+    return Draft("llava_scienceqa" if kind == "llava" and options else kind, pictures, turns, options, tags)
+
+
+def _listed(turns: tuple[Turn, ...]) -> tuple[str, ...]:
+    """The answers that the last question allows, where it lists its options as LLaVA's ScienceQA files do."""
+    if [turn.role for turn in turns[-2:]] != ["user", "assistant"]:
+        return ()
+    listed = re.search(r"^Options: (\(A\) .*)$", turns[-2].text, re.MULTILINE)
+    answer = re.fullmatch(r"(The answer is )?([A-Z])(\.?)", turns[-1].text.strip())
+    letters = ""
+    for letter in re.findall(r"\(([A-Z])\) ", listed[1]) if listed else ():
+        # Choices may hold such letters themselves; those of the list come in order.
+        letters += letter if letter == string.ascii_uppercase[len(letters)] else ""
+    if answer is None or answer[2] not in letters:
+        return ()
+    return tuple(f"{answer[1] or ''}{letter}{answer[3]}" for letter in letters)
 
 
 def _options(kind: Format, value: Mapping[str, Any]) -> tuple[str, ...]:

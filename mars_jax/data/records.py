@@ -34,7 +34,7 @@ class Record:
             Records that share pictures, also through others, have the smallest of all their hashes in common.
         digests: SHA256 of the bytes of each picture.
         format: that it was read from.
-        options: letters that the last answer is one of; empty where it isn't one of few.
+        options: texts that the last answer is one of; empty where it isn't one of few.
         tags: kinds of question that it belongs to, as (name, value).
     """
 
