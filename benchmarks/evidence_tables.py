@@ -94,12 +94,17 @@ def of_grid(cell: Document) -> Document:
 
 
 def noise(task: str, cells: Sequence[Document]) -> Document:
-    """How far pairs lie apart in their means over seeds, and one pair's runs among each other."""
+    """How far pairs lie apart in their means over seeds, and one pair's runs among each other.
+
+    So also how far the pair that is best on average is above the best run of each seed: no pick can know better.
+    """
     means = mean_losses(cells)
     by_pair = {
         pair: [run["loss"] for cell in cells for run in cell["grid"] if key(run["ranks"]) == pair] for pair in means
     }
     best = min(means, key=lambda pair: means[pair])
+    lowest = [min(run["loss"] for run in cell["grid"]) for cell in cells]
+    above = [loss / least - 1.0 for loss, least in zip(by_pair[best], lowest, strict=True)]
     return {
         "task": task,
         "seeds": len(cells),
@@ -109,6 +114,8 @@ def noise(task: str, cells: Sequence[Document]) -> Document:
         "sd of a pair over seeds / its mean": _mean(
             statistics.stdev(some) / means[pair] for pair, some in by_pair.items()
         ),
+        "mean regret of the best pair": _mean(above),
+        f"its seeds within {ENOUGH:.1%}": _mean(regret <= ENOUGH for regret in above),
     }
 
 
