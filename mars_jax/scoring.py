@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from mars_jax.data.formats import Format
 
@@ -121,9 +120,11 @@ class Paired:
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
     """Compares two outcomes bool [n] on the same n questions (McNemar 1947, exact form)."""
+    from scipy.stats import binomtest  # half a second, which every command would wait for
+
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second
-    p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
     return Paired(only_first, only_second, p_value)
 
 
