@@ -146,6 +146,21 @@ def chunk_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, _BATCH_AXES))
 
 
+def place_batches(batches: Mapping[str, Any], mesh: Mesh) -> Any:
+    """Puts several batches [C, B, ...] on their devices, or several packed ones: see `data.packing.Packing.pack`."""
+    by_sample = chunk_sharding(mesh)
+    if "blocks" not in batches:
+        return place(batches, by_sample)
+    by_row = NamedSharding(mesh, PartitionSpec(None, None, _BATCH_AXES))
+    shardings = {"tiles": by_sample, "blocks": NamedSharding(mesh, PartitionSpec()), "wide": by_row, "narrow": by_row}
+    return {name: place(part, shardings[name]) for name, part in batches.items()}
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Devices that the samples of a batch are split over."""
+    return math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+
+
 def lane_sharding(mesh: Mesh) -> NamedSharding:
     """Splits lanes [N, ...]."""
     return NamedSharding(mesh, PartitionSpec("lane"))
@@ -157,7 +172,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     Raises:
         ConfigError: data x fsdp doesn't divide the batch size.
     """
-    parts = math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+    parts = batch_parts(mesh)
     if batch_size % parts:
         text = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in _BATCH_AXES)
         raise ConfigError(

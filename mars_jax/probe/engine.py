@@ -58,7 +58,7 @@ class Work(NamedTuple):
 
     slots: Any  # int32 [L * M]: for each device the slots to run, counted within the device; the rest is padding
     num_blocks: Any  # int32 [L]: blocks of `lane_block` slots to run on each device
-    batches: Any  # Batch of arrays [C, B, ...], read by every lane
+    batches: Any  # Batch of arrays [C, B, ...], or packed ones (see `loss_and_gradients`), read by every lane
     multipliers: Any  # float32 [C], factor on the learning rates
     newest_share: Any  # float32 [C], share of a step's adapters in the average after it; 1 for no average
     num_steps: Any  # int32 []
@@ -250,16 +250,19 @@ def make_engine(
 def make_step(
     model: nn.Module, layout: Layout, transform: optax.GradientTransformation
 ) -> Callable[[LaneState, Tree, Batch, Array, Array], tuple[LaneState, Array]]:
-    """One step of one lane: (state, base, batch [B, ...], multiplier [], newest_share []) -> (state, loss [])."""
+    """One step of one lane: (state, base, batch [B, ...], multiplier [], newest_share []) -> (state, loss []).
+
+    The batch may be a packed one.
+    """
 
     def step(
         state: LaneState, base: Tree, batch: Batch, multiplier: Array, newest_share: Array
     ) -> tuple[LaneState, Array]:
-        def loss(trainable: Tree) -> Array:
+        def summed(leaves: Tree, rows: Batch) -> tuple[Array, Array]:
             # Derived by leaf: the derivative of slicing a vector would be as many vectors, added up.
-            return mean_loss(model, base, layout.with_scales(trainable, state.scales), batch)
+            return _summed_loss(model, base, layout.with_scales(leaves, state.scales), rows)
 
-        value, gradients = jax.value_and_grad(loss)(layout.unravel(state.trainable))
+        value, gradients = loss_and_gradients(summed, layout.unravel(state.trainable), batch)
         updates, optimizer = transform.update(layout.ravel(gradients), state.optimizer, state.trainable)
         rates = multiplier * layout.by_module(state.learning_rates)
         trainable = state.trainable - rates * updates
@@ -270,6 +273,44 @@ def make_step(
         return kept._replace(alive=alive), value
 
     return step
+
+
+def loss_and_gradients(
+    summed: Callable[[Tree, Batch], tuple[Array, Array]], leaves: Tree, batch: Any
+) -> tuple[Array, Tree]:
+    """Mean loss over the supervised tokens of a batch, and its gradients.
+
+    Of a packed batch only blocks that hold samples are computed, one after the other. How many those are is data, so
+    one program serves every batch.
+
+    Args:
+        summed: (leaves, batch) -> (summed loss [], tokens []).
+        leaves: what the loss is derived by.
+        batch: arrays [B, ...], or a packed batch: see `data.packing.Packing.pack`.
+
+    Returns:
+        The loss, nats, float32 [], and the tree of gradients.
+    """
+
+    def mean(leaves: Tree) -> Array:
+        total, count = summed(leaves, batch)
+        return total / jnp.maximum(count, 1.0)
+
+    if "blocks" not in batch:
+        return jax.value_and_grad(mean)(leaves)
+    tiles = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch["tiles"].items()}
+    derived = jax.value_and_grad(lambda leaves, rows: summed(leaves, rows)[0])
+    sums, count = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, leaves)), jnp.zeros(())
+    for number, rows in enumerate((batch["wide"], batch["narrow"])):
+
+        def add(i: Array, sums: tuple[Array, Tree], rows: Any = rows) -> tuple[Array, Tree]:
+            block = {name: leaf[i] for name, leaf in rows.items()}
+            taken = block.pop("tile_index")
+            return jax.tree.map(jnp.add, sums, derived(leaves, block | {name: x[taken] for name, x in tiles.items()}))
+
+        sums = jax.lax.fori_loop(0, batch["blocks"][number], add, sums)
+        count += rows["target_weights"].sum()
+    return jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1.0), sums)
 
 
 def _unseen(targets: lora.Targets, slots: int) -> Look:

@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from mars_jax.data.batches import Batch
-from mars_jax.sharding import place
+from mars_jax.sharding import place_batches
 
 # Threads that read and decode batches.
 _READERS = 4
@@ -22,7 +22,7 @@ class Stream(Protocol):
     """Batches as a function of the step."""
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, numpy arrays [B, ...]."""
+        """The batch of a step, numpy arrays [B, ...]; or a packed one."""
         ...
 
 
@@ -44,7 +44,7 @@ def pieces(looks: Sequence[int], chunk_steps: int, done: int) -> Iterator[Piece]
             done = start = stop
 
 
-def feed(stream: Stream, calls: Iterator[Piece], length: int, sharding: NamedSharding) -> Iterator[tuple[Piece, Batch]]:
+def feed(stream: Stream, calls: Iterator[Piece], length: int, mesh: Mesh) -> Iterator[tuple[Piece, Batch]]:
     """Pieces with their batches [length, B, ...] on the devices, made in threads while the piece before runs."""
 
     def load(piece: Piece) -> Batch:
@@ -53,7 +53,7 @@ def feed(stream: Stream, calls: Iterator[Piece], length: int, sharding: NamedSha
         different = list(dict.fromkeys(steps))
         rows = dict(zip(different, readers.map(stream.__getitem__, different), strict=True))
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[rows[step] for step in steps])
-        return place(stacked, sharding)
+        return place_batches(stacked, mesh)
 
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as thread:
         waiting = None

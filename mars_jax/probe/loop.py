@@ -24,7 +24,7 @@ from mars_jax.probe.feed import Piece, Stream, feed, pieces
 from mars_jax.probe.leaving import Leaving
 from mars_jax.probe.plan import Lane
 from mars_jax.probe.snapshots import Snapshots
-from mars_jax.sharding import chunk_sharding, lane_sharding, place
+from mars_jax.sharding import lane_sharding, place, place_batches
 
 Row = dict[str, Any]
 Rates = Mapping[str, float]
@@ -172,9 +172,8 @@ def run_group(
         Interrupted: a signal asked to stop; a checkpoint was saved where there is a place for it.
     """
     slots = lane_slots(len(lanes), engine)
-    by_sample = chunk_sharding(engine.mesh)
     look_batches = look_batches or len(jax.tree.leaves(validation)[0])
-    validation = place(validation, by_sample)
+    validation = place_batches(validation, engine.mesh)
     told = 0
     if start is None:
         state, group = _start(lanes, slots, engine, learning_rates, checkpoints, initial)
@@ -195,7 +194,7 @@ def run_group(
     told = tell()
     last_save = time.monotonic()
     calls = pieces(schedule.looks, schedule.chunk_steps, group.step)
-    for piece, batches in feed(stream, calls, schedule.chunk_steps, by_sample):
+    for piece, batches in feed(stream, calls, schedule.chunk_steps, engine.mesh):
         active = schedule.leaving.running(group.rows)
         if not active:
             break

@@ -11,7 +11,7 @@ from mars_jax.data.batches import Batch
 from mars_jax.probe.engine import Engine, LaneState
 from mars_jax.probe.feed import Piece
 from mars_jax.probe.loop import GroupResult, Schedule, chunk_work, lane_slots
-from mars_jax.sharding import chunk_sharding, lane_sharding, place
+from mars_jax.sharding import lane_sharding, place, place_batches
 
 
 class Adapters(NamedTuple):
@@ -50,9 +50,10 @@ def losses_of(
         chunk_steps: C of the engine's calls.
         look_batches: how many of the validation batches to read, from the first.
     """
-    by_sample, by_lane = chunk_sharding(engine.mesh), lane_sharding(engine.mesh)
-    validation = place(validation, by_sample)
-    batches = place(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (chunk_steps, *leaf.shape)), batch), by_sample)
+    by_lane = lane_sharding(engine.mesh)
+    validation = place_batches(validation, engine.mesh)
+    repeated = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (chunk_steps, *leaf.shape)), batch)
+    batches = place_batches(repeated, engine.mesh)
     schedule = Schedule(np.zeros(0, np.float32), [0], looks_per_doubling=0, chunk_steps=chunk_steps)
     alive = np.ones(engine.num_slots, bool)
     remaining, losses = iter(adapters), []
