@@ -81,6 +81,9 @@ class DataConfig(_Section):
     max_pixels: Count | None = Field(
         default=None, description="larger pictures are scaled down (Qwen2.5-VL); null: what the processor's file says"
     )
+    packing: Flag = Field(
+        default=False, description="training samples of different lengths share rows, so that less padding is computed"
+    )
 
     @model_validator(mode="after")
     def _check_split(self) -> "DataConfig":

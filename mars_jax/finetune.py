@@ -21,6 +21,7 @@ from mars_jax.probe.loop import GroupResult, Rates, Row, Schedule, best_adapters
 from mars_jax.probe.plan import Lane
 from mars_jax.programs import Program, covering_engine
 from mars_jax.rundir import RunDirectory
+from mars_jax.sharding import batch_parts
 from mars_jax.workspace import Workspace
 
 
@@ -141,7 +142,7 @@ def run_finals(
         lanes,
         engine,
         workspace.base_on(engine.mesh),
-        workspace.stream(lanes[0], settings.batch_size),
+        workspace.stream(lanes[0], settings.batch_size, batch_parts(engine.mesh)),
         workspace.validation_batches(settings.batch_size),
         rates,
         schedule or final_schedule(workspace),

@@ -15,6 +15,7 @@ import jax
 
 from mars_jax import lora
 from mars_jax.adapterfiles import read_adapters
+from mars_jax.checks import check_model, check_sizes
 from mars_jax.compare import compare_run
 from mars_jax.config import Config
 from mars_jax.data.preview import shown
@@ -64,9 +65,9 @@ def run(config: Config, reporter: Reporter) -> Document:
 def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
     """Config, data and targets, before any step; writes nothing."""
     workspace = Workspace(config, reporter)
-    workspace.check_model()
+    check_model(workspace)
     summary = workspace.data_summary()
-    workspace.check_sizes()
+    check_sizes(workspace)
     rows = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
         for path, t in workspace.targets.items()
@@ -185,17 +186,27 @@ class _Session:
         inputs = hash_inputs(repr(files), self._sections("data", "model"))
 
         def work() -> Document:
-            self.workspace.check_model()
+            check_model(self.workspace)
             self.reporter.notice("data: reading and checking every sample")
             summary = {**self.workspace.data_summary(), "files": files}
-            self.workspace.check_sizes()
+            check_sizes(self.workspace)
             write_json(self.directory.data_file, summary)
             sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))
             formats = ", ".join(summary["formats"])
             self.reporter.notice(f"data: {sizes} samples, read as {formats}, {len(summary['dropped'])} left out")
+            self._tell_padding(**summary["padding"])
             return summary
 
         return self._skip_or_run("data", inputs, self.directory.data_file, work)
+
+    def _tell_padding(self, batch_size: int, **shares: Mapping[str, float]) -> None:
+        now, other = ("packed", "unpacked") if self.config.data.packing else ("unpacked", "packed")
+        self.reporter.notice(
+            "data: {tokens:.0%} of the tokens and {tiles:.0%} of the tiles ".format(**shares[now])
+            + f"that a step of {batch_size} samples computes are padding, {now}; "
+            + "it would be {tokens:.0%} and {tiles:.0%} ".format(**shares[other])
+            + other
+        )
 
     def _check_same_data(self, files: Mapping[str, str]) -> None:
         """Refuses to mix lanes of other data with those of this run."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
+from mars_jax.data.examples import Size
 from mars_jax.devices import physical_memory_bytes
 from mars_jax.flops import evaluation_flops, lane_step_flops
 from mars_jax.probe.buckets import Bucket, plan_buckets
@@ -106,18 +107,25 @@ def covering_engine(
 
 
 def step_flops(workspace: Workspace, ranks: Ranks, *, cached_encoder: bool = False) -> float:
-    """Least FLOPs of a lane-step of a probe."""
-    shapes = workspace.shapes
-    return lane_step_flops(
-        workspace.model_config,
-        workspace.targets,
-        ranks,
-        batch_size=workspace.config.probe.batch_size,
-        tokens=shapes.max_tokens,
-        tiles=shapes.max_tiles,
-        supervised=shapes.max_supervised,
-        cached_encoder=cached_encoder,
-    ).total
+    """Least FLOPs of a lane-step of a probe; of a packed batch, on average."""
+    shapes, batch_size = workspace.shapes, workspace.config.probe.batch_size
+    parts = [(float(batch_size), Size(shapes.max_tokens, shapes.max_tiles, shapes.max_supervised))]
+    if plan := workspace.packing(batch_size):
+        parts = [(plan.wide_rows, plan.packing.wide), (plan.narrow_rows, plan.packing.narrow)]
+
+    def flops(size: Size) -> float:
+        return lane_step_flops(
+            workspace.model_config,
+            workspace.targets,
+            ranks,
+            batch_size=1,
+            tokens=size.tokens,
+            tiles=size.tiles,
+            supervised=size.supervised,
+            cached_encoder=cached_encoder,
+        ).total
+
+    return sum(rows * flops(size) for rows, size in parts)
 
 
 def look_flops(workspace: Workspace, ranks: Ranks, samples: int, *, cached_encoder: bool = False) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from mars_jax import halving, lora
 from mars_jax.adapterfiles import write_adapters
 from mars_jax.checkpoint import Checkpoints
+from mars_jax.checks import check_sizes
 from mars_jax.config import Config
 from mars_jax.convergence import ConvergenceRule, RuleName
 from mars_jax.devices import physical_memory_bytes
@@ -153,7 +154,7 @@ def run_probes(
 ) -> None:
     """Runs lanes in the groups of their programs; a finished group is never run again."""
     config, reporter = workspace.config, workspace.reporter
-    workspace.check_sizes()
+    check_sizes(workspace)
     schedule = probe_schedule(workspace)
     recorded = {record["lane"] for record in read_jsonl(directory.lanes_file, reporter.warn)}
     remaining = []

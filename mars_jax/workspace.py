@@ -21,13 +21,14 @@ from mars_jax.config import Config
 from mars_jax.data.batches import Batch, eval_batches, nested_stream, stream, subset
 from mars_jax.data.examples import ExampleSource, Preprocessor, ShapePlan, Shapes, load_preprocessor, plan_shapes
 from mars_jax.data.features import FeatureSource
+from mars_jax.data.packing import PackingPlan, plan_packing
 from mars_jax.data.pictures import ENCODER_INPUTS
 from mars_jax.data.records import Record, load_records
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
+from mars_jax.data.summary import data_summary
 from mars_jax.devices import device_memory_bytes, devices_to_use, single_lane_mesh
-from mars_jax.errors import ConfigError
 from mars_jax.hub.families import parameters
-from mars_jax.hub.read import open_safetensors, read_checkpoint, read_config, weight_files
+from mars_jax.hub.read import read_checkpoint, read_config
 from mars_jax.hubfiles import local
 from mars_jax.memory import activation_bytes, lane_state_bytes
 from mars_jax.models.families import build_model
@@ -35,7 +36,7 @@ from mars_jax.models.multimodal import Multimodal
 from mars_jax.probe.engine import Engine, make_engine
 from mars_jax.probe.plan import Lane
 from mars_jax.progress import Reporter
-from mars_jax.sharding import base_shardings, check_batch, make_mesh, place
+from mars_jax.sharding import base_shardings, batch_parts, check_batch, make_mesh, place
 
 if TYPE_CHECKING:
     import grain
@@ -56,6 +57,7 @@ class Workspace:
         self.config = config
         self.reporter = reporter
         self._engines: dict[Any, Engine] = {}
+        self._packings: dict[tuple[int, int], PackingPlan] = {}
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -128,23 +130,35 @@ class Workspace:
     def data_summary(self) -> dict[str, Any]:
         """The document of data.json; what was dropped is told by name."""
         plans = {"train": self._train_plan, "validation": self._validation_plan, "test": self._test_plan}
-        dropped = [
-            {"id": record.id, "split": name, "reason": f"{length} tokens, more than {self.config.data.max_tokens}"}
-            for name, plan in plans.items()
-            for record, length in plan.dropped
-        ]
-        for entry in dropped:
+        summary = data_summary(plans, self.shapes, self.config.data.max_tokens)
+        for entry in summary["dropped"]:
             self.reporter.warn(f"sample {entry['id']!r} of {entry['split']} is left out: {entry['reason']}")
-        shapes = self.shapes
-        return {
-            **{name: len(plan.kept) for name, plan in plans.items()},
-            "images": {name: len({d for r in plan.kept for d in r.digests}) for name, plan in plans.items()},
-            "formats": sorted({record.format for plan in plans.values() for record in plan.kept}),
-            "dropped": dropped,
-            "shapes": {
-                name: getattr(shapes, name) for name in ("max_tokens", "max_tiles", "max_supervised", "corners")
-            },
-        }
+        return {**summary, "padding": self._padding()}
+
+    def _padding(self) -> dict[str, Any]:
+        """Shares of padding in what a step of a probe, or of the final run alone, computes: part of data.json."""
+        section = self.config.probe if self.config.lora.is_searched else self.config.finetune
+        tokens, tiles, _ = np.mean(self._train_plan.sizes, axis=0).tolist()
+        shapes, plan = self.shapes, self._packing_plan(section.batch_size, self._batch_parts)
+        unpacked = {"tokens": 1.0 - tokens / shapes.max_tokens, "tiles": 1.0 - tiles / shapes.max_tiles}
+        return {"batch_size": section.batch_size, "unpacked": unpacked, "packed": plan.padding}
+
+    def packing(self, batch_size: int, parts: int | None = None) -> PackingPlan | None:
+        """How training batches are packed, if so, where samples are split over so many devices; None: as in probes."""
+        return self._packing_plan(batch_size, parts or self._batch_parts) if self.config.data.packing else None
+
+    def _packing_plan(self, batch_size: int, parts: int) -> PackingPlan:
+        key = batch_size, parts
+        if key not in self._packings:
+            sizes = np.asarray(self._train_plan.sizes, np.int64)
+            self._packings[key] = plan_packing(sizes, batch_size, parts, self.preprocessor.pictures.rows_per_tile)
+        return self._packings[key]
+
+    @property
+    def _batch_parts(self) -> int:
+        """Devices that a probe's samples are split over; they are looked for only where the config leaves it open."""
+        sizes = self.config.mesh.data, self.config.mesh.fsdp
+        return math.prod(sizes) if min(sizes) > 0 else batch_parts(self.mesh)
 
     def target_num_samples(self) -> int:
         """D that ranks are picked for: all training samples unless the config says otherwise."""
@@ -182,19 +196,29 @@ class Workspace:
         """Lanes in one vectorised step of a device, where nothing was measured."""
         if jax.default_backend() == "cpu":
             return 1 if self.mesh.size > 1 else _SHARED_CORES_LANE_BLOCK
-        return math.ceil(_SATURATED_TOKENS / (self.config.probe.batch_size * self.shapes.max_tokens))
+        rows, tokens, _ = self._at_once
+        return math.ceil(_SATURATED_TOKENS / (rows * tokens))
+
+    @property
+    def _at_once(self) -> tuple[int, int, int]:
+        """Samples of a lane that a step computes at once, or rows of them, and their tokens and tiles."""
+        batch_size = self.config.probe.batch_size
+        if plan := self.packing(batch_size):
+            return plan.packing.row_block, plan.packing.wide.tokens, plan.packing.wide.tiles
+        return batch_size, self.shapes.max_tokens, self.shapes.max_tiles
 
     def step_bytes(self, remat: str) -> int:
         """Memory of a device for the probes, about: its part of the base, all lanes' states, one step's activations."""
         settings, mesh, grids = self.config.probe, self.mesh.shape, self.grids
         largest = sum(max(grids[module]) * count for module, count in lora.parameters_per_rank(self.targets).items())
         block = self.default_lane_block if settings.lane_block == "auto" else settings.lane_block
+        rows, tokens, tiles = self._at_once
         activations = activation_bytes(
             self.model_config,
             {module: max(ranks) for module, ranks in grids.items()},
-            batch_size=math.ceil(block * settings.batch_size / (mesh["data"] * mesh["fsdp"])),
-            tokens=self.shapes.max_tokens,
-            tiles=self.shapes.max_tiles,
+            batch_size=math.ceil(block * rows / (mesh["data"] * mesh["fsdp"])),
+            tokens=tokens,
+            tiles=tiles,
             remat=remat,
             itemsize=jnp.dtype(self.config.model.dtype).itemsize,
         )
@@ -308,20 +332,28 @@ class Workspace:
             )
         return self._engines[key]
 
-    def stream(self, lane: Lane, batch_size: int) -> "grain.MapDataset[Batch]":
-        """Batches of a lane: smaller D lie in larger ones, and lanes of one seed see the same order."""
-        indices = subset(len(self.search.train), lane.num_samples, self.config.seed)
-        return stream(self._train_source, indices, seed=self.config.seed + lane.seed, batch_size=batch_size)
+    def stream(self, lane: Lane, batch_size: int, parts: int | None = None) -> "grain.MapDataset[Any]":
+        """Batches of a lane: smaller D lie in larger ones, and lanes of one seed see the same order.
 
-    def probe_stream(self, lane: Lane, *, cached_encoder: bool) -> "grain.MapDataset[Batch]":
+        With `data.packing` they are packed, for `parts` devices: see `packing`.
+        """
+        indices = subset(len(self.search.train), lane.num_samples, self.config.seed)
+        batches = stream(self._train_source, indices, seed=self.config.seed + lane.seed, batch_size=batch_size)
+        plan = self.packing(batch_size, parts)
+        return batches.map(plan.packing.pack) if plan else batches
+
+    def probe_stream(self, lane: Lane, *, cached_encoder: bool) -> "grain.MapDataset[Any]":
         """Batches of a probe, with the encoder's output in place of pixels if asked for."""
         settings = self.config.probe
         indices = subset(len(self.search.train), lane.num_samples, self.config.seed)
         source = self._feature_source if cached_encoder else self._train_source
         seed = self.config.seed + lane.seed
         if settings.sampling == "nested":
-            return nested_stream(source, indices, settings.num_samples, seed=seed, batch_size=settings.batch_size)
-        return stream(source, indices, seed=seed, batch_size=settings.batch_size)
+            batches = nested_stream(source, indices, settings.num_samples, seed=seed, batch_size=settings.batch_size)
+        else:
+            batches = stream(source, indices, seed=seed, batch_size=settings.batch_size)
+        plan = self.packing(settings.batch_size)
+        return batches.map(plan.packing.pack) if plan else batches
 
     @cached_property
     def _encode(self) -> Callable[[Any], Any]:
@@ -363,36 +395,3 @@ class Workspace:
         """Validation samples in the looks of a run, the fewest first."""
         asked = (self.config.probe.validation_samples, self.config.finetune.validation_samples)
         return sorted({min(samples, len(self.search.validation)) for samples in asked})
-
-    def check_model(self) -> None:
-        """Refuses a checkpoint, targets or ranks that can't be used, reading headers only, before the data are read.
-
-        Raises:
-            ConfigError: no usable checkpoint, a target without a hit, or a rank beyond a width.
-        """
-        _ = self.targets
-        for file in weight_files(self.checkpoint):
-            with open_safetensors(file):
-                pass
-        sizes = self.config.probe.num_samples
-        if self.config.lora.is_searched and len(sizes) < 2:
-            raise ConfigError(
-                f"probe.num_samples is {list(sizes)}; the laws need at least two numbers of samples. Add another."
-            )
-
-    def check_sizes(self) -> None:
-        """Refuses data sizes that the training split can't give.
-
-        Raises:
-            ConfigError: more samples asked for than there are.
-        """
-        total = len(self.search.train)
-        wanted = {"probe.num_samples": max(self.config.probe.num_samples)} if self.config.lora.is_searched else {}
-        if self.config.selection.target_num_samples:
-            wanted["selection.target_num_samples"] = self.config.selection.target_num_samples
-        for key, value in wanted.items():
-            if value > total:
-                raise ConfigError(
-                    f"{key} asks for {value} training samples, but the training split has {total}. "
-                    f"Choose at most {total}, or give more data."
-                )

@@ -1,5 +1,6 @@
 """Packed batches: every sample once and whole, little padding, and the loss and gradients of the batch as it was."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,14 +8,15 @@ import jax
 import numpy as np
 import pytest
 import tiny_data
+import tiny_job
 import tiny_llava
 import tiny_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mars_jax.config_schema import DEFAULT_MODULES
-from mars_jax.data.examples import load_preprocessor
-from mars_jax.data.packing import Packing, Places, Size, plan_packing
+from mars_jax.data.examples import Size, load_preprocessor
+from mars_jax.data.packing import Packing, Places, plan_packing
 from mars_jax.errors import DataError
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.lora import find_targets, flatten, init_adapters, join_trainable, split_trainable
@@ -68,7 +70,7 @@ sizes_of_samples = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(sizes_of_samples, st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
 def test_every_sample_is_in_one_row_whole_with_its_tiles_and_targets(sizes, row_block, seed):
-    packing = plan_packing(np.asarray(sizes), len(sizes), row_block, rows_per_tile=2)
+    packing = plan_packing(np.asarray(sizes), len(sizes), row_block, rows_per_tile=2).packing
     batch = batch_of(sizes, seed)
     packed = packing.pack(batch)
     tiles = packed["tiles"]["pixels"].reshape(-1, 3)
@@ -147,14 +149,15 @@ def short(rng):
 def test_less_than_a_tenth_of_mixed_lengths_is_padding(data):
     rng = np.random.default_rng(1)
     sizes = data(rng)
-    packing = plan_packing(sizes, BATCH, 1, rows_per_tile=1)
+    plan = plan_packing(sizes, BATCH, 1, rows_per_tile=1)
+    packing = plan.packing
     computed = used = 0
     for _ in range(200):
         chosen = sizes[rng.choice(len(sizes), BATCH, replace=False)]
         computed += packing.computed_tokens(packing.places(chosen))
         used += chosen[:, 0].sum()
     assert 1 - used / computed < 0.1
-    assert packing.padding(sizes, BATCH) == pytest.approx(1 - used / computed, abs=0.015)
+    assert plan.padding["tokens"] == pytest.approx(1 - used / computed, abs=0.015)
     assert 1 - sizes[:, 0].mean() / sizes[:, 0].max() > 0.25  # as it was
 
 
@@ -170,7 +173,7 @@ def test_blocks_of_rows_are_filled_up():
 
 
 def test_a_sample_that_no_row_has_room_for_is_refused():
-    packing = plan_packing(np.asarray([(5, 1, 2), (8, 1, 2)]), 2, 1, rows_per_tile=2)
+    packing = plan_packing(np.asarray([(5, 1, 2), (8, 1, 2)]), 2, 1, rows_per_tile=2).packing
     with pytest.raises(
         DataError, match=r"^sample 1 of a batch needs Size\(tokens=9, .* more than a row's Size\(tokens"
     ):
@@ -241,3 +244,47 @@ def test_loss_and_gradients_are_those_of_the_batch_as_it_was(family, cached, tmp
         largest = np.abs(expected).max()
         assert largest > 0, path
         np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-5 * largest, err_msg=path)
+
+
+# In a run.
+
+
+def mixed_records(folder):
+    """Records with a picture and a question or two, or words alone; some are long."""
+    path = tiny_job.records(folder, 60)
+    items = json.loads(path.read_text())
+    for i, item in enumerate(items):
+        if i % 4 == 3:
+            item["image"] = []
+            item["conversations"][0]["value"] = "what colour?"
+        item["conversations"][0]["value"] += " a square" * (12 if i % 5 == 0 else i % 3)
+    path.write_text(json.dumps(items))
+    return path
+
+
+def test_a_packed_run_ends_where_the_run_as_it_was_does(tmp_path):
+    base, train = tiny_job.checkpoint(tmp_path / "base"), mixed_records(tmp_path)
+    results = {}
+    for packing, command in ((False, "probe"), (True, "run")):
+        run = tmp_path / command
+        config = tiny_job.config(tmp_path / f"{command}.yaml", base, train, run, data={"packing": packing})
+        done = tiny_job.mars(command, config, cache=tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        lanes = [json.loads(line) for line in (run / "probes" / "lanes.jsonl").read_text().splitlines()]
+        plan = json.loads((run / "plan.json").read_text())
+        told = next(line for line in done.stderr.splitlines() if "are padding" in line)
+        results[packing] = (lanes, json.loads((run / "data.json").read_text())["padding"], told, plan)
+    (before, share, told_before, plan), (after, other_share, told_after, packed_plan) = results[False], results[True]
+    assert share == other_share
+    assert share["batch_size"] == 4
+    assert 0 < share["packed"]["tokens"] < 0.6 * share["unpacked"]["tokens"]
+    form = "data: {tokens:.0%} of the tokens and {tiles:.0%} of the tiles that a step of 4 samples computes are padding"
+    text = {name: form.format(**share[name]) for name in ("packed", "unpacked")}
+    assert f"{text['unpacked']}, unpacked; it would be" in told_before
+    assert f"{text['packed']}, packed; it would be" in told_after
+    for left, right in zip(before, after, strict=True):
+        assert left["lane"] == right["lane"]
+        assert right["best_loss"] == pytest.approx(left["best_loss"], rel=1e-3)
+    # Less is computed, as the plan says; less memory is needed, since a row is computed at a time.
+    assert packed_plan["flops"] < 0.95 * plan["flops"]
+    assert packed_plan["step_memory_bytes"] < plan["step_memory_bytes"]

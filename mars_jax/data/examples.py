@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,12 +106,28 @@ class Shapes:
         )
 
 
+class Size(NamedTuple):
+    """What a sample needs by itself: tokens up to the last that predicts one, tiles, tokens to predict."""
+
+    tokens: int
+    tiles: int
+    supervised: int
+
+
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The records that fit, their shapes, and the rest with its number of tokens (for the caller to log)."""
+    """The records that fit, their shapes, and the rest with its number of tokens (for the caller to log).
+
+    Attributes:
+        shapes: of a batch of those that fit.
+        kept: those that fit.
+        sizes: what each of them needs.
+        dropped: the others, with their numbers of tokens.
+    """
 
     shapes: Shapes
     kept: tuple[Record, ...]
+    sizes: tuple[Size, ...]
     dropped: tuple[tuple[Record, int], ...]
 
 
@@ -124,6 +140,7 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
         DataError: a record has nothing to learn or cannot be encoded, or no record fits.
     """
     kept: list[Record] = []
+    sizes: list[Size] = []
     dropped: list[tuple[Record, int]] = []
     shapes = Shapes(1, 1, 1, 1)
     for record in records:
@@ -133,6 +150,8 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
             dropped.append((record, length))
             continue
         kept.append(record)
+        tiles = sum(picture.num_tiles for picture in pictures)
+        sizes.append(Size(int(np.flatnonzero(encoded.supervised)[-1]), tiles, int(encoded.supervised.sum())))
         shapes = shapes.union(_shapes_of(encoded, pictures))
     if not kept:
         shortest = min((length for _, length in dropped), default=0)
@@ -140,7 +159,7 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
             f"none of {len(records)} records fits max_tokens = {max_tokens}; the shortest has {shortest} tokens. Raise "
             "max_tokens, or use smaller pictures."
         )
-    return ShapePlan(shapes, tuple(kept), tuple(dropped))
+    return ShapePlan(shapes, tuple(kept), tuple(sizes), tuple(dropped))
 
 
 def _encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mars_jax.data.batches import Batch
+from mars_jax.data.examples import Size
 from mars_jax.errors import DataError
 
 # Rows come in two widths, T and T times this. With T alone 11 to 13 % of what is computed would be padding, where 16
@@ -20,8 +21,9 @@ from mars_jax.errors import DataError
 _WIDE = 1.5
 # Of rows filled by tokens alone, how many have room for their tiles and supervised tokens. More room would be padding.
 _ROOM_QUANTILE = 0.95
-# Batches from which room and padding are worked out.
-_TRIED_BATCHES = 64
+# Samples, in batches, from which room and padding are worked out; and numbers of wide rows tried for a batch.
+_TRIED_SAMPLES = 1024
+_TRIED_WIDE_ROWS = 16
 _UNLIMITED = 2**31
 
 # What the encoder reads of a sample is left where it lies, since it is large: rows say which tiles they take.
@@ -29,14 +31,6 @@ _TILES = ("pixels", "features", "patch_positions")
 
 PackedBatch = dict[str, Any]
 """See `Packing.pack`."""
-
-
-class Size(NamedTuple):
-    """What a sample needs of a row, or a row's room: tokens, tiles and supervised tokens."""
-
-    tokens: int
-    tiles: int
-    supervised: int
 
 
 class Places(NamedTuple):
@@ -51,7 +45,7 @@ class Packing:
     """How the batches of a data set are packed.
 
     Attributes:
-        narrow: room of a row that takes T tokens; every sample fits.
+        narrow: room of a row that takes T tokens, those of the longest sample; every sample fits.
         wide: room of a wider row.
         row_block: k, rows that are computed at a time, a multiple of the mesh's parts of a batch.
         rows_per_tile: feature rows that a tile gives.
@@ -70,8 +64,8 @@ class Packing:
         """
         order = np.argsort(-sizes[:, 0], kind="stable").tolist()
         needed = [Size(*size) for size in sizes.tolist()]
-        tried = (self._first_fit(needed, order, most) for most in range(len(order) + 1))
-        return min(tried, key=self.computed_tokens)
+        numbers = range(0, len(order) + 1, math.ceil(len(order) / _TRIED_WIDE_ROWS))
+        return min((self._first_fit(needed, order, most) for most in numbers), key=self.computed_tokens)
 
     def _first_fit(self, needed: Sequence[Size], order: Sequence[int], most_wide: int) -> Places:
         """Each sample, in this order, to the first row that has room for it, of which only so many may be wide."""
@@ -136,23 +130,6 @@ class Packing:
             "narrow": self._rows(batch, sizes, places.narrow, self.narrow, most["narrow"]),
         }
 
-    def expected_rows(self, sizes: NDArray[np.int64], batch_size: int) -> tuple[float, float]:
-        """Wide and narrow rows that a batch takes on average, `computed_rows` of some random batches.
-
-        Args:
-            sizes: [samples, 3], a `Size` for each sample of the data.
-            batch_size: B.
-        """
-        batches = _random_batches(sizes, batch_size, seed=1)
-        wide, narrow = np.mean([self.computed_rows(self.places(batch)) for batch in batches], axis=0)
-        return float(wide), float(narrow)
-
-    def padding(self, sizes: NDArray[np.int64], batch_size: int) -> float:
-        """The share of padding in the tokens that are computed, of the batches of `expected_rows`."""
-        batches = _random_batches(sizes, batch_size, seed=1)
-        computed = sum(self.computed_tokens(self.places(batch)) for batch in batches)
-        return 1.0 - float(batches[:, :, 0].sum()) / computed
-
     def sizes(self, batch: Batch) -> NDArray[np.int64]:
         """The `Size` of every sample of a batch, [B, 3]; tokens after the last target don't count."""
         supervised, index = batch["target_weights"] > 0, batch["image_index"]
@@ -213,8 +190,25 @@ class Packing:
         return {name: array.reshape(blocks, self.row_block, *array.shape[1:]) for name, array in arrays.items()}
 
 
-def plan_packing(sizes: NDArray[np.int64], batch_size: int, row_block: int, rows_per_tile: int) -> Packing:
-    """Works out what rows have room for: all tokens and tiles and targets of any sample, and of most rows of samples.
+@dataclass(frozen=True)
+class PackingPlan:
+    """How batches will be packed, and what comes of it on average, told by random batches.
+
+    Attributes:
+        packing: of the batches.
+        wide_rows: rows of a batch that are computed.
+        narrow_rows: likewise.
+        padding: its shares in the tokens and in the tiles that are computed.
+    """
+
+    packing: Packing
+    wide_rows: float
+    narrow_rows: float
+    padding: dict[str, float]
+
+
+def plan_packing(sizes: NDArray[np.int64], batch_size: int, row_block: int, rows_per_tile: int) -> PackingPlan:
+    """Works out what rows have room for: all that any sample needs, and most rows that are filled by tokens alone.
 
     Args:
         sizes: [samples, 3], a `Size` for each sample that will be packed.
@@ -238,12 +232,19 @@ def plan_packing(sizes: NDArray[np.int64], batch_size: int, row_block: int, rows
         return Size(width, max(tiles, least.tiles, 1), max(supervised, least.supervised))
 
     narrow = room(largest.tokens, seen[1], largest)
-    return Packing(narrow, room(wide, seen[0], narrow), row_block, rows_per_tile)
+    packing = Packing(narrow, room(wide, seen[0], narrow), row_block, rows_per_tile)
+    batches = _random_batches(sizes, batch_size, seed=1)
+    counts = np.asarray([packing.computed_rows(packing.places(batch)) for batch in batches])
+    computed = counts.sum(axis=0) @ np.asarray([packing.wide, packing.narrow])
+    shares = (1.0 - batches.sum(axis=(0, 1)) / computed).tolist()
+    wide_rows, narrow_rows = counts.mean(axis=0).tolist()
+    return PackingPlan(packing, wide_rows, narrow_rows, dict(zip(("tokens", "tiles"), shares, strict=False)))
 
 
 def _random_batches(sizes: NDArray[np.int64], batch_size: int, seed: int) -> NDArray[np.int64]:
     """Sizes of the samples of some batches, [batches, B, 3]."""
-    return sizes[np.random.default_rng(seed).integers(0, len(sizes), (_TRIED_BATCHES, batch_size))]
+    number = max(8, _TRIED_SAMPLES // batch_size)
+    return sizes[np.random.default_rng(seed).integers(0, len(sizes), (number, batch_size))]
 
 
 def _added(left: Size, right: Size) -> Size:
