@@ -29,6 +29,7 @@ _LONGEST = (
     "test_pipeline",
     "test_kill",
     "test_qwen_job",
+    "test_packing",
     "test_compare",
     "test_splice",
     "test_probe_sharded",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_data
 import tiny_job
+import tiny_lanes
 import tiny_llava
 import tiny_qwen
 from hypothesis import given, settings
@@ -244,6 +245,40 @@ def test_loss_and_gradients_are_those_of_the_batch_as_it_was(family, cached, tmp
         largest = np.abs(expected).max()
         assert largest > 0, path
         np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-5 * largest, err_msg=path)
+
+
+class PackedStream:
+    """`tiny_lanes.Stream` of batches of four, as they are or packed, with some samples cut short before their end."""
+
+    def __init__(self, packing=None):
+        self._pool, self._packing = tiny_lanes.examples(8, seed=1), packing
+        self._pool["target_weights"][::2, 1] = 0
+
+    def __getitem__(self, step):
+        chosen = np.random.default_rng(step).integers(0, 8, 4)
+        batch = {name: leaf[chosen] for name, leaf in self._pool.items()}
+        return self._packing.pack(batch) if self._packing else batch
+
+
+def test_lanes_that_read_packed_batches_on_two_devices_end_as_they_did():
+    sizes = np.asarray([(6, 1, 1), (8, 1, 2)])
+    packing = plan_packing(sizes, 4, row_block=2, rows_per_tile=tiny_lanes.CONFIG.vision.num_patches).packing
+    blocks = {tuple(PackedStream(packing)[step]["blocks"].tolist()) for step in range(8)}
+    assert len(blocks) > 1
+    timing = tiny_lanes.schedule([0, 3, 8])
+    options = {"learning_rates": dict.fromkeys(tiny_lanes.RATES, 3e-4)}
+    results = []
+    for mesh, stream in (({"lane": 1}, PackedStream()), ({"lane": 2, "data": 2}, PackedStream(packing))):
+        engine = tiny_lanes.engine(tiny_lanes.PADDED, num_slots=4, lane_block=2, mesh_sizes=mesh)
+        # Compiled once, for the first batches, whatever the number of rows.
+        engine = replace(engine, chunk=tiny_lanes.Program(engine.chunk))
+        results.append(tiny_lanes.run(tiny_lanes.LANES, engine, timing, stream=stream, **options))
+    before, after = results
+    for expected, rows in zip(before.rows, after.rows, strict=True):
+        for left, right in zip(expected, rows, strict=True):
+            for name in ("train_loss", "validation_loss", "update_norm"):
+                if left[name] is not None:
+                    assert right[name] == pytest.approx(left[name], rel=1e-4), name
 
 
 # In a run.

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import tiny_lanes
-from tiny_lanes import schedule
+from tiny_lanes import Program, schedule
 
 from mars_jax.checkpoint import Checkpoints
 from mars_jax.errors import Interrupted
@@ -17,21 +17,7 @@ from mars_jax.sharding import base_shardings, place
 
 GRID = [Lane({"vision": v, "projector": p, "llm": n}, 8, 1) for v in (1, 2, 3, 4) for p in (0, 2) for n in (2, 4)]
 TIMING = schedule([0, 3, 8])
-# The partitioner is under test, not LLVM: half of the compile time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 COLLECTIVES = r"(?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\("
-
-
-class Program:
-    """A chunk that is compiled for its first arguments and can be read."""
-
-    def __init__(self, chunk):
-        self._chunk = chunk
-        self.compiled = None
-
-    def __call__(self, *arguments):
-        self.compiled = self.compiled or self._chunk.lower(*arguments).compile(QUICK)
-        return self.compiled(*arguments)
 
 
 def engine_on(mesh_sizes, num_slots):
