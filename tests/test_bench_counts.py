@@ -121,13 +121,13 @@ def test_the_sequential_grid_costs_its_final_runs_and_a_search_saves_at_most_the
         "grid": [{"ranks": ranks} for ranks in grid],
         "sequential_grid": {"16": dataclasses.asdict(whole), "12288": dataclasses.asdict(whole)},
         "search": {
-            "cost": {"probes": {"flops": 0.0}},
+            "probes": {"flops": 0.0},
             "final_run": {steps: dataclasses.asdict(alone[-1]) for steps in ("16", "12288")},
         },
     }
     assert 1 < b5.ratios_at([run], 16)["sequential grid"] <= 6
     # A search as dear as the rest halves it.
-    run["search"]["cost"]["probes"]["flops"] = alone[-1].flops
+    run["search"]["probes"]["flops"] = alone[-1].flops
     assert b5.ratios_at([run], 16)["share of the search"] == 0.5
 
 

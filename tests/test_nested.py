@@ -98,7 +98,7 @@ def test_a_lane_read_at_each_size_is_the_separate_single_pass_over_that_size_bit
 
 def config(folder, *overrides):
     path = tiny_job.config(folder / "a.yaml", folder / "base", folder / "train.json", folder / "run")
-    return load_config(path, ["probe.sampling=nested", *overrides])
+    return load_config(path, ["probe.sampling=nested", "probe.steps=null", *overrides])
 
 
 def test_a_search_plans_lanes_of_the_largest_size_and_reads_each_at_every_size(tmp_path):
@@ -165,7 +165,7 @@ def test_warm_up_must_end_within_the_pass(tmp_path):
 
 def test_a_nested_search_records_every_lane_at_every_size(tmp_path):
     base, train = tiny_job.checkpoint(tmp_path / "base"), tiny_job.records(tmp_path / "data", 60)
-    probe = {"sampling": "nested", "num_samples": [16, 32], "corners": False}
+    probe = {"sampling": "nested", "steps": None, "num_samples": [16, 32], "corners": False}
     rule = {"rule": "splice", "epsilon": 0.5, "sustain": 1}
     path = tiny_job.config(tmp_path / "a.yaml", base, train, tmp_path / "run", probe=probe, convergence=rule)
     done = tiny_job.mars("probe", path, "--json", cache=tmp_path / "cache")
