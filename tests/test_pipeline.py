@@ -105,6 +105,9 @@ def test_the_main_path_neither_needs_torch_nor_asks_for_it(job):
 
 
 def test_the_data_are_split_and_counted(job):
+    # The report had asked for it since it tells tokens, and no run had it.
+    assert 3 < read(job.run / "data.json")["tokens_per_sample"] < read(job.run / "data.json")["shapes"]["max_tokens"]
+    assert read(job.run / "report" / "report.json")["costs"]["finetune"]["tokens"] > 0
     data = read(job.run / "data.json")
     assert data["train"] + data["validation"] + data["test"] == 60
     assert min(data["train"], data["validation"], data["test"]) > 0

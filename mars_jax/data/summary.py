@@ -5,6 +5,7 @@ It only tells; what is read and dropped is decided in `records` and `examples`.
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 from mars_jax.data.examples import ShapePlan, Shapes
@@ -12,6 +13,8 @@ from mars_jax.data.examples import ShapePlan, Shapes
 
 def data_summary(plans: Mapping[str, ShapePlan], shapes: Shapes, max_tokens: int | None) -> dict[str, Any]:
     """The document of data.json but for what the batches are.
+
+    `tokens_per_sample`, text and image tokens alike, is the mean of the training samples up to their last target.
 
     Args:
         plans: of the splits by name.
@@ -28,4 +31,5 @@ def data_summary(plans: Mapping[str, ShapePlan], shapes: Shapes, max_tokens: int
             for record, length in plan.dropped
         ],
         "shapes": asdict(shapes),
+        "tokens_per_sample": mean(size.tokens for size in plans["train"].sizes),
     }
