@@ -23,7 +23,7 @@ of 20 replays); random search is the exact expectation. Definitions are in evide
 the lanes in evidence_runs.py. Methods are named by probes, rule and form of Law-P ("power form" where another was
 chosen); a rule that can't time both modules leaves the pick to the loss.
 
-figure = share of cells (task x seed) in which the regret of what the tool does by default, a sweep of the eight best
+figure = share of cells (task x seed) in which the regret of what the tool does by default, a sweep of the four best
 probes of an eighth of a final run's samples, is at most 0.5 %.
 
     python benchmarks/evidence.py [--short] [--anyway] [--out FOLDER] [--work FOLDER] [--seeds N] [--only-done]
@@ -54,7 +54,7 @@ TASKS = {
     "tongue": ["--style", "hue", "--eye", "0", "--tongue", "1"],
     "both": ["--style", "hue", "--eye", "1", "--tongue", "0.4"],
 }
-DEFAULT_METHOD = "half nested: best probe, sweep of 8"
+DEFAULT_METHOD = "half nested: best probe, sweep of 4"
 
 
 def main() -> None:

@@ -276,7 +276,7 @@ class SelectionConfig(_Section):
     method: Literal["laws", "paper"] = Field(default="laws", description="by expected loss, or as in the paper")
     target_num_samples: Count | None = Field(default=None, description="D to pick for; null: all training samples")
     sweep: Count = Field(
-        default=8,
+        default=4,
         description="final runs that are begun, with the ranks of the best probes; rung by rung the worse half ends, "
         "and the last one is the final run; 1: the laws' pick alone is trained",
     )
