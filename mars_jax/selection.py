@@ -391,7 +391,7 @@ def decide_by_sweep(selection: Selection, results: Sequence[tuple[Ranks, float]]
     agrees = (
         "which the laws had picked as well"
         if pick.ranks == selection.pick
-        else (f"where the laws had picked {_words(selection.pick)}")
+        else f"where the laws had picked {_words(selection.pick)}"
     )
     explanation = (
         f"Of the final runs that the best probes were given, those that came to their end have these validation losses "

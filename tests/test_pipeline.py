@@ -256,6 +256,14 @@ def test_another_pick_is_fine_tuned_from_the_start(job, tmp_path):
     assert [row["step"] for row in lines(run / "finetune" / "metrics.jsonl")] == [0, 1, 2]
 
 
+def test_a_sweep_in_which_every_run_diverges_is_no_result(job, tmp_path):
+    run = copy_of(job, tmp_path / "copy", lambda config: config["finetune"].update(learning_rate=1e38))
+    done = tiny_job.mars("select", run, cache=job.cache)
+    assert done.returncode == 5
+    assert "mars: no final run of the sweep came to its end (vision" in done.stderr
+    assert "Lower finetune.learning_rate (now {'vision': 1e+38," in done.stderr
+
+
 def test_given_ranks_are_trained_without_a_search(job, tmp_path):
     modules = {"vision": {"ranks": [0]}, "projector": {"targets": ["projector/linear_2"], "ranks": [3]}}
     small = ["finetune={steps: 4, look_every: 2, warmup_steps: 1}", "evaluate.max_samples=3", "evaluate.controls=false"]
