@@ -85,10 +85,14 @@ def write(package: Path, out: Path, seed: int) -> dict[str, int]:
     (out / "images").mkdir(parents=True, exist_ok=True)
     with tarfile.open(package) as archive:
         listed = json.loads(content(archive, "package/emoji.json"))
-        emoji = sorted((one for one in listed if one["has_img_google"]), key=lambda one: one["sort_order"])
-        for one in emoji:
+        emoji, seen = [], set()
+        for one in sorted((one for one in listed if one["has_img_google"]), key=lambda one: one["sort_order"]):
             picture = content(archive, f"package/img/google/64/{one['image']}")
-            (out / "images" / one["image"]).write_bytes(picture)
+            # Some have two names, such as flags of islands: the second would be a test picture that was learned.
+            if picture not in seen:
+                seen.add(picture)
+                emoji.append(one)
+                (out / "images" / one["image"]).write_bytes(picture)
     splits = split(emoji, np.random.default_rng(seed))
     held_out = {one["image"] for name in ("validation", "test") for one, _ in splits[name]}
     samples = {

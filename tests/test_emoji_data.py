@@ -19,7 +19,7 @@ KINDS = {"face-smiling": "face", "face-tongue": "face", "animal-bird": "bird", "
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """Twenty pictures of each subcategory, and one that this set of pictures lacks."""
+    """Twenty pictures of each subcategory, one of them twice, and one that this set of pictures lacks."""
     path = tmp_path_factory.mktemp("npm") / "emoji.tgz"
     with tarfile.open(path, "w:gz") as archive:
 
@@ -44,6 +44,11 @@ def package(tmp_path_factory):
             )
             add(f"img/google/64/{order:x}.png", picture.getvalue())
         listed.append({**listed[0], "image": "absent.png", "has_img_google": False})
+        # Norway's flag is that of two islands too; one of them was in test, the other in train.
+        listed.append({**listed[0], "image": "again.png", "name": "THE SAME PICTURE", "sort_order": 1000})
+        first = io.BytesIO()
+        Image.new("RGBA", (64, 64), (0, 0, 200, 255)).save(first, "PNG")
+        add("img/google/64/again.png", first.getvalue())
         add("emoji.json", json.dumps(listed).encode())
     return path
 
