@@ -28,8 +28,8 @@ probes of an eighth of a final run's samples, is at most 0.5 %.
 
     python benchmarks/evidence.py [--short] [--anyway] [--out FOLDER] [--work FOLDER] [--seeds N] [--only-done]
 
-A cell takes about 13 minutes on two cores, one with separate probes and other rates about 23. `--work` keeps what was
-run, so a stopped experiment goes on; `--only-done` reports on the cells that are there.
+A cell takes 5 to 13 minutes on two cores, by the machine, one with separate probes and other rates twice as long.
+`--work` keeps what was run, so a stopped experiment goes on; `--only-done` reports on the cells that are there.
 """
 
 import sys
