@@ -99,8 +99,9 @@ def test_lora_gradients_equal_peft(tmp_path):
     )
     adapted = peft.get_peft_model(model, lora)
     generator = torch.Generator().manual_seed(1)
+    # PEFT's own draw of A followed what other tests had drawn, and with some a gradient was too small to compare.
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.1, generator=generator)
     adapted.save_pretrained(tmp_path / "adapter")
 
