@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
             **{name: attempted(load, job, name, folder, batch) for name in job["load"]},
             **{name: attempted(make, job, name, folder, batch) for name in job["make"]},
         }
-    except Exception as error:
+    except Exception as error:  # a version that can't load the base is a result, whatever it raises
         answer["base"] = {"error": told(error)}
     (folder / "answer.json").write_text(json.dumps(answer))
 
@@ -54,7 +54,7 @@ def attempted(work: Any, job: Document, name: str, folder: Path, batch: dict[str
         warnings.simplefilter("always")
         try:
             found: Document = work(base, job, name, folder, batch)
-        except Exception as error:
+        except Exception as error:  # so is an adapter that it can't load
             found = {"error": told(error)}
     # Others speak of their own code, not of the adapter.
     spoken = [str(warning.message) for warning in caught if warning.category is UserWarning]

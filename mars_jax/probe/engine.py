@@ -112,7 +112,10 @@ class Engine:
 
 def mean_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch) -> Array:
     """Mean cross-entropy over the supervised tokens of a batch, nats, float32 []; the base gets no gradient."""
-    total, count = _summed_loss(model, base, adapters, batch)
+    return _mean(*_summed_loss(model, base, adapters, batch))
+
+
+def _mean(total: Array, count: Array) -> Array:
     return total / jnp.maximum(count, 1.0)
 
 
@@ -292,12 +295,8 @@ def loss_and_gradients(
         The loss, nats, float32 [], and the tree of gradients.
     """
 
-    def mean(leaves: Tree) -> Array:
-        total, count = summed(leaves, batch)
-        return total / jnp.maximum(count, 1.0)
-
     if "blocks" not in batch:
-        return jax.value_and_grad(mean)(leaves)
+        return jax.value_and_grad(lambda leaves: _mean(*summed(leaves, batch)))(leaves)
     tiles = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch["tiles"].items()}
     derived = jax.value_and_grad(lambda leaves, rows: summed(leaves, rows)[0])
     sums, count = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, leaves)), jnp.zeros(())
@@ -310,7 +309,7 @@ def loss_and_gradients(
 
         sums = jax.lax.fori_loop(0, batch["blocks"][number], add, sums)
         count += rows["target_weights"].sum()
-    return jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1.0), sums)
+    return jax.tree.map(lambda leaf: _mean(leaf, count), sums)
 
 
 def _unseen(targets: lora.Targets, slots: int) -> Look:
