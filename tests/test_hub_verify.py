@@ -26,9 +26,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("export"))
+
+
+def export(root, head=1.0):
     """A base, an adapter and a merged checkpoint on disk, with a batch and our logits: (root, arguments)."""
-    root = tmp_path_factory.mktemp("export")
     model = tiny_llava.torch_model()
+    model.lm_head.weight.data *= head
     model.save_pretrained(root / "base")
     theirs, ours = tiny_llava.inputs(model, [[(31, 57)], [(28, 28)]])
     config, params = read_checkpoint(root / "base", "float32")
@@ -75,7 +79,7 @@ def test_an_adapter_that_does_nothing_is_an_error(exported, tmp_path):
     adapter = shutil.copytree(root / "adapter", tmp_path / "adapter")
     tensors = load_file(adapter / WEIGHTS)
     save_file({key: value * ("lora_A" in key) for key, value in tensors.items()}, adapter / WEIGHTS)
-    with pytest.raises(NoValidResultError, match=r"does not change the logits: .*moved .*, tolerance 0.0001"):
+    with pytest.raises(NoValidResultError, match=r"does not change the logits: .*moved .*, allowed 0.0001"):
         verify_adapter(adapter, root / "base", **arguments | {"our_logits": arguments["base_logits"]})
 
 
@@ -88,6 +92,17 @@ def test_other_logits_are_an_error(wrong, exported):
     )
     with pytest.raises(NoValidResultError, match=message):
         verify_merged(root / "merged", root / "base", **arguments)
+
+
+def test_rounding_of_large_logits_is_not_an_error(tmp_path):
+    """A real model's export was refused: logits of tens differ by more than 1e-4 without anything being wrong."""
+    root, arguments = export(tmp_path, head=1000.0)
+    result = verify_adapter(root / "adapter", root / "base", **arguments)
+    assert result["logits_difference"] > 1e-4
+    assert result["largest_logit"] > 1000
+    wrong = arguments["our_logits"] + 2e-4 * result["largest_logit"]
+    with pytest.raises(NoValidResultError, match="its logits in PyTorch are not ours"):
+        verify_adapter(root / "adapter", root / "base", **arguments | {"our_logits": wrong})
 
 
 def test_a_merged_checkpoint_with_tensors_astray_is_an_error(exported, tmp_path):
