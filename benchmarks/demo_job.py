@@ -34,6 +34,8 @@ from mars_jax.workspace import Workspace
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 THREADS = 2
 PROJECTOR_RANK = 8
+# Lanes never leave early nor are averaged, since PEFT's aren't.
+AS_PEFT = ("probe.patience=null", "probe.averaging=null")
 _WATCHED_SECONDS = 2.0
 
 K = TypeVar("K")
@@ -116,13 +118,12 @@ class Conditions:
 
 
 def demo_workspace(*overrides: str) -> Workspace:
-    """The demo with some settings changed; its lanes never leave early nor are averaged, since PEFT's aren't."""
-    settings = ["probe.patience=null", "probe.averaging=null", *overrides]
-    return Workspace(load_config(CONFIG, settings), ConsoleReporter())
+    """The demo with some settings changed, in which lanes train as PEFT's do."""
+    return Workspace(load_config(CONFIG, [*AS_PEFT, *overrides]), ConsoleReporter())
 
 
-def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa") -> PeftGrid:
-    """The PyTorch side of a workspace."""
+def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa", **where: Any) -> PeftGrid:
+    """The PyTorch side of a workspace; `where` is the device and the dtype."""
     width, height = load_rgb(workspace.search.train[0].images[0]).size
     config = workspace.config
     return PeftGrid(
@@ -134,6 +135,7 @@ def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eage
         threads=THREADS,
         head=head,
         attention=attention,
+        **where,
     )
 
 
@@ -195,4 +197,4 @@ class FixedBatch:
         slots, piece = lane_slots(lanes, engine), Piece(0, self._steps, look=False)
         work = chunk_work(engine, slots, batches, piece, self._schedule, look_batches=1)
         state, losses, _ = engine.chunk(state, base, validation, work)
-        return state, np.asarray(losses)[slots]
+        return state, np.asarray(losses)[slots]  # waits for the device

@@ -1,6 +1,6 @@
 """The PyTorch side of the benchmarks: a grid of LoRA probes with transformers, PEFT and torch, one after the other.
 
-It is what a competent user would write for the CPU: one process, the base loaded once and frozen, one adapter a probe.
+It is what a competent user would write: one process, the base loaded once and frozen, one adapter a probe.
 Weights, drawn adapters, batches, AdamW, clipping, warm-up and looks are ours, so that both sides train the same lanes;
 batches are cut to their longest sample, and turned into tensors outside of what is timed. It measures nothing of our
 own engine and writes no results.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -114,6 +115,8 @@ class PeftGrid:
         threads: int = 2,
         head: Head = "all",
         attention: Literal["sdpa", "eager"] = "sdpa",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Loads the base.
 
@@ -126,14 +129,18 @@ class PeftGrid:
             threads: of torch, in this process.
             head: "all" is what PEFT users get, logits at every position; "supervised" spares what the loss ignores.
             attention: the implementation in transformers.
+            device: of model and batches, as torch names it.
+            dtype: of the base, and what products are computed in; adapters are float32.
         """
         torch.set_num_threads(threads)
         config = read_config(checkpoint)
         assert isinstance(config, LlavaOnevisionConfig)
         self.config = config
         self.model = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+            checkpoint, dtype=dtype, attn_implementation=attention, local_files_only=True
         )
+        self.model.to(device)  # type: ignore[arg-type]
+        self._device, self._dtype = device, dtype
         self.model.eval().requires_grad_(False)
         self.targets, self.alpha, self.optimizer, self.head = targets, alpha, optimizer, head
         self._checkpoint = str(checkpoint)
@@ -167,7 +174,14 @@ class PeftGrid:
         labels = np.full((len(tokens), length), _NO_LABEL, np.int64)
         labels[sample, positions + 1] = targets  # transformers shifts labels by one
         rows = torch.from_numpy(sample * length + positions)
-        return TorchBatch(inputs, torch.from_numpy(labels), rows, torch.from_numpy(targets), int(lengths.sum()))
+        put = partial(torch.Tensor.to, device=self._device)
+        return TorchBatch(
+            {name: put(tensor) for name, tensor in inputs.items()},
+            put(torch.from_numpy(labels)),
+            put(rows),
+            put(torch.from_numpy(targets)),
+            int(lengths.sum()),
+        )
 
     def encode_all(self, batches: Mapping[str, np.ndarray]) -> list[TorchBatch]:
         """Batches [V, B, ...], as looks read them."""
@@ -225,9 +239,11 @@ class PeftGrid:
 
     def loss(self, batch: TorchBatch) -> torch.Tensor:
         """Mean cross-entropy over the supervised tokens, nats, float32 []."""
-        if self.head == "all":
-            return self.model(**batch.inputs, labels=batch.labels, use_cache=False).loss
-        return F.cross_entropy(self._supervised_logits(batch), batch.targets)
+        # As transformers' trainer does; without it, PEFT's float32 adapters would make float32 products.
+        with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
+            if self.head == "all":
+                return self.model(**batch.inputs, labels=batch.labels, use_cache=False).loss
+            return F.cross_entropy(self._supervised_logits(batch), batch.targets)
 
     def _supervised_logits(self, batch: TorchBatch) -> torch.Tensor:
         hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
@@ -278,7 +294,7 @@ class PeftGrid:
                         batch = self.encode(batches[step])
                         data_seconds += time.perf_counter() - start
                         start, cpu = time.perf_counter(), time.process_time()
-                        losses.append(self.step(batch, optimizer, float(multipliers[step])))
+                        losses.append(self.step(batch, optimizer, float(multipliers[step])).item())
                         step_seconds += time.perf_counter() - start
                         cpu_seconds += time.process_time() - cpu
                         tokens += batch.tokens
@@ -303,8 +319,8 @@ class PeftGrid:
             look_tokens=len(rows) * sum(batch.tokens for batch in validation),
         )
 
-    def step(self, batch: TorchBatch, optimizer: torch.optim.AdamW, multiplier: float) -> float:
-        """One step of AdamW; returns the loss before it.
+    def step(self, batch: TorchBatch, optimizer: torch.optim.AdamW, multiplier: float) -> torch.Tensor:
+        """One step of AdamW; returns the loss before it, float32 [], and on a GPU doesn't wait for it.
 
         `clip_grad_norm_` divides by the norm + 1e-6 where optax divides by the norm: a factor of 1 - 1e-6 / norm.
         """
@@ -316,7 +332,7 @@ class PeftGrid:
             group["lr"] = multiplier * group["rate"]
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     def repeat_step(
         self,
@@ -332,6 +348,6 @@ class PeftGrid:
             seconds, losses = [], []
             for _ in range(steps):
                 start = time.perf_counter()
-                losses.append(self.step(batch, optimizer, 1.0))
+                losses.append(self.step(batch, optimizer, 1.0).item())
                 seconds.append(time.perf_counter() - start)
         return RepeatedSteps(seconds, np.asarray(losses)[:, None])

@@ -92,14 +92,14 @@ def write_random(folder: Path, config: Document) -> int:
 
     for parameter in parameters(model_config(config)):
         for key in parameter.keys:
-            tensor = rng.normal(0, 0.02, parameter.stored_shape).astype(np.float32).astype(ml_dtypes.bfloat16)
+            tensor = (0.02 * rng.standard_normal(parameter.stored_shape, np.float32)).astype(ml_dtypes.bfloat16)
             shards[-1][key], weight_map[key] = tensor, f"model-{len(shards)}.safetensors"
             size += tensor.nbytes
             if size > SHARD_BYTES:
                 flush()
                 shards, size = [*shards, {}], 0
     flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return len(shards)
 
 

@@ -19,7 +19,7 @@ from mars_jax.jsonfiles import read_json, write_text
 
 HERE = Path(__file__).parent
 EVIDENCE = ("laws", "planted", "evidence")
-ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "kills", "adapter_matrix")
+ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "gpu", "kills", "adapter_matrix")
 
 Row = Mapping[str, Any]
 
@@ -57,11 +57,13 @@ def shown(document: Row) -> dict[str, Any]:
     """A result as the template wants it."""
     detail, versions = document["detail"], document["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "peft") if versions.get(name))
+    device = f"{detail['device']}, " if "device" in detail else ""
     tables = detail.get("tables") or {"": [{"what": what, "value": value} for what, value in leaves(detail)]}
     return {
         **document,
         "about": about(HERE / f"{document['id']}.py"),
-        "machine": f"{versions['cores']} cores of {versions['cpu']}, Python {versions['python']}, {packages}",
+        "machine": f"{device}{versions['cores']} cores of {versions['cpu']}, Python {versions['python']}, {packages}",
+        "note": detail.get("note", ""),
         "reached": reached(document["figure"], document["goal"]),
         "form": detail.get("form", "full"),
         "tables": [{"title": title, "text": table(rows)} for title, rows in tables.items() if rows],

@@ -3,10 +3,11 @@
 Estimates for planning, compared with a compiler's own plan in `benchmarks/remat.py`; nothing is measured here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from mars_jax.models.attention import MAX_SCORES
 from mars_jax.models.configs import ModelConfig, QwenVisionConfig
-from mars_jax.models.layers import MAX_SCORES, SCAN_UNROLL
+from mars_jax.models.layers import SCAN_UNROLL
 
 # What XLA plans for over what the layers' outputs take: 2.3 at LLaVA-OneVision-0.5B's shapes (benchmarks/remat.py).
 _OVERHEAD = 2.3
@@ -26,6 +27,7 @@ def activation_bytes(
     tiles: int,
     remat: str = "none",
     itemsize: int = 4,
+    flash: Collection[str] = (),
 ) -> int:
     """Bytes that a lane-step keeps from its forward pass for its backward pass.
 
@@ -37,13 +39,14 @@ def activation_bytes(
         tiles: N, a sample; windows where the encoder has window attention.
         remat: see `models.layers.rematerialised`.
         itemsize: bytes of an activation.
+        flash: modules whose attention keeps no scores, see `models.attention.has_flash`.
     """
     vision, text = config.vision, config.text
     windowed = isinstance(vision, QwenVisionConfig)
     # Windowed attention is computed again in the backward pass, and that of longer sequences too: see `models`.
-    seen = 0 if windowed else vision.num_positions
+    seen = 0 if windowed or "vision" in flash else vision.num_positions
     encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + windowed, vision.num_heads * seen)
-    scores = text.num_heads * tokens if tokens**2 <= MAX_SCORES else 0
+    scores = text.num_heads * tokens if tokens**2 <= MAX_SCORES and "llm" not in flash else 0
     decoder = _layer(text.hidden_size, text.intermediate_size, 2, scores)
     rows = {"vision": tiles * vision.num_positions, "llm": tokens}
     layers = {"vision": config.num_vision_layers_used, "llm": text.num_layers}

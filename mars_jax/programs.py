@@ -18,8 +18,9 @@ from mars_jax.probe.plan import Lane, Ranks
 from mars_jax.sharding import share_cores
 from mars_jax.workspace import Workspace
 
-# FLOPs done in the time of one compile: 15 to 30 seconds at what each kind of device reaches on small models.
-_COMPILE_FLOPS = {"cpu": 1e12}
+# FLOPs done in the time of one compile: 15 to 30 seconds at what a core reaches on small models; on a GPU a minute or
+# more at what an H100 reaches on LLaVA-OneVision 0.5B (benchmarks/gpu.py). Of a TPU nothing was measured.
+_COMPILE_FLOPS = {"cpu": 1e12, "gpu": 1e16}
 _COMPILE_FLOPS_ACCELERATOR = 1e15
 
 

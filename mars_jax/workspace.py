@@ -31,6 +31,7 @@ from mars_jax.hub.families import parameters
 from mars_jax.hub.read import read_checkpoint, read_config
 from mars_jax.hubfiles import local
 from mars_jax.memory import activation_bytes, lane_state_bytes
+from mars_jax.models.attention import has_flash
 from mars_jax.models.families import build_model
 from mars_jax.models.multimodal import Multimodal
 from mars_jax.probe.engine import Engine, make_engine
@@ -213,6 +214,7 @@ class Workspace:
         largest = sum(max(grids[module]) * count for module, count in lora.parameters_per_rank(self.targets).items())
         block = self.default_lane_block if settings.lane_block == "auto" else settings.lane_block
         rows, tokens, tiles = self._at_once
+        parts = {"vision": self.model_config.vision, "llm": self.model_config.text}
         activations = activation_bytes(
             self.model_config,
             {module: max(ranks) for module, ranks in grids.items()},
@@ -221,6 +223,7 @@ class Workspace:
             tiles=tiles,
             remat=remat,
             itemsize=jnp.dtype(self.config.model.dtype).itemsize,
+            flash=[module for module, part in parts.items() if has_flash(self.config.model.dtype, part.head_dim)],
         )
         states = math.ceil(settings.lanes_per_program / mesh["lane"]) * lane_state_bytes(
             largest, settings.looks_per_doubling

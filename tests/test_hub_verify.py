@@ -79,7 +79,7 @@ def test_an_adapter_that_does_nothing_is_an_error(exported, tmp_path):
     adapter = shutil.copytree(root / "adapter", tmp_path / "adapter")
     tensors = load_file(adapter / WEIGHTS)
     save_file({key: value * ("lora_A" in key) for key, value in tensors.items()}, adapter / WEIGHTS)
-    with pytest.raises(NoValidResultError, match=r"does not change the logits: .*moved .*, allowed 0.0001"):
+    with pytest.raises(NoValidResultError, match=r"does not change the logits: .*moved .*, tolerance 0.0001"):
         verify_adapter(adapter, root / "base", **arguments | {"our_logits": arguments["base_logits"]})
 
 

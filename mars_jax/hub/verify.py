@@ -35,7 +35,7 @@ def verify_adapter(
         our_logits: our logits with the adapter, float32 [B, T, V]; compared where the attention mask is 1.
         base_logits: our logits without it, float32 [B, T, V].
         tolerance: largest difference of a logit; where the largest logit is above 1, as a share of that, since
-            float32 rounds in shares.
+            float32 rounds in shares. The adapter must move a logit by more than it.
 
     Returns:
         `tensors` placed, the largest absolute differences `logits_difference` (theirs and ours, adapted),
@@ -178,9 +178,9 @@ def _compare(
             f"{what}: its logits in PyTorch are not ours: {numbers}, allowed {allowed:.3g}. "
             f"A base_difference as large points at the base or the inputs, otherwise the export is wrong."
         )
-    if not result["moved"] > allowed:
+    if not result["moved"] > tolerance:
         raise NoValidResultError(
-            f"{what}: the adapter does not change the logits: {numbers}, allowed {allowed:.3g}. "
+            f"{what}: the adapter does not change the logits: {numbers}, tolerance {tolerance:g}. "
             f"Either nothing was trained, or the tensors were not applied."
         )
     return result

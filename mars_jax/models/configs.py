@@ -31,6 +31,11 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def head_dim(self) -> int:
+        """Numbers of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
     def num_patches(self) -> int:
         """Patches of one tile."""
         return self.grid_size**2

@@ -1,4 +1,4 @@
-"""The few layers that every module shares: a dense layer that takes an adapter, norms, activations, attention.
+"""The few layers that every module shares: a dense layer that takes an adapter, norms, activations, rotations.
 
 No architecture lives here. Ranks are never attributes: a dense layer adds a low-rank update exactly when the `lora`
 collection has leaves for it, so one compiled model serves every rank pair.
@@ -12,16 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from mars_jax.lora import lora_dense
 
 # Layers of a scan unrolled at a time: the whole of a small model (1.4x faster steps on CPU), a bounded program for a
 # large one.
 SCAN_UNROLL = 4
-
-# Scores of a head in memory at once, of one sample: those of 1024 tokens with each other.
-MAX_SCORES = 2**20
 
 # What a layer keeps for its backward pass when it is rematerialised; the rest is computed twice.
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
@@ -110,52 +106,6 @@ def rotate(x: Array, angles: Array) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def attention(query: Array, key: Array, value: Array, visible: Array | None = None) -> Array:
-    """Softmax attention with grouped queries; the softmax is in float32.
-
-    Of long sequences some queries are worked off at a time, and again in the backward pass, so that what scores take
-    grows with the length and not with its square; `visible` itself is a byte for each query and key.
-
-    Args:
-        query: [B, S, H, head].
-        key: [B, T, G, head], with H a multiple of G.
-        value: [B, T, G, head].
-        visible: bool [B or 1, S, T], keys that a query sees; None: all.
-
-    Returns:
-        [B, S, H * head].
-    """
-    batch, length, heads, head_dim = query.shape
-    keys, groups = key.shape[1:3]
-    query = query.reshape(batch, length, groups, heads // groups, head_dim)
-    if length * keys <= MAX_SCORES:
-        mixed = _attend(query, key, value, visible)
-    else:
-        rows = max(1, MAX_SCORES // keys)
-        pieces = -(-length // rows)
-        spare = pieces * rows - length
-        seen = jnp.ones((1, length, keys), bool) if visible is None else visible
-
-        def in_pieces(x: Array) -> Array:
-            padded = jnp.pad(x, [(0, spare) if axis == 1 else (0, 0) for axis in range(x.ndim)])
-            return padded.reshape(x.shape[0], pieces, rows, *x.shape[2:]).swapaxes(0, 1)
-
-        piece = jax.checkpoint(lambda pair: _attend(pair[0], key, value, pair[1]))
-        mixed = jax.lax.map(piece, (in_pieces(query), in_pieces(seen)))
-        mixed = mixed.swapaxes(0, 1).reshape(batch, pieces * rows, groups, -1, head_dim)[:, :length]
-    return checkpoint_name(mixed.reshape(batch, length, heads * head_dim), "attention")
-
-
-def _attend(query: Array, key: Array, value: Array, visible: Array | None) -> Array:
-    """Attention of queries [B, S, G, H / G, head], in the same shape."""
-    scores = jnp.einsum("btghd,bsgd->bghts", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
-    if visible is not None:
-        # Added, not selected: what a selection keeps for the backward pass is as large as the scores.
-        scores += jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None, None]
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bghts,bsgd->btghd", weights, value)
 
 
 def _over(vector: Array, x: Array) -> Array:

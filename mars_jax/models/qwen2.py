@@ -15,9 +15,10 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from mars_jax.models.attention import attention
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.head import frozen_head_loss
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised, rotate
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, rematerialised, rotate
 
 
 class Layout(NamedTuple):
@@ -116,12 +117,14 @@ class SelfAttention(nn.Module):
         query = rotate(query, rotary_angles(config, of_query))
         key = rotate(key, rotary_angles(config, places))
         if cache is None:
-            visible = causal_visibility(x.shape[1], positions, layout)
+            is_causal = positions is None and (layout is None or layout.segments is None)
+            visible = None if is_causal else causal_visibility(x.shape[1], positions, layout)
         else:
+            is_causal = False
             cache = cache.write(layer, key, value)
             key, value = cache.keys[layer], cache.values[layer]
             visible = causal_visibility(key.shape[1], cache.used + jnp.arange(x.shape[1])[None], layout)
-        mixed = attention(query, key, value, visible)
+        mixed = attention(query, key, value, visible, is_causal=is_causal)
         return Dense(config.hidden_size, use_bias=False, name="o_proj")(mixed), cache
 
 

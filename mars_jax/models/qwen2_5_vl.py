@@ -14,8 +14,9 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from mars_jax.models.attention import attention
 from mars_jax.models.configs import Qwen25VlConfig, QwenVisionConfig
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, attention, rematerialised, rotate
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, rematerialised, rotate
 from mars_jax.models.multimodal import Batch, Multimodal
 from mars_jax.models.qwen2 import Qwen2Decoder
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from mars_jax.models.attention import attention
 from mars_jax.models.configs import VisionConfig
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, LayerNorm, attention, rematerialised
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, LayerNorm, rematerialised
 
 
 class SelfAttention(nn.Module):
