@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import llava_kinds
 import numpy as np
 import pytest
 import tiny_data
@@ -186,11 +187,19 @@ def test_a_sample_that_no_row_has_room_for_is_refused():
 
 @pytest.mark.parametrize(
     ("family", "cached"),
-    [("llava_onevision", False), ("scaled_down", False), ("qwen2_5_vl", False), ("llava_onevision", True)],
+    [
+        ("llava_onevision", False),
+        ("scaled_down", False),
+        ("qwen2_5_vl", False),
+        ("llava", False),
+        ("llava_onevision", True),
+    ],
 )
 def test_loss_and_gradients_are_those_of_the_batch_as_it_was(family, cached, tmp_path, monkeypatch):
     if family == "qwen2_5_vl":
         tiny_qwen.checkpoint(tmp_path / "base", tiny_qwen.torch_model())
+    elif family == "llava":
+        llava_kinds.KINDS["clip, llama"].checkpoint(tmp_path / "base")
     else:
         limit = {"vision_aspect_ratio": "anyres_max_1"} if family == "scaled_down" else {}
         text = {"vocab_size": 300, "max_position_embeddings": 512}
