@@ -22,7 +22,8 @@ from mars_jax.errors import ConfigError
 AXES = ("lane", "data", "fsdp", "tensor")
 REST = -1
 
-_BATCH_AXES = ("data", "fsdp")
+# What splits samples, and what splits the heads of attention, as products of queries, keys and values are.
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 # Mesh axes of the trailing dimensions of each parameter, which is what a rule names; a leading axis of layers is left
 # whole. A column-parallel linear splits its output over `tensor`, a row-parallel one its input, so that a pair of them
@@ -133,17 +134,17 @@ def base_shardings(abstract_base: Mapping[str, Any], mesh: Mesh) -> dict[str, An
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the samples of a batch [B, ...] over data and fsdp; see `check_batch`."""
-    return NamedSharding(mesh, PartitionSpec(_BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the rows of an array [B, ...] over every axis but `tensor`, for work that has no lanes."""
-    return NamedSharding(mesh, PartitionSpec(("lane", *_BATCH_AXES)))
+    return NamedSharding(mesh, PartitionSpec(("lane", *BATCH_AXES)))
 
 
 def chunk_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the samples of several batches [C, B, ...] over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(None, _BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def place_batches(batches: Mapping[str, Any], mesh: Mesh) -> Any:
@@ -151,14 +152,14 @@ def place_batches(batches: Mapping[str, Any], mesh: Mesh) -> Any:
     by_sample = chunk_sharding(mesh)
     if "blocks" not in batches:
         return place(batches, by_sample)
-    by_row = NamedSharding(mesh, PartitionSpec(None, None, _BATCH_AXES))
+    by_row = NamedSharding(mesh, PartitionSpec(None, None, BATCH_AXES))
     shardings = {"tiles": by_sample, "blocks": NamedSharding(mesh, PartitionSpec()), "wide": by_row, "narrow": by_row}
     return {name: place(part, shardings[name]) for name, part in batches.items()}
 
 
 def batch_parts(mesh: Mesh) -> int:
     """Devices that the samples of a batch are split over."""
-    return math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def lane_sharding(mesh: Mesh) -> NamedSharding:
@@ -174,7 +175,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     """
     parts = batch_parts(mesh)
     if batch_size % parts:
-        text = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in _BATCH_AXES)
+        text = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
         raise ConfigError(
             f"a batch of {batch_size} samples can't be split evenly over mesh {text}, {parts} parts. "
             f"Make the batch size a multiple of {parts}, or the parts one of {_divisors(batch_size)}."

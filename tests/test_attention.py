@@ -1,14 +1,17 @@
 """Attention over long sequences, worked off in pieces, and by one kernel, against attention at once."""
 
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mars_jax.models import attention as attention_module
-from mars_jax.models.attention import attention, causal, fused_attention
+from mars_jax.models.attention import attention, causal, fused_attention, on_each_device
+from mars_jax.sharding import make_mesh
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -82,3 +85,32 @@ def test_a_kernel_that_is_causal_sees_what_the_mask_shows():
     masked = attention(query, key, value, causal(9))
     np.testing.assert_allclose(kernel(query, key, value).reshape(2, 9, 32), masked, rtol=0, atol=1e-5)
     np.testing.assert_allclose(attention(query, key, value, is_causal=True), masked, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axis", "own"), [("lane", (2, 6, 4, 8)), ("data", (1, 6, 4, 8)), ("fsdp", (1, 6, 4, 8)), ("tensor", (2, 6, 2, 8))]
+)
+def test_every_device_attends_for_its_own_samples_and_heads(axis, own):
+    """XLA can't split a kernel: on two GPUs the program didn't compile."""
+    mesh = make_mesh({axis: 2}, jax.devices()[:2])
+    query, key, value = jax.random.normal(jax.random.key(2), (3, 4, 2, 6, 4, 8))  # lanes, samples, ...
+    kernel = partial(fused_attention, implementation="xla", is_causal=True)
+    seen = []
+
+    def shape_seen(x):
+        seen.append(x.shape)
+        return x
+
+    def total(*qkv):
+        on_each_device(shape_seen)(qkv[0][0])
+        return jax.vmap(jax.grad(lambda *of_lane: (kernel(*of_lane) ** 2).sum(), (0, 1, 2)))(*qkv)
+
+    lanes = PartitionSpec("lane")
+    mapped = jax.shard_map(total, mesh=mesh, in_specs=lanes, out_specs=lanes, axis_names={"lane"}, check_vma=False)
+    placed = jax.device_put((query, key, value), NamedSharding(mesh, PartitionSpec("lane", "data", None, "tensor")))
+    program = jax.jit(mapped).lower(*placed).compile()
+    assert seen[-1] == own
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=0, atol=1e-5), program(*placed), jax.jit(total)(query, key, value)
+    )
+    assert not re.findall(r"all-(?:gather|reduce|to-all)|collective-permute", program.as_text())

@@ -4,7 +4,8 @@ On an NVIDIA GPU in bfloat16 that is cuDNN's flash attention, which keeps no sco
 whom, rotary positions and caches are the callers' business.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from mars_jax.sharding import BATCH_AXES, HEAD_AXIS
 
 # Scores of a head in memory at once, of one sample, where they are: those of 1024 tokens with each other.
 MAX_SCORES = 2**20
@@ -49,9 +53,13 @@ def causal(length: int) -> Array:
 
 
 def has_flash(dtype: Any, head_dim: int) -> bool:
-    """Whether this machine's devices and cuDNN have flash attention for heads of this dtype and width."""
+    """Whether cuDNN has flash attention for heads of this dtype and width, on devices as they are used here.
+
+    XLA can't split its kernels, so of several devices it must be known which: see `on_each_device`.
+    """
     fits = dtype == jnp.bfloat16 and head_dim % _HEAD_MULTIPLE == 0 and head_dim <= _LARGEST_HEAD
-    return fits and _cuda_capability() >= _LEAST_CAPABILITY
+    split = jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty
+    return fits and not split and _cuda_capability() >= _LEAST_CAPABILITY
 
 
 @cache
@@ -107,18 +115,53 @@ def fused_attention(
 
     @jax.custom_vjp
     def mixed(*arrays: Array) -> Array:
-        return lanes_in_batch(kernel)(*arrays)
+        return on_each_device(lanes_in_batch(kernel))(*arrays)
 
     def forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
         return mixed(*arrays), arrays
 
     def backward(arrays: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-        return *lanes_in_batch(pull_back)(cotangent, *arrays), *[None] * (len(arrays) - 3)
+        return *on_each_device(lanes_in_batch(pull_back))(cotangent, *arrays), *[None] * (len(arrays) - 3)
 
     mixed.defvjp(forward, backward)
     if visible is None:
         return mixed(query, key, value)
     return mixed(query, key, value, jnp.broadcast_to(visible, (len(query), *visible.shape[1:])))
+
+
+def on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of arrays [B, S, H, head] and [B, ...], by each device for its own samples and heads.
+
+    The mesh is known within a `jax.shard_map` over some of its axes, as `probe.engine` has it; the others are made
+    explicit here. Heads stay together where H or G isn't a multiple of the devices along `tensor`.
+    """
+
+    def spread(*arrays: Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size <= 1:
+            return kernel(*arrays)
+        samples = _dividing(mesh, BATCH_AXES, [len(array) for array in arrays])
+        heads = _dividing(mesh, (HEAD_AXIS,), [array.shape[2] for array in arrays if array.ndim == 4])
+
+        def spec(array: Any) -> PartitionSpec:
+            return PartitionSpec(samples, None, heads) if array.ndim == 4 else PartitionSpec(samples)
+
+        # All axes, those that are explicit already too: only then JAX leaves the kernel as it is.
+        return jax.shard_map(
+            kernel,
+            in_specs=tuple(map(spec, arrays)),
+            out_specs=jax.tree.map(spec, jax.eval_shape(kernel, *arrays)),
+            axis_names=set(mesh.axis_names),
+            check_vma=False,
+        )(*arrays)
+
+    return spread
+
+
+def _dividing(mesh: AbstractMesh, axes: tuple[str, ...], sizes: Sequence[int]) -> tuple[str, ...] | None:
+    """The axes if their devices divide all sizes, else None, which splits nothing."""
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    return axes if all(size % parts == 0 for size in sizes) else None
 
 
 def lanes_in_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
