@@ -23,6 +23,8 @@ MAX_SCORES = 2**20
 
 # What cuDNN's kernels take: a multiple of it up to the largest, and GPUs from Ampere on.
 _HEAD_MULTIPLE, _LARGEST_HEAD, _LEAST_CAPABILITY = 8, 128, 8.0
+# Fewer, such as the one of a token that is generated, have few scores; nor were fewer tried on a GPU.
+_LEAST_QUERIES = 32
 
 
 def attention(
@@ -40,7 +42,7 @@ def attention(
     Returns:
         [B, S, H * head].
     """
-    if has_flash(query.dtype, query.shape[-1]):
+    if has_flash(query.dtype, query.shape[-1]) and query.shape[1] >= _LEAST_QUERIES:
         mixed = fused_attention(query, key, value, visible, is_causal=is_causal)
     else:
         mixed = _plain_attention(query, key, value, causal(query.shape[1]) if is_causal else visible)
@@ -159,9 +161,10 @@ def on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dividing(mesh: AbstractMesh, axes: tuple[str, ...], sizes: Sequence[int]) -> tuple[str, ...] | None:
-    """The axes if their devices divide all sizes, else None, which splits nothing."""
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    return axes if all(size % parts == 0 for size in sizes) else None
+    """Those of the axes that the mesh has, if their devices divide all sizes; else None, which splits nothing."""
+    there = tuple(axis for axis in axes if axis in mesh.axis_names)
+    parts = math.prod(mesh.shape[axis] for axis in there)
+    return there if all(size % parts == 0 for size in sizes) else None
 
 
 def lanes_in_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
