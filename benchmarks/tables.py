@@ -19,7 +19,7 @@ from mars_jax.jsonfiles import read_json, write_text
 
 HERE = Path(__file__).parent
 EVIDENCE = ("laws", "planted", "evidence")
-ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b8", "gpu", "kills", "adapter_matrix")
+ORDER = ("b1", "b1c", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "gpu", "kills", "adapter_matrix")
 
 Row = Mapping[str, Any]
 

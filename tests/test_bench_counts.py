@@ -168,7 +168,7 @@ def test_the_page_shows_every_result_and_says_which_miss_their_goal():
     missed = {**result, "id": "b8", "figure": 0.5, "goal": "at least 0.9", "unit": "useful | executed"}
     missed["detail"] = {"tables": {"Groups": [{"lanes": 3, "useful": 0.75}, {"lanes": 4, "more": True}]}}
     page = tables.page({"b8": missed, "b3": result})
-    assert "Not measured yet: b1, b1c, b2, b4, b5, b6, gpu, kills, adapter_matrix." in page
+    assert "Not measured yet: b1, b1c, b2, b4, b5, b6, b7, gpu, kills, adapter_matrix." in page
     assert "- b8: 0.5 useful | executed; the goal is at least 0.9." in page
     assert "| lanes | useful | more |\n| --- | --- | --- |\n| 3 | 0.75 |  |\n| 4 |  | yes |" in page
     assert f"**{tables.number(result['figure'])}** ({result['unit']}" in page
