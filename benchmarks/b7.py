@@ -78,7 +78,7 @@ WITHOUT_DEVICES = {
 
 
 def main() -> None:
-    """Writes results/b7.json; about ten minutes."""
+    """Writes results/b7.json; about a quarter of an hour, more than half of it for the TPU."""
     options = own_parser(__doc__).parse_args()
     if options.child:
         return answer(options.child, compiled)
