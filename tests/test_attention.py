@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mars_jax.models import attention as attention_module
-from mars_jax.models.attention import attention, causal, fused_attention, on_each_device
+from mars_jax.models.attention import attention, causal, fused_attention, has_flash, on_each_device
 from mars_jax.sharding import make_mesh
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -114,3 +114,12 @@ def test_every_device_attends_for_its_own_samples_and_heads(axis, own):
         partial(np.testing.assert_allclose, rtol=0, atol=1e-5), program(*placed), jax.jit(total)(query, key, value)
     )
     assert not re.findall(r"all-(?:gather|reduce|to-all)|collective-permute", program.as_text())
+
+
+def test_flash_attention_is_told_by_the_name_of_a_dtype_too(monkeypatch):
+    """The plan of memory named the dtype as the config does, and counted scores that no GPU keeps."""
+    monkeypatch.setattr(attention_module, "_cuda_capability", lambda: 9.0)
+    assert all(has_flash(dtype, 64) for dtype in ("bfloat16", jnp.bfloat16, jnp.zeros((), jnp.bfloat16).dtype))
+    assert not any(has_flash(*unfit) for unfit in (("float32", 64), ("bfloat16", 60), ("bfloat16", 256)))
+    monkeypatch.setattr(attention_module, "_cuda_capability", lambda: 7.5)
+    assert not has_flash("bfloat16", 64)

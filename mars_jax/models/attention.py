@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from mars_jax.sharding import BATCH_AXES, HEAD_AXIS
 
@@ -42,7 +43,9 @@ def attention(
     Returns:
         [B, S, H * head].
     """
-    if has_flash(query.dtype, query.shape[-1]) and query.shape[1] >= _LEAST_QUERIES:
+    # XLA can't split cuDNN's kernels, so of several devices it must be known which: see `on_each_device`.
+    known = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    if known and has_flash(query.dtype, query.shape[-1]) and query.shape[1] >= _LEAST_QUERIES:
         mixed = fused_attention(query, key, value, visible, is_causal=is_causal)
     else:
         mixed = _plain_attention(query, key, value, causal(query.shape[1]) if is_causal else visible)
@@ -54,14 +57,10 @@ def causal(length: int) -> Array:
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
-def has_flash(dtype: Any, head_dim: int) -> bool:
-    """Whether cuDNN has flash attention for heads of this dtype and width, on devices as they are used here.
-
-    XLA can't split its kernels, so of several devices it must be known which: see `on_each_device`.
-    """
-    fits = dtype == jnp.bfloat16 and head_dim % _HEAD_MULTIPLE == 0 and head_dim <= _LARGEST_HEAD
-    split = jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty
-    return fits and not split and _cuda_capability() >= _LEAST_CAPABILITY
+def has_flash(dtype: DTypeLike, head_dim: int) -> bool:
+    """Whether this machine's devices and cuDNN have flash attention for heads of this dtype and width."""
+    fits = jnp.dtype(dtype) == jnp.bfloat16 and head_dim % _HEAD_MULTIPLE == 0 and head_dim <= _LARGEST_HEAD
+    return fits and _cuda_capability() >= _LEAST_CAPABILITY
 
 
 @cache
