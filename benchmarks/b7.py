@@ -4,7 +4,7 @@ The engine's chunk is compiled for devices that aren't there, by the compilers t
 alone: four lanes a lane device, adapters of rank 16, a batch of four samples with two tiles of 384 pixels and 1,507
 tokens each, in bfloat16, layers rematerialised by the policy `attention` unless a row says otherwise. Told are the
 memory that a device needs (arguments and temporary buffers) as a share of what it has, and the operations by which
-devices talk to each other: lanes need none, samples split over devices only the sum of their gradients. Nothing is run,
+devices talk to each other: lanes need none, samples split over devices a few sums. Nothing is run,
 so nothing is said of time. GPUs are compiled for without autotuning.
 
 Each row is a fresh process, which needs `pip install "jax[cuda12]" libtpu`; the result is written after each.

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mars_jax.balance import balanced_rank, balanced_rank_continuous
 from mars_jax.convergence_law import ConvergenceLaw
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.halving import halving_schedule, survivors
@@ -16,8 +17,6 @@ from mars_jax.laws import Laws
 from mars_jax.performance_law import Overfit, PerformanceLaw
 from mars_jax.selection import (
     Selection,
-    balanced_rank,
-    balanced_rank_continuous,
     candidates_for_sweep,
     decide_by_sweep,
     select,

@@ -1,7 +1,7 @@
 """Softmax attention with grouped queries, for every architecture, and which kernel computes it.
 
-On an NVIDIA GPU in bfloat16 that is cuDNN's flash attention, which keeps no scores; elsewhere plain products. Who sees
-whom, rotary positions and caches are the callers' business.
+On an NVIDIA GPU in bfloat16 that is cuDNN's flash attention (Dao et al., arXiv 2205.14135), which keeps no scores;
+elsewhere plain products. Rotary positions, segments and caches are the callers' business.
 """
 
 import math

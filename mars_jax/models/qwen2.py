@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from mars_jax.models.attention import attention
+from mars_jax.models.attention import attention, causal
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.head import frozen_head_loss
 from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, rematerialised, rotate
@@ -79,8 +79,7 @@ def take_positions(x: Array, positions: Array) -> Array:
 
 def causal_visibility(length: int, positions: Array | None, layout: Layout | None) -> Array:
     """Which of T keys each query sees, bool [B or 1, S, T]: none after itself, and none of another segment."""
-    places = jnp.arange(length)[None] if positions is None else positions
-    visible = jnp.arange(length)[None, None, :] <= places[:, :, None]
+    visible = causal(length) if positions is None else jnp.arange(length)[None, None, :] <= positions[:, :, None]
     if layout is None or layout.segments is None:
         return visible
     of_key = layout.segments
