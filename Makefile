@@ -19,8 +19,8 @@ test: .venv/.installed-test
 
 # Short forms: they show that the benchmarks run, and measure little. The full ones: see docs/performance.md.
 bench: .venv/.installed-test demo/data/test.json
-	@for name in b1 b1c b2 b4 b5 b6 b8 kills; do \
-	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --short --anyway || exit 1; \
+	@for name in speed.probe_grid speed.step_beside_peft speed.compiles speed.lanes_together speed.search_beside_grid memory.lanes_beside_processes speed.useful_steps compat.kills; do \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --short --anyway || exit 1; \
 	done
 
 .venv/bin/pip:

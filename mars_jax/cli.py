@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mars_jax
-from mars_jax.environment import cpu_device_for_each_core
 from mars_jax.errors import ConfigError, DoesNotFitError, MarsError
+from mars_jax.runtime.environment import cpu_device_for_each_core
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mars_jax.progress import Reporter
+    from mars_jax.runtime.progress import Reporter
 
 INTERRUPTED = 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -94,7 +94,7 @@ def check(
     json_output: Json = False,
 ) -> None:
     """Check config, data and LoRA targets first."""
-    from mars_jax.tables import check_tables
+    from mars_jax.runtime.tables import check_tables
 
     _call("check", config, overrides, json_output, tables=check_tables, show=show)
 
@@ -162,8 +162,8 @@ def diff(
     """Compare two evaluated runs sample by sample."""
 
     def work(reporter: "Reporter") -> Mapping[str, Any]:
-        from mars_jax.difference import difference
-        from mars_jax.rundir import RunDirectory
+        from mars_jax.evals.paired import difference
+        from mars_jax.job.directory import RunDirectory
 
         return difference(RunDirectory(run).samples_file, RunDirectory(other).samples_file, reporter.warn)
 
@@ -181,8 +181,8 @@ def status(config: Source, overrides: Overrides = None, json_output: Json = Fals
     """Say how far a run is."""
 
     def work(reporter: "Reporter") -> Mapping[str, Any]:
-        from mars_jax.config import load_config
-        from mars_jax.rundir import RunDirectory
+        from mars_jax.config.load import load_config
+        from mars_jax.job.directory import RunDirectory
 
         return RunDirectory(load_config(config, overrides or ()).run_dir).status(reporter.warn)
 
@@ -202,7 +202,7 @@ def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: boo
     Raises:
         typer.Exit: a `MarsError`, Ctrl-C or SIGTERM ended the work. Other exceptions pass: they are our bugs.
     """
-    from mars_jax.progress import ConsoleReporter
+    from mars_jax.runtime.progress import ConsoleReporter
 
     try:
         with _sigterm_as_interrupt(), redirect_stdout(sys.stderr):
@@ -233,11 +233,11 @@ def _call(
     **options: Any,
 ) -> None:
     def work(reporter: "Reporter") -> Mapping[str, Any]:
-        from mars_jax.config import load_config
+        from mars_jax.config.load import load_config
 
         config = load_config(source, overrides or ())
         # Imported once the config is known to be right: they bring JAX along.
-        from mars_jax import compile_cache
+        from mars_jax.runtime import compile_cache
 
         try:
             compile_cache.enable()
@@ -252,8 +252,8 @@ def _call(
 def _print_result(result: Mapping[str, Any], json_output: bool, show: Show | None) -> None:
     from rich.console import Console
 
-    from mars_jax.jsonfiles import dump_json
-    from mars_jax.tables import tables
+    from mars_jax.runtime.jsonfiles import dump_json
+    from mars_jax.runtime.tables import tables
 
     if json_output:
         typer.echo(dump_json(result, indent=2))
@@ -265,7 +265,7 @@ def _print_result(result: Mapping[str, Any], json_output: bool, show: Show | Non
 
 
 def _fail(kind: str, message: str, exit_code: int, json_output: bool) -> None:
-    from mars_jax.jsonfiles import dump_json
+    from mars_jax.runtime.jsonfiles import dump_json
 
     typer.echo(f"mars: {message}", err=True)
     if json_output:

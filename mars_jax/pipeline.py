@@ -4,13 +4,13 @@ Every function takes a config and a reporter and returns the JSON document that 
 call again: see `session`.
 """
 
-from mars_jax.checks import check_model, check_sizes
-from mars_jax.config import Config
+from mars_jax.config.load import Config
 from mars_jax.data.preview import shown
-from mars_jax.progress import Reporter
-from mars_jax.rundir import RunDirectory
+from mars_jax.job.checks import check_model, check_sizes
+from mars_jax.job.directory import RunDirectory
+from mars_jax.job.workspace import Workspace
+from mars_jax.runtime.progress import Reporter
 from mars_jax.session import Document, Session
-from mars_jax.workspace import Workspace
 
 
 def run(config: Config, reporter: Reporter) -> Document:

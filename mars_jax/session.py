@@ -13,30 +13,33 @@ from typing import Any
 
 import jax
 
-from mars_jax import lora
-from mars_jax.adapterfiles import read_adapters
-from mars_jax.checks import check_model, check_sizes
-from mars_jax.compare import compare_run
-from mars_jax.config import Config
+from mars_jax.adapters.files import read_adapters
+from mars_jax.adapters.targets import parameters_per_rank
+from mars_jax.config.load import Config
 from mars_jax.data.rows import source_files
 from mars_jax.errors import ConfigError
-from mars_jax.evaluate import evaluate_run
-from mars_jax.finetune import finetune as run_finetune
+from mars_jax.evals.run import evaluate_run
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, write_adapter
+from mars_jax.hub.paths import repository
 from mars_jax.hub.write import write_merged
-from mars_jax.hubfiles import repository
-from mars_jax.jsonfiles import read_json, read_jsonl, write_json
-from mars_jax.laws import Laws, fit_laws
-from mars_jax.programs import Program, probe_programs
-from mars_jax.progress import Reporter
-from mars_jax.rundir import RunDirectory, hash_inputs
-from mars_jax.search import lane_costs, planned_lanes, probed_losses, run_probes
-from mars_jax.selection import Selection, candidates_for_sweep, decide_by_sweep, given
-from mars_jax.selection import select as choose
-from mars_jax.sweep import run_sweep
-from mars_jax.tuning import lane_block, tune_lane_block
-from mars_jax.verification import verify_run
-from mars_jax.workspace import Workspace
+from mars_jax.job.checks import check_model, check_sizes
+from mars_jax.job.directory import RunDirectory, hash_inputs
+from mars_jax.job.export import verify_run
+from mars_jax.job.programs import Program, probe_programs
+from mars_jax.job.workspace import Workspace
+from mars_jax.laws.fit import Laws, fit_laws
+from mars_jax.runtime.jsonfiles import read_json, read_jsonl, write_json
+from mars_jax.runtime.progress import Reporter
+from mars_jax.search.compare import compare_run
+from mars_jax.search.cost import lane_costs
+from mars_jax.search.finals import finetune as run_finetune
+from mars_jax.search.probes.block_size import lane_block, tune_lane_block
+from mars_jax.search.probes.design import planned_lanes
+from mars_jax.search.probes.records import probed_losses
+from mars_jax.search.probes.run import run_probes
+from mars_jax.search.selection import Selection, given
+from mars_jax.search.strategies.halving import candidates_for_sweep, decide_by_sweep, run_sweep
+from mars_jax.search.strategies.laws import select as choose
 
 Document = dict[str, Any]
 
@@ -200,7 +203,7 @@ class Session:
                 grids,
                 workspace.target_num_samples(),
                 method=settings.method,
-                parameters_per_rank=lora.parameters_per_rank(workspace.targets),
+                parameters_per_rank=parameters_per_rank(workspace.targets),
                 probed=probed_losses(records, list(grids)),
             )
             candidates = candidates_for_sweep(selection, min(settings.sweep, self.config.probe.lanes_per_program))

@@ -24,15 +24,17 @@ from transformers import LlavaOnevisionConfig as HfConfig
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from mars_jax.data.examples import ExampleSource, Preprocessor, load_preprocessor, plan_shapes
-from mars_jax.data.formats import Turn
+from mars_jax.data.examples import ExampleSource
+from mars_jax.data.formats.base import Turn
+from mars_jax.data.preprocessor import Preprocessor, load_preprocessor
 from mars_jax.data.records import Record
-from mars_jax.evaluator import Evaluator, candidate_answers
+from mars_jax.data.shapes import plan_shapes
+from mars_jax.evals.evaluator import Evaluator, candidate_answers
 from mars_jax.hub.read import read_config
 from mars_jax.hub.write import write_checkpoint
-from mars_jax.models.families import build_model
+from mars_jax.lanes.schedule import warmup_multipliers
+from mars_jax.models.families.registry import build_model
 from mars_jax.models.multimodal import Multimodal
-from mars_jax.probe.loop import warmup_multipliers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
 # ChatML as the released LLaVA-OneVision checkpoints have it: pictures first, then text; also takes plain strings.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mars_jax.hub.write import write_checkpoint
-from mars_jax.lora import unflatten
+from mars_jax.runtime.trees import unflatten
 
 FEATURE_LAYER = -2  # the state before the last layer, as LLaVA-1.5 reads it
 IMAGE_TOKEN = "<image>"

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from paper_points import RANKS, convergence_points, performance_points
 
-from mars_jax.convergence_law import ConvergenceLaw, fit_convergence_law, fit_data_exponent
-from mars_jax.jsonfiles import write_text
-from mars_jax.performance_law import PerformanceLaw, choose_form, fit_performance_law
+from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law, fit_data_exponent
+from mars_jax.laws.law_p import PerformanceLaw, choose_form, fit_performance_law
 from mars_jax.report.style import LIGHT, WIDTH, figure_style, plain_log_axis, ramp, rank_handles, to_svg
+from mars_jax.runtime.jsonfiles import write_text
 
 BOOTSTRAPS = 1000
 LARGEST = (2**11, 2**12, 2**13, 2**14)

@@ -26,24 +26,24 @@ def _compiled_programs(tmp_path_factory):
 # Files of few and long tests, which would otherwise come last and leave a worker idle: xdist begins with the files of
 # most tests, unless told `--no-loadscope-reorder`.
 _LONGEST = (
-    "test_pipeline",
-    "test_kill",
-    "test_qwen_job",
-    "test_packing",
-    "test_compare",
-    "test_splice",
-    "test_probe_sharded",
-    "test_interrupts",
-    "test_warm_start",
-    "test_nested",
-    "test_bench_counts",
-    "test_demo",
-    "test_llava",
-    "test_qwen2_5_vl",
+    "tests/test_pipeline.py",
+    "tests/job/test_kill.py",
+    "tests/job/test_qwen_job.py",
+    "tests/data/test_packing.py",
+    "tests/search/test_compare.py",
+    "tests/search/probes/test_swaps.py",
+    "tests/lanes/test_sharded.py",
+    "tests/runtime/test_interrupts.py",
+    "tests/search/test_warm_start.py",
+    "tests/search/probes/test_nested.py",
+    "tests/benchmarks/test_counts.py",
+    "tests/test_demo.py",
+    "tests/models/families/test_llava.py",
+    "tests/models/families/test_qwen2_5_vl.py",
 )
 
 
 def pytest_collection_modifyitems(items):
     """Begins with the files that take longest."""
     order = {name: place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    items.sort(key=lambda item: order.get(str(item.path.relative_to(item.config.rootpath)), len(order)))

@@ -10,10 +10,10 @@ import pytest
 import typer
 
 from mars_jax.cli import execute
-from mars_jax.config import load_config
+from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError, DataError, DoesNotFitError, NoValidResultError
-from mars_jax.jsonfiles import append_jsonl
-from mars_jax.rundir import RunDirectory
+from mars_jax.job.directory import RunDirectory
+from mars_jax.runtime.jsonfiles import append_jsonl
 
 MARS = [sys.executable, "-c", "from mars_jax.cli import main; main()"]
 
@@ -60,7 +60,10 @@ def test_help_is_quick_and_names_every_command():
     ("statement", "banned"),
     [
         ("import mars_jax.cli", "jax numpy transformers matplotlib pydantic yaml rich"),
-        ("import mars_jax.rundir, mars_jax.progress, mars_jax.tables", "jax numpy transformers matplotlib rich"),
+        (
+            "import mars_jax.job.directory, mars_jax.runtime.progress, mars_jax.runtime.tables",
+            "jax numpy transformers matplotlib rich",
+        ),
     ],
 )
 def test_nothing_heavy_is_imported(statement, banned):

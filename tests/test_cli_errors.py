@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-import tiny_job
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from mars_jax.cli import app
+from tests.helpers import tiny_job
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mars_jax.config import load_config
-from mars_jax.data.examples import ExampleSource, load_preprocessor, plan_shapes
+from mars_jax.config.load import load_config
+from mars_jax.data.examples import ExampleSource
 from mars_jax.data.images import image_size
+from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import load_records
-from mars_jax.evaluator import Evaluator, candidate_answers
+from mars_jax.data.shapes import plan_shapes
+from mars_jax.evals.evaluator import Evaluator, candidate_answers
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.models.llava import LlavaOnevision
-from mars_jax.search import planned_lanes
+from mars_jax.models.families.llava.model import LlavaOnevision
+from mars_jax.search.probes.design import planned_lanes
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "demo" / "base"

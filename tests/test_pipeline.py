@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_job
 import yaml
 from typer.testing import CliRunner
 
 from mars_jax.cli import app
-from mars_jax.scoring import share
+from mars_jax.evals.stats import share
+from tests.helpers import tiny_job
 
 LANE_KEYS = [
     "lane", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",

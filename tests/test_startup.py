@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from mars_jax.environment import cpu_device_for_each_core
+from mars_jax.runtime.environment import cpu_device_for_each_core
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

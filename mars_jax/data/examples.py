@@ -4,182 +4,26 @@ An example is a numpy dict; its keys and shapes are the contract with the models
 order are in `batches`.
 """
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mars_jax.data.anyres import Geometry, load_anyres_pictures
-from mars_jax.data.images import image_size, load_rgb
-from mars_jax.data.pictures import NEWLINE, ImageTokens, Pictures, rotary_positions
+from mars_jax.data.images import load_rgb
 from mars_jax.data.records import Record
-from mars_jax.data.template import Encoded, encode, load_tokenizer
-from mars_jax.data.tiles import load_tile_pictures
-from mars_jax.data.windows import load_window_pictures
-from mars_jax.errors import ConfigError, DataError
-from mars_jax.models.configs import LlavaOnevisionConfig, Qwen25VlConfig
-from mars_jax.models.hf_configs import model_config
+from mars_jax.data.template import Encoded
+from mars_jax.errors import DataError
+from mars_jax.models.families.pictures import NEWLINE, ImageTokens, rotary_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
+from mars_jax.data.preprocessor import Preprocessor
+from mars_jax.data.shapes import Shapes, encode_text, shapes_of
 
 Example = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Preprocessor:
-    """What of a checkpoint turns records into numbers.
-
-    Attributes:
-        tokenizer: with its chat template.
-        pictures: how pictures become tiles and image tokens.
-        image_token_id: the token that stands for a feature of a picture.
-        axes: of a rotary position: 1, or 3 (time, row, column).
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    pictures: Pictures
-    image_token_id: int
-    axes: int = 1
-
-
-def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preprocessor:
-    """Reads config.json, the tokenizer and the image processor of a checkpoint folder.
-
-    Args:
-        directory: the folder.
-        max_pixels: of a picture, larger ones are scaled down; None for what the processor's file says.
-
-    Raises:
-        ConfigError: a file is missing or unusable, or a limit that the family doesn't know.
-    """
-    path = directory / "config.json"
-    try:
-        config = model_config(json.loads(path.read_text()), str(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}). Point model.checkpoint at a checkpoint folder.") from error
-    pictures: Pictures
-    if isinstance(config, Qwen25VlConfig):
-        pictures = load_window_pictures(directory, config.vision, max_pixels)
-    elif max_pixels is not None:
-        raise ConfigError(
-            f"data.max_pixels is {max_pixels}, but {path} is of {config.family}, whose tiles have one size whatever "
-            f"the picture's. Leave it out."
-        )
-    elif isinstance(config, LlavaOnevisionConfig):
-        pictures = load_anyres_pictures(directory, Geometry.from_config(config, str(path)))
-    else:
-        pictures = load_tile_pictures(directory, config)
-    axes = len(config.text.mrope_section or (1,))
-    return Preprocessor(load_tokenizer(directory), pictures, config.image_token_id, axes)
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The static sizes of every batch of a data set.
-
-    Attributes:
-        max_tokens: T, text and image tokens together.
-        max_tiles: N, at least 1.
-        max_supervised: S, tokens to predict.
-        corners: C, 4 when the features of some picture are scaled down, else 1.
-    """
-
-    max_tokens: int
-    max_tiles: int
-    max_supervised: int
-    corners: int
-
-    def union(self, other: "Shapes") -> "Shapes":
-        """The smallest shapes that hold both, so that two data sets can share one compiled program."""
-        return Shapes(
-            max(self.max_tokens, other.max_tokens),
-            max(self.max_tiles, other.max_tiles),
-            max(self.max_supervised, other.max_supervised),
-            max(self.corners, other.corners),
-        )
-
-
-class Size(NamedTuple):
-    """What a sample needs by itself: tokens up to the last that predicts one, tiles, tokens to predict."""
-
-    tokens: int
-    tiles: int
-    supervised: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShapePlan:
-    """The records that fit, their shapes, and the rest with its number of tokens (for the caller to log).
-
-    Attributes:
-        shapes: of a batch of those that fit.
-        kept: those that fit.
-        sizes: what each of them needs.
-        dropped: the others, with their numbers of tokens.
-    """
-
-    shapes: Shapes
-    kept: tuple[Record, ...]
-    sizes: tuple[Size, ...]
-    dropped: tuple[tuple[Record, int], ...]
-
-
-def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int) -> ShapePlan:
-    """Works out the static shapes from picture sizes and tokenised text; cuts no tiles.
-
-    A record of more than `max_tokens` tokens is left out whole: cutting it would cut image tokens or the answer.
-
-    Raises:
-        DataError: a record has nothing to learn or cannot be encoded, or no record fits.
-    """
-    kept: list[Record] = []
-    sizes: list[Size] = []
-    dropped: list[tuple[Record, int]] = []
-    shapes = Shapes(1, 1, 1, 1)
-    for record in records:
-        encoded, pictures = _encode_text(record, preprocessor)
-        length = len(encoded.token_ids)
-        if length > max_tokens:
-            dropped.append((record, length))
-            continue
-        kept.append(record)
-        tiles = sum(picture.num_tiles for picture in pictures)
-        sizes.append(Size(int(np.flatnonzero(encoded.supervised)[-1]), tiles, int(encoded.supervised.sum())))
-        shapes = shapes.union(_shapes_of(encoded, pictures))
-    if not kept:
-        shortest = min((length for _, length in dropped), default=0)
-        raise DataError(
-            f"none of {len(records)} records fits max_tokens = {max_tokens}; the shortest has {shortest} tokens. Raise "
-            "max_tokens, or use smaller pictures."
-        )
-    return ShapePlan(shapes, tuple(kept), tuple(sizes), tuple(dropped))
-
-
-def _encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:
-    pictures: tuple[ImageTokens, ...] = ()
-    if record.images:
-        try:
-            pictures = preprocessor.pictures.tokens([image_size(path) for path in record.images])
-        except (DataError, OSError) as error:
-            raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
-    counts = [len(picture.index) for picture in pictures]
-    encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
-    if not encoded.supervised.any():
-        raise DataError(f"{record}: no supervised tokens, so nothing to learn. Give it an assistant turn.")
-    return encoded, pictures
-
-
-def _shapes_of(encoded: Encoded, pictures: Sequence[ImageTokens]) -> Shapes:
-    tiles = sum(picture.num_tiles for picture in pictures)
-    corners = max((picture.index.shape[1] for picture in pictures), default=1)
-    return Shapes(len(encoded.token_ids), max(tiles, 1), int(encoded.supervised.sum()), corners)
 
 
 class ExampleSource:
@@ -294,8 +138,8 @@ class ExampleSource:
         return self.with_answers(number, [()])
 
     def _text(self, record: Record) -> tuple[tuple[Encoded, tuple[ImageTokens, ...]], int]:
-        encoded, pictures = _encode_text(record, self._preprocessor)
-        needed = _shapes_of(encoded, pictures)
+        encoded, pictures = encode_text(record, self._preprocessor)
+        needed = shapes_of(encoded, pictures)
         if self.shapes.union(needed) != self.shapes:
             raise DataError(f"{record} needs {needed}, more than {self.shapes}. Plan the shapes with this record.")
         return (encoded, pictures), encoded.token_ids.nbytes + encoded.supervised.nbytes

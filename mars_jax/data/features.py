@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mars_jax.data.examples import Example, ExampleSource
-from mars_jax.data.pictures import ENCODER_INPUTS
+from mars_jax.models.families.pictures import ENCODER_INPUTS
 
 
 class FeatureSource:

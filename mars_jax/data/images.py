@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mars_jax.data.pictures import Size
 from mars_jax.errors import DataError
+from mars_jax.models.families.pictures import Size
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _EXIF_ORIENTATION, _EXIF_ROTATED = 0x0112, (5, 6, 7, 8)

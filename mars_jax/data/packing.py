@@ -1,7 +1,7 @@
 """Packing: the samples of a training batch end to end in fewer rows, so that little of what is computed is padding.
 
 A packed batch is the same batch in another layout, with the same loss. Which samples it has is the business of
-`batches`; that rows are added up, and rows without samples not computed, that of `probe.engine`.
+`batches`; that rows are added up, and rows without samples not computed, that of `lanes.engine`.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mars_jax.data.batches import Batch
-from mars_jax.data.examples import Size
+from mars_jax.data.shapes import Size
 from mars_jax.errors import DataError
 
 # Rows come in two widths, T and T times this. With T alone 11 to 13 % of what is computed would be padding, where 16

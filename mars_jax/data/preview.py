@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from mars_jax.data.examples import Example, ExampleSource, Preprocessor, Shapes
+from mars_jax.data.examples import Example, ExampleSource
 from mars_jax.data.images import image_size
+from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
+from mars_jax.data.shapes import Shapes
 
 
 def shown(records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mars_jax.data.formats import IMAGE_PLACEHOLDER, Draft, FaultError, Format, Turn, draft
+from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, FaultError, Format, Turn, draft
 from mars_jax.data.images import Picture, PictureBytes, load_rgb, open_picture
 from mars_jax.data.rows import Row, read_rows
 from mars_jax.errors import DataError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mars_jax.errors import DataError
-from mars_jax.hubfiles import local
+from mars_jax.hub.paths import local
 
 # Questions and answers of LLaVA-Bench: in the wild, and on COCO.
 _BENCH = (("questions.jsonl", "answers_gpt4.jsonl"), ("qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"))

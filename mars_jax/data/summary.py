@@ -8,7 +8,7 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-from mars_jax.data.examples import ShapePlan, Shapes
+from mars_jax.data.shapes import ShapePlan, Shapes
 
 
 def data_summary(plans: Mapping[str, ShapePlan], shapes: Shapes, max_tokens: int | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from mars_jax.data.formats import IMAGE_PLACEHOLDER, Turn
+from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Turn
 from mars_jax.data.records import Record
 from mars_jax.errors import ConfigError, DataError
 

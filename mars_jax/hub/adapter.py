@@ -16,12 +16,13 @@ from safetensors.numpy import save_file
 
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.card import model_card
-from mars_jax.hub.families import family_of
 from mars_jax.hub.read import read_json, read_tensors
-from mars_jax.hub.tables import Family, Parameter
 from mars_jax.hub.write import write_json
-from mars_jax.lora import Tree, flatten, unflatten
-from mars_jax.models.configs import LlavaConfig, ModelConfig
+from mars_jax.models.configs import ModelConfig
+from mars_jax.models.families.llava.config import LlavaConfig
+from mars_jax.models.families.registry import family_of
+from mars_jax.models.families.tables import Family, Parameter
+from mars_jax.runtime.trees import Tree, flatten, unflatten
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"

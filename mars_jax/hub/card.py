@@ -5,7 +5,7 @@ What it says of vLLM was read in the source of vLLM 0.33.0: `config/lora.py`, `l
 
 from collections.abc import Mapping
 
-from mars_jax.hub.tables import Family
+from mars_jax.models.families.tables import Family
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -17,11 +17,10 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from mars_jax.errors import ConfigError
-from mars_jax.hub import tables
-from mars_jax.hub.families import family_of
-from mars_jax.lora import Tree, unflatten
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.hf_configs import model_config
+from mars_jax.models.families import tables
+from mars_jax.models.families.registry import family_of, model_config
+from mars_jax.runtime.trees import Tree, unflatten
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

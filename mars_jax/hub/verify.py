@@ -13,9 +13,9 @@ import numpy as np
 
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX
-from mars_jax.hub.families import family_of
 from mars_jax.hub.read import read_config, read_tensors
-from mars_jax.hub.tables import Family
+from mars_jax.models.families.registry import family_of
+from mars_jax.models.families.tables import Family
 
 
 def verify_adapter(

@@ -16,8 +16,6 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from mars_jax.errors import ConfigError
-from mars_jax.hub import tables
-from mars_jax.hub.families import family_of
 from mars_jax.hub.read import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -27,9 +25,10 @@ from mars_jax.hub.read import (
     read_tensors,
     weight_files,
 )
-from mars_jax.lora import flatten
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.hf_configs import model_config
+from mars_jax.models.families import tables
+from mars_jax.models.families.registry import family_of, model_config
+from mars_jax.runtime.trees import flatten
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")

@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import AbstractMesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from mars_jax.sharding import BATCH_AXES, HEAD_AXIS
+from mars_jax.runtime.sharding import BATCH_AXES, HEAD_AXIS
 
 # Scores of a head in memory at once, of one sample, where they are: those of 1024 tokens with each other.
 MAX_SCORES = 2**20
@@ -133,7 +133,7 @@ def fused_attention(
 def on_each_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The function of arrays [B, S, H, head] and [B, ...], by each device for its own samples and heads.
 
-    The mesh is known within a `jax.shard_map` over some of its axes, as `probe.engine` has it; the others are made
+    The mesh is known within a `jax.shard_map` over some of its axes, as `lanes.engine` has it; the others are made
     explicit here. Heads stay together where H or G isn't a multiple of the devices along `tensor`.
     """
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mars_jax.lora import lora_dense
+from mars_jax.adapters.lora import lora_dense
 
 # Layers of a scan unrolled at a time: the whole of a small model (1.4x faster steps on CPU), a bounded program for a
 # large one.

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.qwen2 import Cache, Layout, take_positions
+from mars_jax.models.decoder import Cache, Layout, take_positions
 
 
 class Batch(TypedDict):

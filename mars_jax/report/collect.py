@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mars_jax.errors import ConfigError, DataError
-from mars_jax.jsonfiles import read_json, read_jsonl
-from mars_jax.rundir import RunDirectory
+from mars_jax.job.directory import RunDirectory
+from mars_jax.runtime.jsonfiles import read_json, read_jsonl
 
 Record = Mapping[str, Any]
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mars_jax.convergence_law import ConvergenceLaw
-    from mars_jax.performance_law import PerformanceLaw
+    from mars_jax.laws.law_c import ConvergenceLaw
+    from mars_jax.laws.law_p import PerformanceLaw
 
 WHITE, BLACK = "#fefefe", "#0b0d0f"  # text on heat map cells: the same on a light and a dark page
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mars_jax.jsonfiles import write_json, write_text
+from mars_jax.job.directory import RunDirectory
 from mars_jax.report import words
 from mars_jax.report.collect import RunRecord, read_run
 from mars_jax.report.facts import CONDITIONS, build_report, picked_candidate
@@ -15,7 +15,7 @@ from mars_jax.report.figures_curves import finetune_curves, probe_curves, probe_
 from mars_jax.report.figures_laws import law_c, law_p, rank_grid
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
-from mars_jax.rundir import RunDirectory
+from mars_jax.runtime.jsonfiles import write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ def draw(run: RunRecord) -> tuple[Drawing, ...]:
 
 def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | None]]":
     """Section, name, title, caption and figure."""
-    from mars_jax.laws import Laws
+    from mars_jax.laws.fit import Laws
 
     for group in probe_groups(run):
         yield (

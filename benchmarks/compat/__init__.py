@@ -1,0 +1,1 @@
+"""Adapters across versions of transformers and PEFT; kills."""

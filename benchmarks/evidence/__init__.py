@@ -1,0 +1,1 @@
+"""Whether the search picks well: tasks whose best ranks are known."""

@@ -1,0 +1,202 @@
+"""What the benchmarks against PEFT share: the demo as both sides train it, equal conditions, and interleaved rounds.
+
+It measures nothing by itself. Both sides run in one process, on the same two cores, in float32.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.lib.results import MAX_FOREIGN_CORES, foreign_load, require_quiet
+from benchmarks.speed.peft_side import Head, PeftGrid
+from mars_jax.config.load import load_config
+from mars_jax.data.images import load_rgb
+from mars_jax.job.workspace import Workspace
+from mars_jax.lanes.engine import Engine
+from mars_jax.lanes.feed import Piece
+from mars_jax.lanes.lane import Lane
+from mars_jax.lanes.loop import chunk_work, lane_slots
+from mars_jax.lanes.schedule import Schedule
+from mars_jax.lanes.state import LaneState
+from mars_jax.runtime.progress import ConsoleReporter
+from mars_jax.runtime.sharding import chunk_sharding, place
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+THREADS = 2
+PROJECTOR_RANK = 8
+# Lanes never leave early nor are averaged, since PEFT's aren't.
+AS_PEFT = ("probe.patience=null", "probe.averaging=null")
+_WATCHED_SECONDS = 2.0
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class Seconds(NamedTuple):
+    """Of one side in one round."""
+
+    wall: float
+    cpu: float  # of all threads of this process
+
+
+def arguments(document: str | None, repeats: int, short_repeats: int) -> argparse.Namespace:
+    """The options of a benchmark: short, anyway, repeats and out."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a small form, under 90 seconds, that is only printed")
+    parser.add_argument("--anyway", action="store_true", help="run on a busy machine too")
+    parser.add_argument("--repeats", type=int, help=f"rounds (default: {repeats}, with --short {short_repeats})")
+    parser.add_argument("--out", type=Path, help="write the result to this folder")
+    options = parser.parse_args()
+    if options.repeats is None:
+        options.repeats = short_repeats if options.short else repeats
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; at least 1 is needed")
+    return options
+
+
+class Conditions:
+    """Equal conditions for both sides, for as long as a `with` block runs: see `told` for how they were.
+
+    The process is kept to the CPU and to two cores, and programs are compiled, not read from disk. Other processes are
+    watched all the time: where they take a core, torch's OpenMP threads wait for each other at every product and PEFT
+    gets ten times slower, ours only twice, so such timings would flatter ours.
+    """
+
+    def __init__(self, anyway: bool) -> None:
+        """To be made before JAX or torch compute anything. Ends the process on a busy machine, unless `anyway`."""
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
+        self._cores = sorted(os.sched_getaffinity(0))[:THREADS]
+        os.sched_setaffinity(0, self._cores)  # what XLA takes its number of threads from
+        jax.config.update("jax_num_cpu_devices", len(self._cores))  # as `mars` has it: a device for each core
+        self._anyway, self._loads = anyway, [require_quiet(anyway)]
+        self._over, self._stopped_seconds = threading.Event(), 0.0
+
+    def __enter__(self) -> "Conditions":
+        self._watch = threading.Thread(target=self._follow, daemon=True)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._watch.join()
+
+    def _follow(self) -> None:
+        while not self._over.is_set():
+            start = time.monotonic()
+            self._loads.append(foreign_load(_WATCHED_SECONDS))
+            late = time.monotonic() - start - _WATCHED_SECONDS
+            # A thread may wait for the interpreter for a while; the whole process doesn't stand still unless stopped.
+            self._stopped_seconds += late if late > _WATCHED_SECONDS else 0.0
+
+    def told(self) -> dict[str, Any]:
+        """What the result should tell; ends the process if it was disturbed, unless `anyway`."""
+        loads = list(self._loads)
+        mean = statistics.mean(loads)
+        if (mean > MAX_FOREIGN_CORES or self._stopped_seconds) and not self._anyway:
+            sys.exit(
+                f"Other processes kept {mean:.2f} cores busy meanwhile, and this one was stopped for "
+                f"{self._stopped_seconds:.0f} s, so nothing was written. Run it again on a quiet "
+                "machine, or pass --anyway."
+            )
+        summary = {"before": loads[0], "mean": mean, "median": statistics.median(loads), "max": max(loads)}
+        return {
+            "threads": len(self._cores),
+            "foreign_cores_busy": summary,
+            "stopped_seconds": self._stopped_seconds,
+        }
+
+
+def demo_workspace(*overrides: str) -> Workspace:
+    """The demo with some settings changed, in which lanes train as PEFT's do."""
+    return Workspace(load_config(CONFIG, [*AS_PEFT, *overrides]), ConsoleReporter())
+
+
+def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa", **where: Any) -> PeftGrid:
+    """The PyTorch side of a workspace; `where` is the device and the dtype."""
+    width, height = load_rgb(workspace.search.train[0].images[0]).size
+    config = workspace.config
+    return PeftGrid(
+        config.model.checkpoint,
+        workspace.targets,
+        workspace.alpha,
+        config.optimizer,
+        (height, width),
+        threads=THREADS,
+        head=head,
+        attention=attention,
+        **where,
+    )
+
+
+def rank_vector(vision: int, llm: int) -> dict[str, int]:
+    """Ranks of all modules; the projector isn't searched."""
+    return {"vision": vision, "projector": PROJECTOR_RANK, "llm": llm}
+
+
+def rounds(sides: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
+    """Calls every side once a round, forwards and backwards in turn (A-B-C, C-B-A), so that drift falls on all."""
+    found: dict[K, list[T]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            found[name].append(sides[name]())
+    return found
+
+
+def timed(call: Callable[[], T]) -> tuple[T, Seconds]:
+    """The call's value and its seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = call()
+    return value, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """All values, their median and their minimum."""
+    listed = list(values)
+    return {"all": listed, "median": statistics.median(listed), "minimum": min(listed)}
+
+
+class FixedBatch:
+    """Calls of an engine's chunk that train lanes on one and the same batch, without looks: for timing steps."""
+
+    def __init__(self, workspace: Workspace, batch: Mapping[str, np.ndarray], steps: int) -> None:
+        """`steps` is the number of steps of a call; validation is one batch, which isn't read."""
+        self._workspace, self._steps = workspace, steps
+        self._schedule = Schedule(np.ones(steps, np.float32), [0, steps], looks_per_doubling=0, chunk_steps=steps)
+        self._batches = {name: np.stack([leaf] * steps) for name, leaf in batch.items()}
+        self._validation = {name: leaf[None] for name, leaf in batch.items()}
+        self._placed: dict[Mesh, Any] = {}
+
+    def fresh(self, engine: Engine, lanes: Sequence[Lane]) -> LaneState:
+        """The state of lanes in their slots, and of copies of the last lane in the others."""
+        by_slot = dict(zip(lane_slots(len(lanes), engine), lanes, strict=True))
+        filled = [by_slot.get(slot, lanes[-1]) for slot in range(engine.num_slots)]
+        rates = self._workspace.learning_rates()
+        return engine.init(
+            np.asarray([lane.seed for lane in filled], np.int32),
+            {module: np.asarray([lane.ranks[module] for lane in filled], np.int32) for module in rates},
+            {module: np.full(len(filled), rate, np.float32) for module, rate in rates.items()},
+        )
+
+    def train(self, engine: Engine, state: LaneState, lanes: int) -> tuple[LaneState, np.ndarray]:
+        """Trains some number of lanes; returns the state and their losses [lanes, steps]."""
+        if engine.mesh not in self._placed:
+            batches = place((self._batches, self._validation), chunk_sharding(engine.mesh))
+            self._placed[engine.mesh] = (*batches, self._workspace.base_on(engine.mesh))
+        batches, validation, base = self._placed[engine.mesh]
+        slots, piece = lane_slots(lanes, engine), Piece(0, self._steps, look=False)
+        work = chunk_work(engine, slots, batches, piece, self._schedule, look_batches=1)
+        state, losses, _ = engine.chunk(state, base, validation, work)
+        return state, np.asarray(losses)[slots]  # waits for the device

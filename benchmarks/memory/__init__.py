@@ -1,0 +1,1 @@
+"""Memory, beside PEFT and by the compilers of accelerators."""

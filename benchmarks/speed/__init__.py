@@ -1,0 +1,1 @@
+"""Time, FLOPs and compiles, beside PEFT."""

@@ -1,0 +1,136 @@
+"""The fit of both laws: seconds of a thousand bootstraps, and whether the intervals cover what was planted.
+
+48 lanes: ranks 4, 8, 16 and 32 of two modules, D = 256, 1024 and 4096, one seed. Convergence times follow a planted
+Law-C with 5 % of log-normal noise, losses a planted Law-P with 1 %. Speed: `fit_laws` with 1,000 bootstraps, all of it,
+after a first call that compiles. Coverage: 200 such data sets, 200 bootstraps each; the share of 95 % intervals that
+hold the true exponent. `p_best` is the mean P(best) of the picks, `truly_best` how often the pick has the lowest true
+loss of those kept: equal if P(best) means what it says.
+
+figure = seconds of `fit_laws` with 1,000 bootstraps, median.
+
+    python -m benchmarks.speed.law_fits [--short] [--anyway] [--out FOLDER]
+"""
+
+import itertools
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.lib.child import arguments, publish
+from benchmarks.lib.results import require_quiet
+from mars_jax.laws.fit import Laws, fit_laws
+from mars_jax.search.strategies.laws import select
+
+CONVERGENCE = {"vision": (20.0, -0.2, 0.5), "llm": (6.0, -0.35, 0.65)}  # k, gamma, delta
+ALPHA, BETA, A, E = {"vision": 0.1, "llm": 0.25}, 0.45, 30.0, 0.8
+RANKS, SAMPLES = (4, 8, 16, 32), (256, 1024, 4096)
+TIME_NOISE, LOSS_NOISE = 0.05, 0.01
+REPEATS = 5
+
+
+def main() -> None:
+    """Writes results/law_fits.json; about three minutes on two cores."""
+    options = arguments(__doc__)
+    load = require_quiet(options.anyway)
+    simulations = 5 if options.short else 200
+    start = time.perf_counter()
+    fit_laws(lanes(0), key=jax.random.key(0), num_bootstraps=1000)
+    first = time.perf_counter() - start
+    seconds = []
+    for repeat in range(REPEATS):
+        data = lanes(repeat)
+        start = time.perf_counter()
+        fit_laws(data, key=jax.random.key(0), num_bootstraps=1000)
+        seconds.append(time.perf_counter() - start)
+    fits = [fit_laws(lanes(seed), key=jax.random.key(seed), num_bootstraps=200) for seed in range(simulations)]
+    publish(
+        options,
+        "law_fits",
+        statistics.median(seconds),
+        "seconds of 1,000 bootstraps of both laws on 48 lanes",
+        "below 1",
+        {
+            "foreign_cores_busy": load,
+            "seconds": seconds,
+            "first_call_seconds": first,
+            "tables": {"Coverage of 95 % intervals": coverage(fits), "P(best)": [calibration(fits)]},
+        },
+    )
+
+
+def lanes(seed: int) -> list[dict[str, Any]]:
+    """Records of joint lanes with planted times and losses."""
+    rng = np.random.default_rng(seed)
+    found: list[dict[str, Any]] = []
+    for vision, llm, samples in itertools.product(RANKS, RANKS, SAMPLES):
+        ranks = {"vision": vision, "llm": llm}
+        times = {
+            module: k * ranks[module] ** gamma * samples**delta * float(np.exp(TIME_NOISE * rng.normal()))
+            for module, (k, gamma, delta) in CONVERGENCE.items()
+        }
+        found.append(
+            {
+                "lane": len(found),
+                "ranks": ranks,
+                "num_samples": samples,
+                "steps": 10_000,
+                "convergence_steps": times,
+                "censored": dict.fromkeys(ranks, False),
+                "best_loss": true_loss(vision, llm, samples) * float(np.exp(LOSS_NOISE * rng.normal())),
+                "status": "converged",
+            }
+        )
+    return found
+
+
+def true_loss(vision: int, llm: int, samples: int) -> float:
+    """Nats."""
+    return A / (vision ** ALPHA["vision"] * llm ** ALPHA["llm"] * samples**BETA) + E
+
+
+def coverage(fits: list[Laws]) -> list[dict[str, Any]]:
+    """By parameter: the truth, the share of intervals that hold it, and the spread of the estimates."""
+    rows = []
+    for module, (_, gamma, delta) in CONVERGENCE.items():
+        for name, true in (("gamma", gamma), ("delta", delta)):
+            found = [(getattr(fit.convergence[module], name), fit.convergence[module].ci[name]) for fit in fits]
+            rows.append({"law": "C", "parameter": f"{name} of {module}", **_covered(true, found)})
+    law_p = {f"alpha/{module}": value for module, value in ALPHA.items()} | {"beta": BETA, "E": E}
+    for name, true in law_p.items():
+        found = [(_value(fit, name), fit.multiplicative.ci[name]) for fit in fits]
+        rows.append({"law": "P", "parameter": name, **_covered(true, found)})
+    return rows
+
+
+def _value(fit: Laws, name: str) -> float:
+    law = fit.multiplicative
+    return law.alpha[name.removeprefix("alpha/")] if name.startswith("alpha/") else getattr(law, name)
+
+
+def _covered(true: float, found: list[tuple[float, tuple[float, float]]]) -> dict[str, Any]:
+    return {
+        "true": true,
+        "covered": statistics.mean(low <= true <= high for _, (low, high) in found),
+        "mean": statistics.mean(value for value, _ in found),
+        "sd": statistics.pstdev([value for value, _ in found]),
+    }
+
+
+def calibration(fits: list[Laws]) -> dict[str, Any]:
+    """Whether the pick at D = 16384 is the best of those kept as often as P(best) says."""
+    target, grids = 16384, dict.fromkeys(CONVERGENCE, RANKS)
+    stated, right = [], []
+    for fit in fits:
+        selection = select(fit, grids, target, parameters_per_rank=dict.fromkeys(CONVERGENCE, 100))
+        kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
+        best = min(kept, key=lambda ranks: true_loss(ranks["vision"], ranks["llm"], target))
+        stated += [candidate.p_best for candidate in selection.candidates if candidate.ranks == selection.pick]
+        right.append(dict(selection.pick) == dict(best))
+    return {"p_best": statistics.mean(stated), "truly_best": statistics.mean(right), "picks": len(fits)}
+
+
+if __name__ == "__main__":
+    main()

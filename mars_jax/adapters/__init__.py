@@ -1,0 +1,1 @@
+"""Adapter methods, the linears they adapt, and adapter files."""

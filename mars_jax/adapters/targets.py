@@ -1,0 +1,114 @@
+"""Which linears of a model take adapters, and which ranks they allow."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from mars_jax.errors import ConfigError
+from mars_jax.runtime.trees import flatten
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A linear that takes an adapter: its module, and its shape [num_layers?, d_in, d_out]."""
+
+    module: str
+    num_layers: int | None
+    d_in: int
+    d_out: int
+
+    @property
+    def parameters_per_rank(self) -> int:
+        """LoRA parameters for each unit of rank."""
+        return (self.num_layers or 1) * (self.d_in + self.d_out)
+
+
+Targets = dict[str, Target]
+
+
+def find_targets(
+    params: Mapping[str, Any], patterns: Mapping[str, Sequence[str]], weight_name: str | None = "kernel"
+) -> Targets:
+    """Resolves target patterns to full paths.
+
+    Args:
+        params: the parameter tree; arrays or `ShapeDtypeStruct`s.
+        patterns: module -> regular expressions, each of which must match whole paths such as
+            "llm/layers/self_attn/q_proj".
+        weight_name: name of the weight leaf under a linear's path; None where the leaf itself is the weight.
+
+    Returns:
+        Path -> `Target`, in the order of the tree.
+
+    Raises:
+        ConfigError: a pattern that is not a regular expression or matches nothing, or a path that two modules claim.
+    """
+    linears = {}
+    for path, leaf in flatten(params).items():
+        stem, _, name = path.rpartition("/")
+        if leaf.ndim in (2, 3) and weight_name in (None, name):
+            linears[path if weight_name is None else stem] = leaf.shape
+    targets: Targets = {}
+    for module, expressions in patterns.items():
+        for expression in expressions:
+            try:
+                hits = [path for path in linears if re.fullmatch(expression, path)]
+            except re.error as error:
+                raise ConfigError(
+                    f"lora: pattern {expression!r} of module {module!r} is not a regular expression: {error}. "
+                    f"Write one that matches whole paths, such as 'llm/layers/self_attn/(q|v)_proj'."
+                ) from None
+            if not hits:
+                near = get_close_matches(expression, linears, n=3, cutoff=0.0)
+                raise ConfigError(
+                    f"lora: pattern {expression!r} of module {module!r} matches none of the {len(linears)} linears. "
+                    f"A pattern must match a whole path; nearest: {', '.join(near)}."
+                )
+            for path in hits:
+                if path in targets and targets[path].module != module:
+                    raise ConfigError(
+                        f"lora: {path!r} is claimed by the modules {targets[path].module!r} and {module!r}. "
+                        f"Make their patterns disjoint."
+                    )
+                *layers, d_in, d_out = linears[path]
+                targets[path] = Target(module, layers[0] if layers else None, d_in, d_out)
+    return {path: targets[path] for path in linears if path in targets}
+
+
+def check_ranks(targets: Targets, ranks: Mapping[str, int]) -> None:
+    """Refuses ranks that mean nothing.
+
+    Raises:
+        ConfigError: a module without targets or a target without a rank, a negative rank, a rank beyond a linear's
+            width, or ranks that leave nothing to train.
+    """
+    modules = {target.module for target in targets.values()}
+    if set(ranks) != modules:
+        raise ConfigError(
+            f"lora: ranks name the modules {sorted(ranks)}; the targets have {sorted(modules)}. "
+            f"Give each of them one rank, 0 to freeze it."
+        )
+    if not any(ranks.values()):
+        raise ConfigError(f"lora: every rank is 0 ({dict(ranks)}), so nothing would train. Give one module a rank > 0.")
+    for module, rank in ranks.items():
+        if rank < 0:
+            raise ConfigError(f"lora: rank {rank} of module {module!r} is negative. Use 0 to freeze the module.")
+        path, width = min(
+            ((path, min(t.d_in, t.d_out)) for path, t in targets.items() if t.module == module),
+            key=lambda pair: pair[1],
+        )
+        if rank > width:
+            raise ConfigError(
+                f"lora: rank {rank} of module {module!r} is beyond the width {width} of {path!r}. "
+                f"Allowed: 0 to {width}; or leave that linear out of the targets."
+            )
+
+
+def parameters_per_rank(targets: Targets) -> dict[str, int]:
+    """LoRA parameters for each unit of rank, by module."""
+    totals: dict[str, int] = {}
+    for target in targets.values():
+        totals[target.module] = totals.get(target.module, 0) + target.parameters_per_rank
+    return totals

@@ -1,0 +1,125 @@
+"""Static shapes of a data set, planned from picture sizes and tokenised text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mars_jax.data.images import image_size
+from mars_jax.data.records import Record
+from mars_jax.data.template import Encoded, encode
+from mars_jax.errors import DataError
+from mars_jax.models.families.pictures import ImageTokens
+
+if TYPE_CHECKING:
+    pass
+from mars_jax.data.preprocessor import Preprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The static sizes of every batch of a data set.
+
+    Attributes:
+        max_tokens: T, text and image tokens together.
+        max_tiles: N, at least 1.
+        max_supervised: S, tokens to predict.
+        corners: C, 4 when the features of some picture are scaled down, else 1.
+    """
+
+    max_tokens: int
+    max_tiles: int
+    max_supervised: int
+    corners: int
+
+    def union(self, other: "Shapes") -> "Shapes":
+        """The smallest shapes that hold both, so that two data sets can share one compiled program."""
+        return Shapes(
+            max(self.max_tokens, other.max_tokens),
+            max(self.max_tiles, other.max_tiles),
+            max(self.max_supervised, other.max_supervised),
+            max(self.corners, other.corners),
+        )
+
+
+class Size(NamedTuple):
+    """What a sample needs by itself: tokens up to the last that predicts one, tiles, tokens to predict."""
+
+    tokens: int
+    tiles: int
+    supervised: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShapePlan:
+    """The records that fit, their shapes, and the rest with its number of tokens (for the caller to log).
+
+    Attributes:
+        shapes: of a batch of those that fit.
+        kept: those that fit.
+        sizes: what each of them needs.
+        dropped: the others, with their numbers of tokens.
+    """
+
+    shapes: Shapes
+    kept: tuple[Record, ...]
+    sizes: tuple[Size, ...]
+    dropped: tuple[tuple[Record, int], ...]
+
+
+def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int) -> ShapePlan:
+    """Works out the static shapes from picture sizes and tokenised text; cuts no tiles.
+
+    A record of more than `max_tokens` tokens is left out whole: cutting it would cut image tokens or the answer.
+
+    Raises:
+        DataError: a record has nothing to learn or cannot be encoded, or no record fits.
+    """
+    kept: list[Record] = []
+    sizes: list[Size] = []
+    dropped: list[tuple[Record, int]] = []
+    shapes = Shapes(1, 1, 1, 1)
+    for record in records:
+        encoded, pictures = encode_text(record, preprocessor)
+        length = len(encoded.token_ids)
+        if length > max_tokens:
+            dropped.append((record, length))
+            continue
+        kept.append(record)
+        tiles = sum(picture.num_tiles for picture in pictures)
+        sizes.append(Size(int(np.flatnonzero(encoded.supervised)[-1]), tiles, int(encoded.supervised.sum())))
+        shapes = shapes.union(shapes_of(encoded, pictures))
+    if not kept:
+        shortest = min((length for _, length in dropped), default=0)
+        raise DataError(
+            f"none of {len(records)} records fits max_tokens = {max_tokens}; the shortest has {shortest} tokens. Raise "
+            "max_tokens, or use smaller pictures."
+        )
+    return ShapePlan(shapes, tuple(kept), tuple(sizes), tuple(dropped))
+
+
+def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:
+    """Token ids of a record and the image tokens of its pictures.
+
+    Raises:
+        DataError: a picture cannot be read, or the record has nothing to learn.
+    """
+    pictures: tuple[ImageTokens, ...] = ()
+    if record.images:
+        try:
+            pictures = preprocessor.pictures.tokens([image_size(path) for path in record.images])
+        except (DataError, OSError) as error:
+            raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
+    counts = [len(picture.index) for picture in pictures]
+    encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
+    if not encoded.supervised.any():
+        raise DataError(f"{record}: no supervised tokens, so nothing to learn. Give it an assistant turn.")
+    return encoded, pictures
+
+
+def shapes_of(encoded: Encoded, pictures: Sequence[ImageTokens]) -> Shapes:
+    """The shapes that one record needs."""
+    tiles = sum(picture.num_tiles for picture in pictures)
+    corners = max((picture.index.shape[1] for picture in pictures), default=1)
+    return Shapes(len(encoded.token_ids), max(tiles, 1), int(encoded.supervised.sum()), corners)

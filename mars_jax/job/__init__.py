@@ -1,0 +1,1 @@
+"""One run: its data, base, engines, directory and phases."""

@@ -1,0 +1,1 @@
+"""The training engine: many lanes in one compiled program."""

@@ -1,0 +1,1 @@
+"""Law-C and Law-P: fits, balance, convergence rules. Stands alone."""

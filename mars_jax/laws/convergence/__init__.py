@@ -1,0 +1,1 @@
+"""Convergence rules, one a file."""

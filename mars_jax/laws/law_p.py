@@ -1,0 +1,369 @@
+"""Law-P: the validation loss that ranks and a number of samples lead to. Data class, prediction, fit, choice of form.
+
+    power:          p(r, D) = A / (prod_m r_m**alpha_m * D**beta) + E     (Cho et al., arXiv 2603.00720, "Law-P")
+    power_overfit:  the same + C * prod_m r_m**kappa_m * D**eta
+
+p is a validation loss in nats a token. Residuals are taken relative to it: that is how lanes differ by chance, and
+lanes of few samples, which are still far up, would decide alone otherwise. With alpha >= 0 the first form always
+prefers the largest ranks; the second can have an optimum inside the grid. Which one to trust is decided by
+`choose_form`. Reading lanes and resampling them is in `laws.py`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.laws.law_c import percentile_intervals
+from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
+
+Form = Literal["power", "power_overfit"]
+
+_RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
+_BOUNDS = {"alpha": (0.0, 1.5), "beta": (0.0, 2.0), "kappa": (0.0, 2.0), "eta": (-1.0, 3.0)}
+_STARTS, _STARTS_OF_RESAMPLES = 511, 63
+# Starts that are polished, and steps of it. A resample begins near its end, at the fit of all points; but what the
+# over-fitting form predicts far out hangs on exponents that its cost hardly feels, so they are followed for longer.
+_POLISH: dict[Form, tuple[int, int]] = {"power": (4, 60), "power_overfit": (8, 120)}
+_POLISH_OF_RESAMPLES: dict[Form, tuple[int, int]] = {"power": (2, 20), "power_overfit": (4, 80)}
+# A relative error that no loss has: least squares.
+_NO_BEND = 1e6
+# Share of the power form's held-out error to which the over-fitting form's must come down.
+_EARNED = 0.9
+
+
+class Overfit(NamedTuple):
+    """The over-fitting term C * prod_m r_m**kappa_m * D**eta, C in nats."""
+
+    C: float
+    kappa: Mapping[str, float]
+    eta: float
+
+
+@dataclass(frozen=True)
+class PerformanceLaw:
+    """A fitted Law-P, in raw units: ranks as they are, D in samples, losses in nats.
+
+    Attributes:
+      form: which of the two.
+      A: amplitude, >= 0.
+      alpha: exponent of each module's rank, >= 0.
+      beta: exponent of the number of samples, >= 0.
+      E: floor in nats, >= 0.
+      overfit: the added term, or None.
+      ci: 95 % bootstrap interval of each parameter, by name (`parameter_names`).
+      held_out_error: root mean square error, in nats, at the largest D after a fit without it; None when the smaller
+        D do not determine the law.
+      order_tau: Kendall tau between predicted and measured order of the ranks, at that D; None likewise, or with
+        one rank vector there.
+      draws: [S, n] bootstrap draws, columns as `parameter_names`.
+    """
+
+    form: Form
+    A: float
+    alpha: Mapping[str, float]
+    beta: float
+    E: float
+    overfit: Overfit | None
+    ci: Mapping[str, tuple[float, float]]
+    held_out_error: float | None
+    order_tau: float | None
+    draws: np.ndarray = field(compare=False, repr=False)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules whose ranks the law takes."""
+        return tuple(self.alpha)
+
+    def loss(self, ranks: Sequence[Mapping[str, int]], num_samples: float) -> np.ndarray:
+        """Predicted loss in nats of each of Q rank vectors at D = `num_samples`; [Q]."""
+        columns = [self.A, self.E, self.beta, *self.alpha.values()]
+        if self.overfit is not None:
+            columns += [self.overfit.C, self.overfit.eta, *self.overfit.kappa.values()]
+        return _predict(np.asarray([columns]), self._log_ranks(ranks), math.log(num_samples))[0]
+
+    def loss_draws(self, ranks: Sequence[Mapping[str, int]], num_samples: float) -> np.ndarray:
+        """The same for every bootstrap draw; [S, Q]."""
+        return _predict(self.draws, self._log_ranks(ranks), math.log(num_samples))
+
+    def _log_ranks(self, ranks: Sequence[Mapping[str, int]]) -> np.ndarray:
+        return np.log(np.asarray([[vector[module] for module in self.modules] for vector in ranks], np.float64))
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `performance` of laws.json (draws go to a key of their own)."""
+        return {
+            "form": self.form,
+            "A": self.A,
+            "alpha": dict(self.alpha),
+            "beta": self.beta,
+            "E": self.E,
+            "overfit": None if self.overfit is None else self.overfit._asdict(),
+            "ci": {name: list(interval) for name, interval in self.ci.items()},
+            "held_out_error": self.held_out_error,
+            "order_tau": self.order_tau,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any], draws: np.ndarray) -> "PerformanceLaw":
+        """The inverse of `to_json`, given the draws."""
+        fields = dict(entry)
+        fields["overfit"] = None if entry["overfit"] is None else Overfit(**entry["overfit"])
+        fields["ci"] = {name: (float(low), float(high)) for name, (low, high) in entry["ci"].items()}
+        return cls(**fields, draws=draws)
+
+
+def parameter_names(form: Form, modules: Sequence[str]) -> tuple[str, ...]:
+    """Columns of the draws, and keys of `ci`."""
+    names = ("A", "E", "beta", *(f"alpha/{module}" for module in modules))
+    return names if form == "power" else (*names, "C", "eta", *(f"kappa/{module}" for module in modules))
+
+
+def _predict(parameters: np.ndarray, log_ranks: np.ndarray, log_samples: np.ndarray | float) -> np.ndarray:
+    """[S, n] raw parameters, [Q, M] log ranks -> [S, Q]."""
+    modules = log_ranks.shape[1]
+    A, E, beta = parameters[:, :3, None].transpose(1, 0, 2)
+    alpha = parameters[:, 3 : 3 + modules]
+    loss = A * np.exp(-(alpha @ log_ranks.T) - beta * log_samples) + E
+    if parameters.shape[1] > 3 + modules:
+        C, eta = parameters[:, 3 + modules : 5 + modules, None].transpose(1, 0, 2)
+        loss = loss + C * np.exp(parameters[:, 5 + modules :] @ log_ranks.T + eta * log_samples)
+    return loss
+
+
+def fit_performance_law(
+    form: Form,
+    ranks: Mapping[str, ArrayLike],
+    num_samples: ArrayLike,
+    losses: ArrayLike,
+    *,
+    counts: ArrayLike | None = None,
+    huber: float | None = None,
+) -> PerformanceLaw:
+    """Fits one form by variable projection, and measures it at the largest D after a fit without it.
+
+    Least squares of relative errors, or Huber's loss of them (1964), which a few lanes that went wrong don't decide.
+    For fixed exponents the law is linear in A, E (and C), all >= 0, and solved in closed form by squares; a Sobol set
+    over the exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3]) gives the starts, the best
+    of which are polished over all parameters (Golub and Pereyra 1973 for the idea; Levenberg-Marquardt for the polish).
+
+    Args:
+      form: `power` or `power_overfit`.
+      ranks: module -> [N] ranks, >= 1, any number of modules.
+      num_samples: [N] samples D.
+      losses: [N] validation losses in nats, each at the lane's best checkpoint.
+      counts: [S, N] how often each point occurs in each bootstrap resample; no intervals when None.
+      huber: relative error above 0 beyond which a point pulls no harder; None: always by the square.
+
+    Returns:
+      The law.
+
+    Raises:
+      ConfigError: `huber` is not above 0.
+      NoValidResultError: the points do not determine the parameters; the message says what to add.
+    """
+    if huber is not None and not huber > 0:
+        raise ConfigError(f"huber is {huber}; allowed: a relative error above 0, such as 0.02, or None.")
+    modules = tuple(ranks)
+    rank = np.stack([np.asarray(ranks[module], np.float64) for module in modules], axis=1)
+    samples, loss = np.asarray(num_samples, np.float64), np.asarray(losses, np.float64)
+    _check_design(form, modules, rank, samples)
+    resamples = np.zeros((0, len(loss))) if counts is None else np.asarray(counts, np.float64)
+    log_rank, log_samples = np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)
+
+    # Rows of counts: all points, all but the largest D, then the bootstraps.
+    held_out = samples == samples.max()
+    can_hold_out = _number_of_cells(rank[~held_out], samples[~held_out]) >= len(parameter_names(form, modules))
+    can_hold_out &= len(np.unique(samples[~held_out])) > 1
+    rows = np.stack([np.ones_like(loss), (~held_out if can_hold_out else np.ones_like(held_out)).astype(np.float64)])
+    # Below half of the median loss differences are no longer relative, and one such lane must not outweigh the rest.
+    scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
+    rows, resamples = (pad_points(counts.T, 0.0).T for counts in (rows, resamples))
+    points = _Points(*(device_column(column) for column in (log_rank, log_samples, loss, 1.0 / scale)))
+    bend = jnp.float32(_NO_BEND if huber is None else huber)
+    starts = _starts(*_exponent_bounds(form, len(modules)))
+
+    def fit(polish: tuple[int, int], starts: np.ndarray, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, bend, counts)
+
+    fitted, costs = fit(_POLISH[form], starts, jnp.asarray(rows, jnp.float32))
+    scaled = np.asarray(fitted, np.float64)
+    if len(resamples):
+        # Most resamples end near the fit of all points, the rest where that has its next best starts.
+        near = starts[np.argsort(costs[0])[:_STARTS_OF_RESAMPLES]]
+        near = np.concatenate([scaled[:1, : starts.shape[1]], near]).astype(np.float32)
+        draws = in_blocks(lambda counts: fit(_POLISH_OF_RESAMPLES[form], near, counts)[0], resamples)
+        scaled = np.concatenate([scaled, draws])
+    parameters = _raw_units(scaled, len(modules))
+
+    error, tau = None, None
+    if can_hold_out:
+        predicted = _predict(parameters[1:2], np.log(rank[held_out]), np.log(samples.max()))[0]
+        error = float(np.sqrt(np.mean((predicted - loss[held_out]) ** 2)))
+        tau = _order_tau(rank[held_out], predicted, loss[held_out])
+    A, E, beta, *rest = map(float, parameters[0])
+    alpha, extra = dict(zip(modules, rest, strict=False)), rest[len(modules) :]
+    overfit = Overfit(extra[0], dict(zip(modules, extra[2:], strict=True)), extra[1]) if extra else None
+    draws = parameters[2:]
+    ci = percentile_intervals(parameter_names(form, modules), draws)
+    return PerformanceLaw(form, A, alpha, beta, E, overfit, ci, error, tau, draws)
+
+
+def choose_form(power: PerformanceLaw, overfit: PerformanceLaw | None) -> PerformanceLaw:
+    """The form to select ranks with: the power form, unless the over-fitting one has earned its parameters.
+
+    It has when, fitted without the largest D, it errs there by at most nine tenths of what the power form does, and
+    orders the ranks there at least as well (Kendall tau). Where the two are about as good the one with fewer parameters
+    is the safer: taken for an error smaller by 3 %, the over-fitting form has put the worst ranks of a grid first
+    (docs/evidence.md). So it is only ever taken when the lanes reach a D at which over-fitting shows.
+    """
+    if overfit is None or overfit.held_out_error is None or power.held_out_error is None:
+        return power
+    if power.order_tau is not None and overfit.order_tau is not None and overfit.order_tau < power.order_tau:
+        return power
+    return overfit if overfit.held_out_error <= _EARNED * power.held_out_error else power
+
+
+def can_fit(form: Form, ranks: Mapping[str, ArrayLike], num_samples: ArrayLike) -> bool:
+    """Whether there are more (ranks, D) cells than parameters at the smaller D: enough to hold the largest D out."""
+    samples = np.asarray(num_samples)
+    rank = np.stack([np.asarray(column) for column in ranks.values()], axis=1)
+    kept = samples < samples.max()
+    return _number_of_cells(rank[kept], samples[kept]) > len(parameter_names(form, tuple(ranks)))
+
+
+def _check_design(form: Form, modules: tuple[str, ...], rank: np.ndarray, samples: np.ndarray) -> None:
+    for module, column in zip(modules, rank.T, strict=True):
+        if len(np.unique(column)) < 2:
+            raise NoValidResultError(
+                f"Law-P: all {len(column)} lanes that adapt every module have rank {column[0]:g} in module {module!r}, "
+                f"so its exponent alpha cannot be fitted. Add such lanes with at least one other rank of {module!r}."
+            )
+    if len(np.unique(samples)) < 2:
+        raise NoValidResultError(
+            f"Law-P: all {len(samples)} lanes that adapt every module have D = {samples[0]:g} samples, so the data "
+            "exponent beta cannot be fitted. Add such lanes with at least one other number of samples."
+        )
+    cells, needed = _number_of_cells(rank, samples), len(parameter_names(form, modules))
+    if cells < needed:
+        raise NoValidResultError(
+            f"Law-P ({form}): {cells} distinct (ranks, D) cells for {needed} parameters. "
+            "Add lanes that adapt every module, at other ranks or numbers of samples."
+        )
+
+
+def _number_of_cells(rank: np.ndarray, samples: np.ndarray) -> int:
+    return len(np.unique(np.column_stack([rank, samples]), axis=0))
+
+
+def _order_tau(rank: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> float | None:
+    """Kendall tau over pairs of rank vectors, seeds averaged; pairs that tie in the measurement do not count."""
+    cells, index = np.unique(rank, axis=0, return_inverse=True)
+    index = index.reshape(-1)
+    means = [np.bincount(index, values) / np.bincount(index) for values in (predicted, measured)]
+    first, second = np.triu_indices(len(cells), 1)
+    signs = [np.sign(values[first] - values[second]) for values in means]
+    comparable = signs[1] != 0
+    return float(np.mean(signs[0][comparable] * signs[1][comparable])) if comparable.any() else None
+
+
+def _exponent_bounds(form: Form, modules: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds of (alpha..., beta[, kappa..., eta])."""
+    names = ["alpha"] * modules + ["beta"]
+    if form == "power_overfit":
+        names += ["kappa"] * modules + ["eta"]
+    lower, upper = np.array([_BOUNDS[name] for name in names], np.float32).T
+    return lower, upper
+
+
+def _starts(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """A Sobol set of exponents in the box; [_STARTS, n]."""
+    from scipy.stats import qmc  # takes a second to import, and nothing else needs it
+
+    unit = qmc.Sobol(len(lower), scramble=False).random(_STARTS + 1)[1:]
+    return (lower + unit * (upper - lower)).astype(np.float32)
+
+
+def _raw_units(scaled: np.ndarray, modules: int) -> np.ndarray:
+    """(exponents..., A, E[, C]) for r/16 and D/1024 -> columns of `parameter_names`, for r and D."""
+    per_term = modules + 1
+    log_units = np.array([math.log(_RANK_UNIT)] * modules + [math.log(_SAMPLE_UNIT)])
+    first = scaled[:, :per_term]
+    if scaled.shape[1] == per_term + 2:
+        A, E = scaled[:, -2:].T
+        return np.column_stack([A * np.exp(first @ log_units), E, first[:, -1], first[:, :-1]])
+    second = scaled[:, per_term : 2 * per_term]
+    A, E, C = scaled[:, -3:].T
+    amplitudes = A * np.exp(first @ log_units), C * np.exp(-second @ log_units)
+    falling = [amplitudes[0], E, first[:, -1], first[:, :-1]]
+    return np.column_stack([*falling, amplitudes[1], second[:, -1], second[:, :-1]])
+
+
+def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -> jax.Array:
+    """The columns that multiply A, E (and C): [N, 2 or 3]."""
+    modules = log_ranks.shape[1]
+
+    def power(exponent: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.sum(exponent[None, :modules] * log_ranks, axis=1) + exponent[modules] * log_samples)
+
+    falling = power(-exponents[: modules + 1])
+    columns = [falling, jnp.ones_like(falling)]
+    if exponents.size > modules + 1:
+        columns.append(power(exponents[modules + 1 :]))
+    return jnp.stack(columns, axis=1)
+
+
+class _Points(NamedTuple):
+    """Device columns, padded: scaled logs [N, M] and [N], losses in nats, and one over what their errors relate to."""
+
+    log_ranks: jax.Array
+    log_samples: jax.Array
+    losses: jax.Array
+    inverse_scale: jax.Array
+
+
+def _bent(errors: jax.Array, bend: jax.Array) -> jax.Array:
+    """What squared is twice Huber's loss: the errors, and beyond `bend` the root of 2 bend |error| - bend**2."""
+    beyond = jnp.sqrt(bend * (2.0 * jnp.maximum(jnp.abs(errors), bend) - bend))
+    return jnp.where(jnp.abs(errors) <= bend, errors, jnp.sign(errors) * beyond)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _fit_rows(
+    overfit: bool,
+    polish: tuple[int, int],
+    starts: jax.Array,
+    points: _Points,
+    bend: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """[S, N] counts -> [S, n] exponents, A, E (and C), in the scaled units; and the costs of the starts, [S, F]."""
+    log_ranks, log_samples, losses, inverse_scale = points
+    linear, (refined_starts, iterations) = 3 if overfit else 2, polish
+    lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
+    below = jnp.concatenate([jnp.asarray(lower), jnp.zeros(linear)])
+    above = jnp.concatenate([jnp.asarray(upper), jnp.full(linear, jnp.inf)])
+
+    # The bases of the starts are the same for every row of counts.
+    bases = jax.vmap(_basis, in_axes=(0, None, None))(starts, log_ranks, log_samples)
+
+    def one_row(count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = count * inverse_scale**2
+        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, weights)
+        best = jax.lax.top_k(-start_costs, refined_starts)[1]
+        thetas = jnp.concatenate([starts[best], coefficients[best]], axis=1)
+
+        def residual(theta: jax.Array) -> jax.Array:
+            predicted = jnp.sum(_basis(theta[:-linear], log_ranks, log_samples) * theta[None, -linear:], axis=1)
+            return jnp.sqrt(count) * _bent((predicted - losses) * inverse_scale, bend)
+
+        refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
+        return refined[jnp.argmin(costs)], start_costs
+
+    return jax.vmap(one_row)(counts)

@@ -1,0 +1,180 @@
+"""Pictures of any size to the windows of Qwen2.5-VL's encoder (arXiv 2502.13923), and their image tokens.
+
+Scaling, normalising and cutting into patches is transformers' numpy processor; where each patch goes is worked out
+here. Every window is padded to one size, so that a picture is a whole number of tiles. Nothing here runs a model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mars_jax.errors import ConfigError, DataError
+from mars_jax.models.families.pictures import ImageTokens, Size, gathered
+from mars_jax.models.families.processors import load_processor
+from mars_jax.models.families.qwen2_5_vl.config import QwenVisionConfig
+
+if TYPE_CHECKING:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+_MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True, slots=True)
+class WindowGeometry:
+    """What decides how many windows and tokens a picture becomes.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        merge_size: patches along a side of a group; a group is an image token.
+        window_groups: groups along a side of a window.
+        min_pixels: smaller pictures are enlarged to about as many.
+        max_pixels: larger ones are scaled down to at most as many.
+    """
+
+    patch_size: int
+    merge_size: int
+    window_groups: int
+    min_pixels: int
+    max_pixels: int
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of groups of a picture, once it is scaled to whole groups, with transformers' rounding.
+
+        Raises:
+            DataError: a side is more than 200 times the other.
+        """
+        (height, width), side = size, self.patch_size * self.merge_size
+        if max(size) > _MAX_ASPECT_RATIO * min(size):
+            raise DataError(
+                f"a picture of height {height} and width {width} is too thin: one side may be {_MAX_ASPECT_RATIO} "
+                "times the other at most. Crop or pad it."
+            )
+        rows, columns = round(height / side), round(width / side)
+        pixels = rows * columns * side**2
+        if pixels > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            return max(1, math.floor(height / shrink / side)), max(1, math.floor(width / shrink / side))
+        if pixels < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            return math.ceil(height * grow / side), math.ceil(width * grow / side)
+        return rows, columns
+
+
+@lru_cache(maxsize=64)
+def window_tokens(grid: tuple[int, int], window_groups: int) -> ImageTokens:
+    """The image tokens of a picture of `grid` rows and columns of groups: where each group lies in its windows.
+
+    Windows are numbered row by row, and so are the groups of a window; those beyond the picture are padding.
+
+    Returns:
+        Read-only arrays; row `n * window_groups^2 + g` is group g of window n.
+    """
+    rows, columns = grid
+    across = -(-columns // window_groups)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    window = (row // window_groups) * across + column // window_groups
+    group = (row % window_groups) * window_groups + column % window_groups
+    return gathered(window * window_groups**2 + group, across * -(-rows // window_groups), grid)
+
+
+class WindowPictures:
+    """Qwen2.5-VL's `Pictures`. Tiles are windows of P patches:
+
+    pixels           float32 [N, P, values]  numbers of a patch: channel, moment, row, column
+    patch_positions  int32   [N, P, 2]       row and column of the patch in its picture
+    patch_images     int32   [N, P]          which picture of the record it belongs to, -1 for padding
+    """
+
+    def __init__(self, config: QwenVisionConfig, processor: "Qwen2VLImageProcessorPil") -> None:
+        self._config, self._processor = config, processor
+        limits = processor.size
+        self.geometry = WindowGeometry(
+            config.patch_size, config.merge_size, config.window_groups, limits["shortest_edge"], limits["longest_edge"]
+        )
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Groups of a window."""
+        return self.geometry.window_groups**2
+
+    def tokens(self, sizes: Sequence[Size]) -> tuple[ImageTokens, ...]:
+        """The image tokens of each picture, whatever others there are."""
+        return tuple(window_tokens(self.geometry.grid(size), self.geometry.window_groups) for size in sizes)
+
+    def tiles(self, images: Sequence[Image.Image]) -> dict[str, NDArray[Any]]:
+        """Windows of all pictures, one picture after the other."""
+        parts = [self._windows(number, image) for number, image in enumerate(images)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def torch_inputs(self, records: Sequence[Sequence[Image.Image]]) -> dict[str, NDArray[Any]]:
+        """`pixel_values` and `image_grid_thw`."""
+        return dict(self._processor([image for images in records for image in images], return_tensors="np"))
+
+    def padding(self, count: int) -> dict[str, NDArray[Any]]:
+        """Windows without a patch."""
+        patches = self._config.num_patches
+        return {
+            "pixels": np.zeros((count, patches, self._config.patch_values), np.float32),
+            "patch_positions": np.zeros((count, patches, 2), np.int32),
+            "patch_images": np.full((count, patches), -1, np.int32),
+        }
+
+    def _windows(self, number: int, image: Image.Image) -> dict[str, NDArray[Any]]:
+        made = self._processor([image], return_tensors="np")
+        merge = self._config.merge_size
+        _, height, width = made["image_grid_thw"][0].tolist()
+        tokens = window_tokens((height // merge, width // merge), self.geometry.window_groups)
+        row, column = np.divmod(np.arange(len(tokens.index)), width // merge)
+        down, across = np.divmod(np.arange(merge**2), merge)
+        # The processor's patches come group by group, as the merger joins them.
+        slots = (tokens.index * merge**2 + np.arange(merge**2)[None]).reshape(-1)
+        places = np.stack([row[:, None] * merge + down[None], column[:, None] * merge + across[None]], axis=-1).reshape(
+            -1, 2
+        )
+        windows = self.padding(tokens.num_tiles)
+        for name, values in (("pixels", made["pixel_values"]), ("patch_positions", places), ("patch_images", number)):
+            windows[name].reshape(-1, *windows[name].shape[2:])[slots] = values
+        return windows
+
+
+def load_window_pictures(directory: Path, config: QwenVisionConfig, max_pixels: int | None = None) -> WindowPictures:
+    """Reads the image processor of a checkpoint folder (no torch, no torchvision).
+
+    Args:
+        directory: the folder.
+        config: the encoder.
+        max_pixels: of a picture, in place of what the folder says.
+
+    Raises:
+        ConfigError: the folder has no processor, or one that cuts other patches than the model takes, or `max_pixels`
+            is below its smallest picture.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = load_processor(
+        Qwen2VLImageProcessorPil, directory, **({"max_pixels": max_pixels} if max_pixels else {})
+    )
+    smallest = processor.size["shortest_edge"]
+    if max_pixels is not None and max_pixels < smallest:
+        raise ConfigError(
+            f"data.max_pixels is {max_pixels}, but the image processor in {directory} enlarges every picture to "
+            f"{smallest} pixels at least. Give at least as many."
+        )
+    for name, expected in (
+        ("patch_size", config.patch_size),
+        ("merge_size", config.merge_size),
+        ("temporal_patch_size", config.temporal_patch_size),
+    ):
+        if getattr(processor, name) != expected:
+            raise ConfigError(
+                f"{directory}: the image processor has {name} = {getattr(processor, name)}, but config.json says "
+                f"{expected}. The files come from different checkpoints; copy both from one."
+            )
+    return WindowPictures(config, processor)

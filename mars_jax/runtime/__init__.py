@@ -1,0 +1,1 @@
+"""This process and machine: devices, sharding, checkpoints, files, progress."""

@@ -1,0 +1,85 @@
+"""Registries: the members of a kind, such as convergence rules, by name.
+
+A new member is one file and one line: built-in ones are listed where the registry is made, others call `register`.
+"""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Generic, Protocol, TypeVar
+
+from mars_jax.errors import ConfigError
+
+
+class Named(Protocol):
+    """What a registry holds."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its registry; what configs say."""
+        ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Registry(Generic[T]):
+    """Members of one kind by name, in the order they were listed and registered.
+
+    Built-in members are imported when they are first asked for, so names can be checked without importing JAX.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, str]) -> None:
+        """Makes a registry.
+
+        Args:
+            kind: what its members are, for messages: "convergence rule".
+            built_in: name -> "module:ATTRIBUTE".
+        """
+        self.kind = kind
+        self._members: dict[str, T | str] = dict(built_in)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all members."""
+        return tuple(self._members)
+
+    def register(self, member: T) -> T:
+        """Adds a member under its name, and returns it.
+
+        Raises:
+            ConfigError: the name is taken by another member.
+        """
+        known = self._members.get(member.name)
+        if known is not None and known is not member:
+            raise ConfigError(f"there is a {self.kind} named {member.name!r} already. Give the new one another name.")
+        self._members[member.name] = member
+        return member
+
+    def check(self, name: str) -> str:
+        """The name, if it is one of a member.
+
+        Raises:
+            ConfigError: there is no such member.
+        """
+        if name not in self._members:
+            near = get_close_matches(str(name), self.names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{self.kind} is {name!r}; allowed: {', '.join(self.names)}.{hint}")
+        return name
+
+    def __getitem__(self, name: str) -> T:
+        """The member of a name.
+
+        Raises:
+            ConfigError: there is no such member.
+        """
+        member = self._members[self.check(name)]
+        if isinstance(member, str):
+            module, _, attribute = member.partition(":")
+            loaded: Any = getattr(import_module(module), attribute)
+            self._members[name] = member = loaded
+        return member
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[name] for name in self.names)

@@ -1,0 +1,1 @@
+"""Search for ranks: probes, strategies, final runs."""

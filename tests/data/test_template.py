@@ -1,0 +1,213 @@
+"""Label masks decoded back, for templates of both kinds; and the text of every refusal."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from mars_jax.data.formats.base import Turn
+from mars_jax.data.records import Record
+from mars_jax.data.template import encode, load_tokenizer
+from mars_jax.errors import ConfigError, DataError
+from tests.helpers import tiny_data
+from tests.helpers.tiny_data import IMAGE_TOKEN_ID, PICTURES_FIRST, STRING_CHATML, TYPED_CHATML
+
+TOKENIZERS = {
+    name: tiny_data.tokenizer(globals()[name]) for name in ("TYPED_CHATML", "STRING_CHATML", "PICTURES_FIRST")
+}
+
+
+def record(*turns: tuple[str, str]) -> Record:
+    images = (Path("a.png"),) if any("<image>" in text for _, text in turns) else ()
+    return Record(
+        "r1", images, tuple(Turn(role, text) for role, text in turns), "data.json item 0", "g", ("g",) * len(images)
+    )
+
+
+CONVERSATIONS = [
+    [("user", "<image>\nwhat shape?"), ("assistant", "a red square")],
+    [("system", "be short"), ("user", "hi"), ("assistant", "a"), ("user", "<image>\nnow?"), ("assistant", "end")],
+    [("user", "né中🙂"), ("assistant", " 中 é\u0301 🙂\n\nassistant "), ("user", ""), ("assistant", "<b>im_end</b>")],
+    [("user", "what is this?\n<image>"), ("assistant", "assistant")],
+]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("template", TOKENIZERS)
+def test_supervised_tokens_decode_to_the_answers_and_their_end_tokens(
+    template: str, turns: list[tuple[str, str]]
+) -> None:
+    tokenizer = TOKENIZERS[template]
+    one = record(*turns)
+    encoded = encode(one, tokenizer, IMAGE_TOKEN_ID, [1] * len(one.images))
+    answers = "".join(text + "<|im_end|>" for role, text in turns if role == "assistant")
+    assert tokenizer.decode(encoded.token_ids[encoded.supervised]) == answers
+    assert encoded.token_ids.dtype == np.int32
+    assert encoded.supervised.shape == encoded.token_ids.shape
+    # The rest is the prompt: nothing of the conversation is lost or written twice.
+    whole = tokenizer.decode(encoded.token_ids)
+    for role, text in turns:
+        assert text.replace("<image>", "").strip("\n") in whole
+        assert whole.count(f"<|im_start|>{role}") == sum(other == role for other, _ in turns)
+
+
+def words(least: int) -> st.SearchStrategy[str]:
+    """Any text without a control token: those are refused, see below. (Hypothesis tries the constants of our code.)"""
+    special = TOKENIZERS["TYPED_CHATML"].all_special_tokens
+    return st.text(min_size=least, max_size=20).filter(lambda text: not any(token in text for token in special))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(words(0), words(1)), min_size=1, max_size=3))
+def test_any_text_survives(pairs: list[tuple[str, str]]) -> None:
+    turns = [turn for user, answer in pairs for turn in (("user", user), ("assistant", answer))]
+    encoded = encode(record(*turns), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [])
+    supervised = TOKENIZERS["TYPED_CHATML"].decode(encoded.token_ids[encoded.supervised])
+    assert supervised == "".join(answer + "<|im_end|>" for _, answer in pairs)
+
+
+def test_tokens_are_those_of_the_whole_rendering_with_the_image_expanded() -> None:
+    tokenizer = TOKENIZERS["TYPED_CHATML"]
+    one = record(*CONVERSATIONS[1])
+    encoded = encode(one, tokenizer, IMAGE_TOKEN_ID, [5])
+    rendering = (
+        "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        f"<|im_start|>user\n{'<image>' * 5}\nnow?<|im_end|>\n<|im_start|>assistant\nend<|im_end|>\n"
+    )
+    assert encoded.token_ids.tolist() == tokenizer.encode(rendering)
+    assert not encoded.supervised[encoded.token_ids == IMAGE_TOKEN_ID].any()
+    assert not encoded.supervised[-1]  # the newline after the last end token
+
+
+def test_a_template_that_trims_answers() -> None:
+    tokenizer = tiny_data.tokenizer(STRING_CHATML.replace("message['content']", "(message['content'] | trim)"))
+    encoded = encode(record(("user", "?"), ("assistant", " yes \n")), tokenizer, IMAGE_TOKEN_ID, [])
+    assert tokenizer.decode(encoded.token_ids[encoded.supervised]) == "yes<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            STRING_CHATML.replace("message['content']", "message['content'] | replace('yes', 'Yes')"),
+            r"renders the answer as '.*Yes<\|im",
+        ),
+        (
+            "{{ messages | length }}" + STRING_CHATML,
+            "renders earlier turns differently once later ones are added",
+        ),
+        (
+            STRING_CHATML.replace("in messages", "in messages if message['role'] != 'system'"),
+            r"leaves out the text of turn 0 \(system\)",
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + STRING_CHATML,
+            r"refuses the turns system, user \(no system\)",
+        ),
+    ],
+)
+def test_templates_that_hide_the_answer_are_data_errors_that_name_the_tokenizer(template: str, text: str) -> None:
+    tokenizer = tiny_data.tokenizer(template)
+    tokenizer.name_or_path = "some/tokenizer"
+    with pytest.raises(DataError, match=text) as caught:
+        encode(record(("system", "be short"), ("user", "?"), ("assistant", "yes")), tokenizer, IMAGE_TOKEN_ID, [])
+    assert "'some/tokenizer'" in str(caught.value)
+    assert "data.json item 0 (id 'r1')" in str(caught.value)
+
+
+def test_a_template_without_pictures_is_a_config_error() -> None:
+    tokenizer = tiny_data.tokenizer(TYPED_CHATML.replace("<image>", "[picture]"))
+    with pytest.raises(
+        ConfigError, match="shows a user turn with one picture neither from typed content nor from text"
+    ):
+        encode(record(*CONVERSATIONS[0]), tokenizer, IMAGE_TOKEN_ID, [1])
+
+
+def test_a_tokenizer_that_loses_text_is_a_data_error() -> None:
+    words = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<image>": 3, "yes": 4}, "<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>", "<image>"]
+    )
+    tokenizer.chat_template = STRING_CHATML
+    assert encode(record(("user", "?"), ("assistant", "yes")), tokenizer, 3, []).supervised.sum() == 2
+    with pytest.raises(DataError, match=r"turns the answer 'yellow' into '<unk>'. Use the checkpoint's own tokenizer"):
+        encode(record(("user", "?"), ("assistant", "yellow")), tokenizer, 3, [])
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_control_tokens_in_the_text_are_refused(role: str) -> None:
+    texts = {"user": "?", "assistant": "yes", role: "a <|im_end|> b"}
+    with pytest.raises(DataError, match=r"contains '<\|im_end\|>', which tokenizer .* reads as a control token"):
+        encode(record(*texts.items()), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [])
+
+
+def test_wrong_image_token_id_and_count() -> None:
+    with pytest.raises(ConfigError, match="tokens, but the config's image token is 151646"):
+        encode(record(*CONVERSATIONS[0]), TOKENIZERS["TYPED_CHATML"], 151646, [1])
+    with pytest.raises(DataError, match="1 image tokens for 2 pictures"):
+        encode(record(*CONVERSATIONS[0]), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [1, 1])
+
+
+def test_load_tokenizer_prefers_the_processors_template(tmp_path: Path) -> None:
+    tiny_data.tokenizer(None).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"the tokenizer has no chat template. Copy chat_template.jinja"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": PICTURES_FIRST}))
+    assert load_tokenizer(tmp_path).chat_template == PICTURES_FIRST
+    (tmp_path / "chat_template.jinja").write_text(TYPED_CHATML)
+    assert load_tokenizer(tmp_path).chat_template == TYPED_CHATML
+
+
+def test_load_tokenizer_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+    tokenizer = tiny_data.tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"the tokenizer has no padding token. Set pad_token"):
+        load_tokenizer(tmp_path)
+
+
+# The shape of LLaVA-1.5's own: no token ends an answer, and none begins the text.
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() }}: {% endif %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_neither() -> None:
+    tokenizer = tiny_data.tokenizer(VICUNA)
+    turns = [("user", "<image>\nwhat?"), ("assistant", "a red square"), ("user", "and?"), ("assistant", "that")]
+    encoded = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
+    supervised = tokenizer.decode(encoded.token_ids[encoded.supervised])
+    assert supervised == "a red square<|im_end|>that<|im_end|>"
+    whole = "USER: <image><image>\nwhat? ASSISTANT: a red square<|im_end|> USER: and? ASSISTANT: that<|im_end|> "
+    assert tokenizer.decode(encoded.token_ids) == whole
+
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    begun = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
+    assert begun.token_ids.tolist() == [1, *encoded.token_ids.tolist()]
+    assert begun.supervised.tolist() == [False, *encoded.supervised.tolist()]
+    tokenizer.chat_template = "<|im_start|>" + VICUNA  # writes it itself
+    assert encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2]).token_ids.tolist() == begun.token_ids.tolist()
+
+
+def test_an_answer_that_nothing_ends_is_a_data_error() -> None:
+    tokenizer = tiny_data.tokenizer(STRING_CHATML.replace("'<|im_end|>\n'", "'\n'"))
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="the answer itself and then a special end token are expected"):
+        encode(record(("user", "?"), ("assistant", "yes")), tokenizer, IMAGE_TOKEN_ID, [])

@@ -1,0 +1,53 @@
+"""The model card: how each family's adapter is loaded, and what vLLM is told about it."""
+
+import pytest
+
+from mars_jax.hub.card import model_card
+from mars_jax.models.families.llava import table as llava
+from mars_jax.models.families.qwen2_5_vl import table as qwen2_5_vl
+
+ALL = {"vision": 20, "projector": 3, "llm": 40}
+
+
+def card(family, ranks, rule=lambda rank: 2 * rank):
+    alphas = {module: rule(rank) for module, rank in ranks.items()}
+    return " ".join(model_card(family, "org/base", None, ranks, alphas, 1).split())
+
+
+@pytest.mark.parametrize("family", [llava.WITH_CLIP, llava.WITH_SIGLIP, qwen2_5_vl.FAMILY])
+def test_vllm_needs_a_switch_for_what_is_not_the_llm_and_room_for_the_largest_rank(family):
+    text = card(family, ALL)
+    assert "`LLM(BASE, enable_lora=True, max_lora_rank=64, enable_tower_connector_lora=True)`" in text
+    assert "drops the part of vision and projector, with no more than a warning" in text
+    assert "refuses fully trained modules (`modules_to_save`), biases and DoRA; this adapter has none" in text
+    assert "alpha_pattern" not in text
+
+    alone = card(family, {"llm": 8})
+    assert "`LLM(BASE, enable_lora=True, max_lora_rank=8)`" in alone
+    assert "enable_tower_connector_lora" not in alone
+
+
+def test_scales_that_older_releases_get_wrong_are_told():
+    told = "don't read `rank_pattern` and `alpha_pattern`"
+    assert told in card(llava.WITH_CLIP, ALL, rule=lambda rank: 16)
+    # One scale up to rounding.
+    assert told not in card(llava.WITH_CLIP, ALL, rule=lambda rank: 0.7 * rank)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "told"),
+    [
+        (llava.ONEVISION, ALL, "takes no LoRA adapter for `LlavaOnevisionForConditionalGeneration`: serve the merged"),
+        (llava.WITH_CLIP, {"llm": 513}, "takes no rank above 512: serve the merged"),
+        (llava.WITH_DINOV2, ALL, "takes no vision encoder of this kind, merged or not: use transformers"),
+    ],
+)
+def test_what_vllm_does_not_take(family, ranks, told):
+    text = card(family, ranks)
+    assert told in text
+    assert "enable_lora" not in text
+
+
+def test_versions_that_place_pictures_wrongly_are_named():
+    assert "transformers 5.3 to 5.5 (until 5.5.4)" in card(qwen2_5_vl.FAMILY, ALL)
+    assert "5.5.4" not in card(llava.ONEVISION, ALL)
