@@ -8,6 +8,7 @@ the unpadded one under AdamW, SGD and Lion, because the gradients of those colum
 On a plain pytree:
 
 >>> import jax, jax.numpy as jnp
+>>> from mars_jax.adapters.targets import find_targets
 >>> params = {"llm": {"q_proj": {"kernel": jnp.ones((8, 6))}, "norm": {"scale": jnp.ones(8)}}}
 >>> targets = find_targets(params, {"llm": [r"llm/.*_proj"]})
 >>> adapters = init_adapters(jax.random.key(0), targets, {"llm": 4})

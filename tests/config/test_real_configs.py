@@ -18,7 +18,7 @@ from mars_jax.config.load import load_config
 from mars_jax.models.families.registry import model_config, parameters
 from mars_jax.runtime.sharding import base_shardings, make_mesh
 from mars_jax.runtime.trees import unflatten
-from mars_jax.search.probes import run as search
+from mars_jax.search import cost
 from tests.helpers import tiny_data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -159,7 +159,7 @@ def job(request, tmp_path):
 
 
 def test_check_and_plan_accept_the_config(job, monkeypatch):
-    monkeypatch.setattr(search, "physical_memory_bytes", lambda: 2**40)  # the machine that such a model is run on
+    monkeypatch.setattr(cost, "physical_memory_bytes", lambda: 2**40)  # the machine that such a model is run on
     config, architecture, billions = job
     table = parameters(architecture)
     assert sum(math.prod(p.shape) for p in table) / 1e9 == pytest.approx(billions, abs=0.02)

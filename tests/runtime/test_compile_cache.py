@@ -17,7 +17,7 @@ COMPILE = """
 import json
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
-from mars_jax import compile_cache
+from mars_jax.runtime import compile_cache
 folder = compile_cache.enable()
 with compile_cache.CompileCounter() as counter:
     result = jax.jit(lambda x: x @ x.T)(np.eye(3, dtype=np.float32))
