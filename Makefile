@@ -15,6 +15,7 @@ test: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest
 
 # Short forms: they show that the benchmarks run, and measure little. The full ones: see docs/performance.md.

@@ -1,18 +1,17 @@
-"""The command `mars`: arguments in, one function of `mars_jax.pipeline` called, its result out. No work is done here.
+"""The command `mars`: parses arguments, runs a pipeline of `mars_jax.pipeline` and prints its result.
 
-Imports of weight are inside functions, so that `mars --help` and a mistyped config answer at once.
+Heavy imports are inside functions, so that `mars --help` and errors of the config are quick.
 """
 
 import errno
-import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +22,8 @@ from mars_jax.runtime.environment import cpu_device_for_each_core
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mars_jax.config.load import Config
+    from mars_jax.runtime.jsonfiles import Document
     from mars_jax.runtime.progress import Reporter
 
 INTERRUPTED = 130
@@ -47,26 +48,26 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY.SUB=VALUE",
-        help="Settings that win over the config. Relative paths: from the config's folder; run_dir: from here.",
+        help="Settings that replace those of the config. Relative paths: from the config's folder; run_dir: from here.",
     ),
 ]
-Show = Callable[[Mapping[str, Any]], Iterable["Table"]]
+Tables = Callable[["Document"], Iterable["Table"]]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, human text on stderr.")]
 
 
 def main() -> None:
     """Entry point of the command."""
-    # transformers advises to install PyTorch, which nothing here needs.
+    # transformers advises installing PyTorch, which isn't needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # XLA logs an error, a false one, for each program for a CPU with AVX-512 that comes from the compile cache
-    # (openxla/xla#44565). Its true errors are exceptions too.
+    # XLA logs a false error for each program that it loads from the compile cache on a CPU with AVX-512
+    # (openxla/xla#44565). Its true errors also raise exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ |= cpu_device_for_each_core()
     app()
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"mars_jax {mars_jax.__version__}")
         raise typer.Exit()
 
@@ -80,10 +81,21 @@ def _options(
     pass
 
 
-@app.command()
-def run(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """All phases, from plan to report."""
-    _call("run", config, overrides, json_output)
+def _pipeline(name: str, help: str) -> None:
+    """Adds the command of a pipeline of `pipeline.PIPELINES`."""
+
+    def command(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
+        def work(config: "Config", reporter: "Reporter") -> "Document":
+            from mars_jax.pipeline import run_pipeline
+
+            return run_pipeline(name, config, reporter)
+
+        _execute_job(work, config, overrides, json_output)
+
+    app.command(name, help=help)(command)
+
+
+_pipeline("run", "All phases, from plan to report.")
 
 
 @app.command()
@@ -96,43 +108,20 @@ def check(
     """Check config, data and LoRA targets first."""
     from mars_jax.runtime.tables import check_tables
 
-    _call("check", config, overrides, json_output, tables=check_tables, show=show)
+    def work(config: "Config", reporter: "Reporter") -> "Document":
+        from mars_jax import pipeline
+
+        return pipeline.check(config, reporter, show=show)
+
+    _execute_job(work, config, overrides, json_output, check_tables)
 
 
-@app.command()
-def plan(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """List the lanes, their cost, and if they fit."""
-    _call("plan", config, overrides, json_output)
-
-
-@app.command()
-def probe(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Run the short LoRA runs that the laws need."""
-    _call("probe", config, overrides, json_output)
-
-
-@app.command()
-def fit(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Fit both scaling laws to the finished lanes."""
-    _call("fit", config, overrides, json_output)
-
-
-@app.command()
-def select(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Pick the ranks by the fitted laws."""
-    _call("select", config, overrides, json_output)
-
-
-@app.command()
-def finetune(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Train once with the picked ranks."""
-    _call("finetune", config, overrides, json_output)
-
-
-@app.command()
-def evaluate(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Measure the base and the result on test data."""
-    _call("evaluate", config, overrides, json_output)
+_pipeline("plan", "List the lanes, their cost, and if they fit.")
+_pipeline("probe", "Run the short LoRA runs that the laws need.")
+_pipeline("fit", "Fit both scaling laws to the finished lanes.")
+_pipeline("select", "Pick the ranks by the config's strategy.")
+_pipeline("finetune", "Train once with the picked ranks.")
+_pipeline("evaluate", "Measure the base and the result on test data.")
 
 
 @app.command()
@@ -144,13 +133,16 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Write the PEFT adapter for other tools."""
-    _call("export", config, overrides, json_output, verify=verify, merged=merged)
+
+    def work(config: "Config", reporter: "Reporter") -> "Document":
+        from mars_jax import pipeline
+
+        return pipeline.export(config, reporter, verify=verify, merged=merged)
+
+    _execute_job(work, config, overrides, json_output)
 
 
-@app.command()
-def compare(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Train the pick and its alternatives side by side."""
-    _call("compare", config, overrides, json_output)
+_pipeline("compare", "Train the pick and its alternatives side by side.")
 
 
 @app.command()
@@ -161,46 +153,44 @@ def diff(
 ) -> None:
     """Compare two evaluated runs sample by sample."""
 
-    def work(reporter: "Reporter") -> Mapping[str, Any]:
+    def work(reporter: "Reporter") -> "Document":
         from mars_jax.evals.paired import difference
-        from mars_jax.job.directory import RunDirectory
+        from mars_jax.job import files
 
-        return difference(RunDirectory(run).samples_file, RunDirectory(other).samples_file, reporter.warn)
+        return difference(run / files.SAMPLES, other / files.SAMPLES, reporter.warn)
 
     execute(work, json_output=json_output)
 
 
-@app.command()
-def report(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Write the HTML page on what the run found."""
-    _call("report", config, overrides, json_output)
+_pipeline("report", "Write the HTML page on what the run found.")
 
 
 @app.command()
 def status(config: Source, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Say how far a run is."""
+    """Show how far a run is."""
 
-    def work(reporter: "Reporter") -> Mapping[str, Any]:
+    def work(reporter: "Reporter") -> "Document":
         from mars_jax.config.load import load_config
         from mars_jax.job.directory import RunDirectory
+        from mars_jax.job.status import run_status
 
-        return RunDirectory(load_config(config, overrides or ()).run_dir).status(reporter.warn)
+        return run_status(RunDirectory(load_config(config, overrides or ()).run_dir), reporter.warn)
 
     execute(work, json_output=json_output)
 
 
-def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: bool, tables: Show | None = None) -> None:
-    """Runs `work` and prints its result; ends the process with the exit code of the error that it raised, if any.
+def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tables: Tables | None = None) -> None:
+    """Runs work and prints its result; ends the process with the exit code of the error, if work raises one.
 
     Args:
-        work: takes a reporter on stderr and returns a document that JSON can hold. What it, or a library under it,
-            prints goes to stderr, so that stdout holds the result alone.
-        tables: of the result, for people; None: those of any document.
-        json_output: print the result as one JSON document instead of tables; so also a `MarsError` or an interrupt:
-            `{"error": {"type", "message", "exit_code"}}`.
+        work: takes a reporter on stderr and returns a JSON document. All that it prints goes to stderr, so that stdout
+            has the result alone.
+        json_output: print the result as one JSON document on stdout, and the tables on stderr; a `MarsError` or an
+            interrupt as `{"error": {"type", "message", "exit_code"}}`.
+        tables: makes the tables of the result; None: `runtime.tables.tables`.
 
     Raises:
-        typer.Exit: a `MarsError`, Ctrl-C or SIGTERM ended the work. Other exceptions pass: they are our bugs.
+        typer.Exit: a `MarsError`, Ctrl-C or SIGTERM ended the work. Other exceptions are bugs and propagate.
     """
     from mars_jax.runtime.progress import ConsoleReporter
 
@@ -217,39 +207,39 @@ def execute(work: Callable[["Reporter"], Mapping[str, Any]], *, json_output: boo
             "run the same command again to go on."
         )
         _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
-    except KeyboardInterrupt as interrupt:  # an `Interrupted` says more
+    except KeyboardInterrupt as interrupt:  # `Interrupted` has a message
         message = str(interrupt) or "state saved; run the same command again to go on"
         _fail("Interrupted", message, INTERRUPTED, json_output)
     else:
         _print_result(result, json_output, tables)
 
 
-def _call(
-    name: str,
+def _execute_job(
+    work: Callable[["Config", "Reporter"], "Document"],
     source: Path,
     overrides: list[str] | None,
     json_output: bool,
-    tables: Show | None = None,
-    **options: Any,
+    tables: Tables | None = None,
 ) -> None:
-    def work(reporter: "Reporter") -> Mapping[str, Any]:
+    """Loads the config and the compile cache, then executes `work`."""
+
+    def loaded(reporter: "Reporter") -> "Document":
         from mars_jax.config.load import load_config
 
         config = load_config(source, overrides or ())
-        # Imported once the config is known to be right: they bring JAX along.
+        # Imported after the config is checked, because it imports JAX.
         from mars_jax.runtime import compile_cache
 
         try:
             compile_cache.enable()
         except ConfigError as error:
             reporter.warn(f"{error} This run goes on and compiles what it needs.")
-        pipeline = importlib.import_module("mars_jax.pipeline")
-        return getattr(pipeline, name)(config, reporter, **options)
+        return work(config, reporter)
 
-    execute(work, json_output=json_output, tables=tables)
+    execute(loaded, json_output=json_output, tables=tables)
 
 
-def _print_result(result: Mapping[str, Any], json_output: bool, show: Show | None) -> None:
+def _print_result(result: "Document", json_output: bool, make_tables: Tables | None) -> None:
     from rich.console import Console
 
     from mars_jax.runtime.jsonfiles import dump_json
@@ -260,7 +250,7 @@ def _print_result(result: Mapping[str, Any], json_output: bool, show: Show | Non
     console = Console(stderr=json_output)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for table in (show or tables)(result):
+    for table in (make_tables or tables)(result):
         console.print(table, "")
 
 
@@ -275,7 +265,7 @@ def _fail(kind: str, message: str, exit_code: int, json_output: bool) -> None:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Schedulers stop a job with SIGTERM; it must save its state as Ctrl-C does."""
+    """Raises `KeyboardInterrupt` on SIGTERM, with which schedulers stop a job, so that its state is saved."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

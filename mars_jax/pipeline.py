@@ -1,112 +1,97 @@
-"""What each command does: the phases that it needs, in order.
+"""Commands as tuples of phases, and the document that each prints.
 
-Every function takes a config and a reporter and returns the JSON document that the command line prints. Each is safe to
-call again: see `session`.
+Every command is safe to call again: see `job.phase`.
 """
 
+from collections.abc import Sequence
+
 from mars_jax.config.load import Config
-from mars_jax.data.preview import shown
+from mars_jax.data.preview import preview
+from mars_jax.evals.run import EVALUATE
 from mars_jax.job.checks import check_model, check_sizes
+from mars_jax.job.data_phase import DATA
 from mars_jax.job.directory import RunDirectory
-from mars_jax.job.workspace import Workspace
+from mars_jax.job.export import EXPORT, MERGE, verify_export
+from mars_jax.job.job import make_job
+from mars_jax.job.phase import Phase, run_phase
+from mars_jax.report.phase import REPORT
+from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.progress import Reporter
-from mars_jax.session import Document, Session
+from mars_jax.search.phases import COMPARE, FINETUNE, FIT, PLAN, PROBE, SELECT, check_strategy
+
+SEARCH = (DATA, PLAN, PROBE, FIT, SELECT)
+PIPELINES: dict[str, tuple[Phase, ...]] = {
+    "run": (*SEARCH, FINETUNE, EVALUATE, EXPORT, MERGE, REPORT),
+    "plan": (DATA, PLAN),
+    "probe": (DATA, PLAN, PROBE),
+    "fit": (FIT,),
+    "select": (SELECT,),
+    "finetune": (FINETUNE,),
+    "evaluate": (EVALUATE,),
+    "compare": (*SEARCH, COMPARE),
+    "report": (REPORT,),
+}
+"""Command -> its phases in order. The last one runs in any case; the others where the config has them."""
 
 
-def run(config: Config, reporter: Reporter) -> Document:
-    """Every phase, from plan to report."""
+def run_pipeline(name: str, config: Config, reporter: Reporter) -> Document:
+    """Runs a command of `PIPELINES`.
+
+    Returns:
+        The document of its last phase; for `run`, what the run came to.
+    """
+    documents = run_phases(PIPELINES[name], config, reporter)
+    return _outcome(documents) if name == "run" else documents[PIPELINES[name][-1].name]
+
+
+def run_phases(phases: Sequence[Phase], config: Config, reporter: Reporter) -> dict[str, Document]:
+    """Runs phases in the run directory of a config, but for those that the config does without.
+
+    Returns:
+        Phase -> the document that describes its result.
+    """
+    check_strategy(config)
     with RunDirectory.open(config) as directory:
-        session = Session(config, reporter, directory)
-        selection = session.search()
-        session.finetune()
-        evaluation = session.evaluate()
-        session.export(verify=False, merged=config.export.merged)
-        page = session.report()
-    conditions = evaluation["conditions"]
-    kept = ("loss", "perplexity", "accuracy")
+        job = make_job(config, reporter, directory)
+        return {phase.name: run_phase(phase, job) for phase in phases if phase.applies(config) or phase is phases[-1]}
+
+
+def _outcome(documents: dict[str, Document]) -> Document:
+    conditions, kept = documents["evaluate"]["conditions"], ("loss", "perplexity", "accuracy")
     return {
-        "pick": selection["pick"],
-        "why": selection["explanation"],
+        "pick": documents["select"]["pick"],
+        "why": documents["select"]["explanation"],
         "test": {name: {key: value[key] for key in kept} for name, value in conditions.items()},
-        "adapter": directory.adapter,
-        "report": page["report"],
+        **(documents["export"] if "export" in documents else documents["merge"]),
+        "report": documents["report"]["report"],
     }
 
 
 def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
-    """Config, data and targets, before any step; writes nothing."""
-    workspace = Workspace(config, reporter)
-    check_model(workspace)
-    summary = workspace.data_summary()
-    check_sizes(workspace)
-    rows = [
+    """Checks config, data and targets before any step, with some samples as the model sees them; writes nothing."""
+    check_strategy(config)
+    job = make_job(config, reporter)
+    check_model(config, job.base)
+    summary = job.data.summary()
+    check_sizes(config, len(job.data.search.train))
+    targets = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
-        for path, t in workspace.targets.items()
+        for path, t in job.base.targets.items()
     ]
-    return {
-        "data": summary,
-        "targets": rows,
-        "samples": shown(workspace.search.train[:show], workspace.preprocessor, workspace.shapes),
-    }
-
-
-def plan(config: Config, reporter: Reporter) -> Document:
-    """The lanes, what they cost, and whether they fit this machine."""
-    with RunDirectory.open(config) as directory:
-        session = Session(config, reporter, directory)
-        session.data()
-        return session.plan()
-
-
-def probe(config: Config, reporter: Reporter) -> Document:
-    """Runs the lanes."""
-    with RunDirectory.open(config) as directory:
-        session = Session(config, reporter, directory)
-        session.data()
-        session.plan()
-        return session.probe()
-
-
-def fit(config: Config, reporter: Reporter) -> Document:
-    """Fits both laws to the finished lanes; needs `probes/lanes.jsonl` alone."""
-    with RunDirectory.open(config) as directory:
-        return Session(config, reporter, directory).fit()
-
-
-def select(config: Config, reporter: Reporter) -> Document:
-    """Picks the ranks."""
-    with RunDirectory.open(config) as directory:
-        return Session(config, reporter, directory).select()
-
-
-def finetune(config: Config, reporter: Reporter) -> Document:
-    """The final run."""
-    with RunDirectory.open(config) as directory:
-        return Session(config, reporter, directory).finetune()
-
-
-def evaluate(config: Config, reporter: Reporter) -> Document:
-    """Measures base and result on the test split."""
-    with RunDirectory.open(config) as directory:
-        return Session(config, reporter, directory).evaluate()
+    samples = preview(job.data.search.train[:show], job.data.preprocessor, job.data.shapes)
+    return {"data": summary, "targets": targets, "samples": samples}
 
 
 def export(config: Config, reporter: Reporter, *, verify: bool = False, merged: bool = False) -> Document:
-    """Writes the PEFT adapter, and on demand the merged checkpoint; `verify` loads them in PyTorch."""
+    """Writes the PEFT adapter, on demand the merged checkpoint, and on demand checks both in PyTorch."""
+    merged = merged or MERGE.applies(config)
     with RunDirectory.open(config) as directory:
-        session = Session(config, reporter, directory)
-        return session.export(verify=verify, merged=merged or config.export.merged)
-
-
-def compare(config: Config, reporter: Reporter) -> Document:
-    """The pick beside its alternatives, each trained to the end; searches first where that isn't done."""
-    with RunDirectory.open(config) as directory:
-        session = Session(config, reporter, directory)
-        session.search()
-        return session.compare()
-
-
-def report(config: Config, reporter: Reporter) -> Document:
-    """Writes the page."""
-    with RunDirectory.open(config) as directory:
-        return Session(config, reporter, directory).report()
+        job = make_job(config, reporter, directory)
+        document: Document = {}
+        if EXPORT.applies(config):
+            document |= run_phase(EXPORT, job)
+        if merged:
+            document |= run_phase(MERGE, job)
+        if verify:
+            document["verified"] = verify_export(job, merged=merged)
+        return document

@@ -29,7 +29,7 @@ from mars_jax.data.formats.base import Turn
 from mars_jax.data.preprocessor import Preprocessor, load_preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
-from mars_jax.evals.evaluator import Evaluator, candidate_answers
+from mars_jax.evals.evaluator import Evaluator, EvaluatorSettings, candidate_answers
 from mars_jax.hub.read import read_config
 from mars_jax.hub.write import write_checkpoint
 from mars_jax.lanes.schedule import warmup_multipliers
@@ -194,9 +194,8 @@ def score(model: Multimodal, params: Any, preprocessor: Preprocessor, args: argp
     """Accuracy on the whole published test split, image-blind and with shuffled pictures too."""
     records = as_records(load("test"))
     candidates = candidate_answers(records, most=64)
-    evaluator = Evaluator(
-        model, params, records, preprocessor, candidates=candidates, batch_size=128, controls=True, seed=args.seed
-    )
+    settings = EvaluatorSettings(batch_size=128, candidates=candidates, seed=args.seed)
+    evaluator = Evaluator(model, params, records, preprocessor, settings)
     outcomes = evaluator.evaluate({"base": {}})
     what = np.asarray([record.turns[0].text.startswith("<image>what") for record in records])
     scores = {name: outcome.to_json() for name, outcome in outcomes.items()}

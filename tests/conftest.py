@@ -29,6 +29,8 @@ _LONGEST = (
     "tests/test_pipeline.py",
     "tests/job/test_kill.py",
     "tests/job/test_qwen_job.py",
+    "tests/test_extending.py",
+    "tests/job/test_full_rank_job.py",
     "tests/data/test_packing.py",
     "tests/search/test_compare.py",
     "tests/search/probes/test_swaps.py",

@@ -12,6 +12,7 @@ import typer
 from mars_jax.cli import execute
 from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError, DataError, DoesNotFitError, NoValidResultError
+from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
 from mars_jax.runtime.jsonfiles import append_jsonl
 
@@ -98,9 +99,9 @@ def test_a_config_error_as_json(config_file):
 
 
 def test_status_of_a_run_from_its_config_or_its_directory(config_file):
-    with RunDirectory.open(load_config(config_file)) as run, run.phase("probe", "h"):
-        append_jsonl(run.lanes_file, {"lane": 0})
-        with run.lanes_file.open("a") as file:
+    with RunDirectory.open(load_config(config_file)) as run, run.book.phase("probe", "h"):
+        append_jsonl((run / files.LANES), {"lane": 0})
+        with (run / files.LANES).open("a") as file:
             file.write('{"lane": ')
     by_config, by_directory = mars("status", config_file, "--json"), mars("status", run.path, "--json")
     document = json.loads(by_config.stdout)
@@ -109,7 +110,7 @@ def test_status_of_a_run_from_its_config_or_its_directory(config_file):
     assert document["phases"]["probe"]["status"] == "done"
     assert document["lanes_done"] == 1
     assert "warning" in by_config.stderr
-    assert "lanes.jsonl, line 2: torn by a killed run" in by_config.stderr
+    assert "lanes.jsonl, line 2: incomplete, as after a kill" in by_config.stderr
     human = mars("status", run.path)
     assert human.returncode == 0
     assert "lanes_done" in human.stdout
@@ -122,7 +123,7 @@ def test_status_needs_a_run_and_whole_files(config_file):
     assert missing.returncode == 2
     assert "there is no run in" in missing.stderr
     with RunDirectory.open(load_config(config_file)) as run:
-        run.plan_file.write_text("{")
+        (run / files.PLAN).write_text("{")
     broken = mars("status", run.path)
     assert broken.returncode == 3
     assert "plan.json is not JSON" in broken.stderr

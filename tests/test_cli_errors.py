@@ -63,6 +63,11 @@ def refused(*arguments: object) -> tuple[int, str]:
             "leave that linear out of the targets.",
         ),
         (
+            "adapter.method=full_rank",
+            "lora: rank 2 of module 'projector' means nothing to the adapter method 'full_rank', which has no ranks. "
+            "Set lora.modules.projector.ranks to [1] to train the module, or to [0] to freeze it.",
+        ),
+        (
             "lora.modules.llm.targets=[llm/q_proj]",
             "lora: pattern 'llm/q_proj' of module 'llm' matches none of the 17 linears. A pattern must match a whole "
             "path; nearest: llm/layers/mlp/up_proj, llm/layers/self_attn/q_proj",

@@ -13,7 +13,7 @@ from mars_jax.data.images import image_size
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import load_records
 from mars_jax.data.shapes import plan_shapes
-from mars_jax.evals.evaluator import Evaluator, candidate_answers
+from mars_jax.evals.evaluator import Evaluator, EvaluatorSettings, candidate_answers
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.families.llava.model import LlavaOnevision
 from mars_jax.search.probes.design import planned_lanes
@@ -38,9 +38,7 @@ def test_demo_base_uses_the_picture(data):
     preprocessor = load_preprocessor(BASE)
     config, base = read_checkpoint(BASE, "float32")
     candidates = candidate_answers(records, most=13)
-    evaluator = Evaluator(
-        LlavaOnevision(config), base, records, preprocessor, candidates=candidates, batch_size=64, controls=True, seed=0
-    )
+    evaluator = Evaluator(LlavaOnevision(config), base, records, preprocessor, EvaluatorSettings(64, candidates))
     outcomes = evaluator.evaluate({"base": {}})
     accuracy = {name: outcome.correct.mean() for name, outcome in outcomes.items()}
     # The whole test split gives 0.858, 0.665 blind and 0.621 shuffled: four standard errors of 192 questions are 0.10.

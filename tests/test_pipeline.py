@@ -178,7 +178,7 @@ def test_the_final_runs_of_the_best_probes_are_halved_and_the_last_is_the_final_
     assert str(summary["ranks"]) == str(selection["pick"]) == min(last, key=last.get)
     assert summary["best_validation_loss"] == min(last.values())
     assert [[row["step"], row["validation_loss"]] for row in metrics] == ends[str(selection["pick"])]
-    assert "finetune: the run of the sweep that ended best is the final run" in job.stderr
+    assert "finetune: the final run that the search kept is taken" in job.stderr
 
 
 def test_the_final_run_lowers_the_loss_and_its_adapter_is_what_was_evaluated(job):
@@ -219,14 +219,14 @@ def test_a_second_run_skips_every_phase_and_reads_neither_weights_nor_pictures(j
         shutil.move(path, elsewhere)
     try:
         start = time.monotonic()
-        code, out, err = in_process("run", job.config, "--json")
+        done = tiny_job.mars("run", job.config, "--json", cache=job.cache)
         seconds = time.monotonic() - start
     finally:
         for path, elsewhere in hidden.items():
             shutil.move(elsewhere, path)
-    assert code == 0, err
-    assert json.loads(out) == job.document
-    assert [line for line in err.splitlines() if "skipped" in line] == [
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == job.document
+    assert [line for line in done.stderr.splitlines() if "skipped" in line] == [
         f"{phase}: done before, skipped" for phase in PHASES
     ]
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in watched} == before
@@ -260,7 +260,7 @@ def test_a_sweep_in_which_every_run_diverges_is_no_result(job, tmp_path):
     run = copy_of(job, tmp_path / "copy", lambda config: config["finetune"].update(learning_rate=1e38))
     done = tiny_job.mars("select", run, cache=job.cache)
     assert done.returncode == 5
-    assert "mars: no final run of the sweep came to its end (vision" in done.stderr
+    assert "mars: no final run came to its end (vision" in done.stderr
     assert "Lower finetune.learning_rate (now {'vision': 1e+38," in done.stderr
 
 

@@ -32,6 +32,24 @@ def test_every_core_becomes_a_device_unless_the_user_has_chosen(monkeypatch):
     assert cpu_device_for_each_core() == {}
 
 
+def test_reading_a_config_file_imports_no_jax():
+    code = "import sys; import mars_jax.config.load; print('jax' in sys.modules, 'transformers' in sys.modules)"
+    assert python(code).stdout == "False False\n"
+
+
+def test_naming_the_model_families_imports_none_of_them():
+    code = (
+        "import sys\n"
+        "from mars_jax.models.families.registry import FAMILIES, model_config\n"
+        "from mars_jax.errors import ConfigError\n"
+        "try: model_config({'model_type': 'other'})\n"
+        "except ConfigError: pass\n"
+        "loaded = [name for name in sys.modules if name.startswith('mars_jax.models.families.')]\n"
+        "print([name for name in FAMILIES.names if any(name in module for module in loaded)])"
+    )
+    assert python(code).stdout == "[]\n"
+
+
 def test_no_module_of_ours_imports_torch_or_starts_a_device():
     # transformers imports torch wherever that is installed, so it has to wait for the first tokenizer.
     code = (

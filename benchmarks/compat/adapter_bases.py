@@ -1,4 +1,4 @@
-"""The bases of adapter_matrix.py: tiny random checkpoints as they are on the hub, a batch with pictures, our logits.
+"""The bases of `adapter_matrix`: tiny random checkpoints as they are on the hub, a batch with pictures, our logits.
 
 Configurations are written as transformers 4 writes them, which every version reads.
 """
@@ -12,6 +12,9 @@ import jax
 import numpy as np
 
 from benchmarks.lib.child import Document
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.targets import Target, Targets
+from mars_jax.adapters.tree import pad
 from mars_jax.data.examples import ExampleSource
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import load_records
@@ -20,8 +23,8 @@ from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.write import write_checkpoint
 from mars_jax.job.export import torch_inputs
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.families.registry import build_model, family_of, model_config, parameters
-from mars_jax.runtime.trees import Tree, flatten, unflatten
+from mars_jax.models.families.registry import build_model, checkpoint_table, model_config, parameters
+from mars_jax.runtime.trees import Tree, unflatten
 from tests.helpers import tiny_data
 
 MOST = 8
@@ -152,18 +155,9 @@ class Base(NamedTuple):
 
     def logits(self, adapters: Tree) -> np.ndarray:
         """Ours [B, T, V]. Adapters of any modules and ranks up to MOST go through one program."""
-        return np.asarray(self.program({"params": self.params, "lora": self._widened(adapters)}, self.batch))
-
-    def _widened(self, adapters: Tree) -> Tree:
-        given, flat = flatten(adapters), {}
-        for path, shape in linears(self.config).items():
-            *layers, d_in, d_out = shape
-            for leaf, whole in {"a": (*layers, d_in, MOST), "b": (*layers, MOST, d_out), "scale": layers}.items():
-                array = np.zeros(whole, np.float32)
-                part = np.asarray(given.get(f"{path}/{leaf}", array))
-                array[tuple(slice(size) for size in part.shape)] = part
-                flat[f"{path}/{leaf}"] = array
-        return unflatten(flat)
+        targets = targets_of(self.config)
+        padded = pad(adapters, targets, {target.module: MOST for target in targets.values()})
+        return np.asarray(self.program({"params": self.params, LORA.name: padded}, self.batch))
 
 
 def make_base(folder: Path, name: str) -> Base:
@@ -198,10 +192,14 @@ def make_base(folder: Path, name: str) -> Base:
     return Base(directory, config, params, batch, inputs, program)
 
 
-def linears(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes [L?, in, out] of the linears that take an adapter, by their paths."""
+def targets_of(config: ModelConfig) -> Targets:
+    """The linears that take an adapter, by their paths."""
     shapes = {parameter.path: parameter.shape for parameter in parameters(config)}
-    return {path: shapes[f"{path}/kernel"] for path in family_of(config).linears}
+    targets = {}
+    for path in checkpoint_table(config).linears:
+        *layers, d_in, d_out = shapes[f"{path}/kernel"]
+        targets[path] = Target(path.split("/")[0], layers[0] if layers else None, d_in, d_out)
+    return targets
 
 
 def _write(directory: Path, config_json: Document, processor: Document) -> None:

@@ -1,20 +1,23 @@
-"""Adapters to PyTorch and back, in fresh environments of three pairs of transformers and PEFT.
+"""Share of adapters that pass between us and PEFT unchanged, over versions, model families and settings.
 
-Five tiny random checkpoints in the hub's layout (adapter_bases.py): LLaVA with CLIP, SigLIP and DINOv2,
-LLaVA-OneVision, Qwen2.5-VL. On each, adapters of modules x ranks and alphas with drawn weights, both ways:
-  ours    our export is loaded with `PeftModel.from_pretrained`. It passes if PEFT holds exactly the tensors of the
-          file, under names that mean the same linears, if PEFT warns of nothing, and if logits are ours;
-  theirs  an adapter that PEFT made and saved is read by `read_adapter`. It passes if our logits are theirs.
-Logits of two samples with a picture each are compared where there is no padding, to 1e-4 absolute, and must differ from
-the base's by a hundred times that; the base's own logits must be ours, and none of its tensors astray. Where a version
-places pictures otherwise, that is told, and adapters are compared with our positions given to it.
-
-Environments are made by `venv` and pip, with torch, transformers and PEFT at the versions named, in `--work` or in a
-folder that is removed; those that are there already are used again. `--short` asks the installed versions instead.
-
-figure = combinations that pass / combinations.
+In fresh environments of several versions of transformers and PEFT, on a tiny random checkpoint of each model family,
+PEFT loads our exports, and we read adapters that PEFT made. An adapter passes if logits agree on both sides; ours only
+if PEFT also holds exactly the tensors of the file and warns of nothing.
 
     python -m benchmarks.compat.adapter_matrix [--work FOLDER] [--short] [--out FOLDER]
+
+`--short` uses the installed versions. Environments are made by `venv` and pip, in the folder of `--work` or in one that
+is removed; those that are there already are used again.
+
+Definitions. Five checkpoints in the hub's layout (adapter_bases.py): LLaVA with CLIP, SigLIP and DINOv2,
+LLaVA-OneVision, Qwen2.5-VL. Adapters of modules x ranks and alphas with drawn weights, both ways:
+  ours    our export is loaded with `PeftModel.from_pretrained`; the names of its tensors must mean the same linears;
+  theirs  an adapter that PEFT made and saved is read by `read_adapter`.
+Logits of two samples with a picture each are compared where there is no padding, to 1e-4 absolute, and must differ from
+the base's by a hundred times that; the base's own logits must be ours, and none of its tensors unused. Where a version
+places pictures otherwise, adapters are compared with our positions given to it, and the result lists it.
+
+figure = combinations that pass / combinations.
 """
 
 import json
@@ -30,12 +33,12 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.compat.adapter_bases import BASES, MOST, Base, linears, make_base
-from benchmarks.lib.child import Document, parser, publish
-from mars_jax.adapters.lora import AlphaRule
+from benchmarks.compat.adapter_bases import BASES, MOST, Base, make_base, targets_of
+from benchmarks.lib.child import Document, argument_parser, publish
+from mars_jax.adapters.lora import AlphaRule, Lora
 from mars_jax.errors import MarsError
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX, read_adapter, write_adapter
-from mars_jax.models.families.registry import family_of
+from mars_jax.models.families.registry import checkpoint_table
 from mars_jax.runtime.trees import Tree, unflatten
 
 TOLERANCE = 1e-4
@@ -83,9 +86,9 @@ CASES = tuple(Case(*case) for case in product(MODULES, SETTINGS))
 
 def main() -> None:
     """Writes results/adapter_matrix.json; about fifteen minutes, of which a third are pip's."""
-    options_of = parser(__doc__)
-    options_of.add_argument("--work", type=Path, help="folder of the environments, kept")
-    options = options_of.parse_args()
+    parser = argument_parser(__doc__)
+    parser.add_argument("--work", type=Path, help="folder of the environments, kept")
+    options = parser.parse_args()
     rows: list[Document] = []
     bases: list[Document] = []
     environments: list[Document] = []
@@ -128,7 +131,7 @@ def environment(work: Path, transformers: str, peft: str) -> str:
     """The interpreter of a virtual environment with these versions.
 
     Raises:
-        subprocess.CalledProcessError: pip can't install them; its words are on stderr.
+        subprocess.CalledProcessError: pip can't install them; its messages are on stderr.
     """
     folder = work / f"transformers-{transformers}-peft-{peft}"
     python = folder / "bin" / "python"
@@ -144,13 +147,14 @@ def export(base: Base, folder: Path) -> dict[Case, tuple[Path, Tree]]:
     """Our adapters with drawn weights, on disk and as trees."""
     rng, exports = np.random.default_rng(SEED), {}
     for number, case in enumerate(CASES):
-        flat = {}
-        for path, (*layers, d_in, d_out) in linears(base.config).items():
-            rank = case.ranks.get(path.split("/")[0])
-            if rank:
-                flat[f"{path}/a"] = rng.normal(0, DEVIATION, (*layers, d_in, rank)).astype(np.float32)
-                flat[f"{path}/b"] = rng.normal(0, DEVIATION, (*layers, rank, d_out)).astype(np.float32)
-                flat[f"{path}/scale"] = np.full(layers, case.alpha.scale(rank), np.float32)
+        flat, method = {}, Lora(case.alpha)
+        for path, target in targets_of(base.config).items():
+            rank = case.ranks.get(target.module, 0)
+            for name, leaf in method.leaves(target, rank).items():
+                if leaf.trained:
+                    flat[f"{path}/{name}"] = rng.normal(0, DEVIATION, leaf.shape).astype(np.float32)
+                else:
+                    flat[f"{path}/{name}"] = np.full(leaf.shape, method.fixed(rank)[name], np.float32)
         directory, adapters = folder / f"export{number}", unflatten(flat)
         write_adapter(directory, adapters, case.ranks, base.config, base_name=str(base.directory), provenance={})
         exports[case] = directory, adapters
@@ -158,7 +162,7 @@ def export(base: Base, folder: Path) -> dict[Case, tuple[Path, Tree]]:
 
 
 def ask(python: str, place: Path, base: Base, exports: dict[Case, tuple[Path, Tree]]) -> Document:
-    """What a fresh process of that environment says of the base, of our exports and of adapters of its own."""
+    """The answer of a fresh process of that environment on the base, our exports and adapters of its own."""
     place.mkdir()
     save_file({name: np.ascontiguousarray(value) for name, value in base.inputs.items()}, place / "batch.safetensors")
     job = {
@@ -186,7 +190,7 @@ def lora_settings(case: Case, base: Base) -> Document:
     alphas = {
         m: case.alpha.value * (rank if case.alpha.rule == "proportional" else 1) for m, rank in case.ranks.items()
     }
-    default, keys = case.modules[-1], family_of(base.config).modules
+    default, keys = case.modules[-1], checkpoint_table(base.config).modules
     others = [module for module in case.modules if module != default]
     return {
         "r": case.ranks[default],
@@ -199,7 +203,7 @@ def lora_settings(case: Case, base: Base) -> Document:
 
 
 def judged_base(found: Document, place: Path, base: Base) -> Document:
-    """How far the base's logits are from ours, and with whose positions; `reason` says why they can't be compared."""
+    """How far the base's logits are from ours, and with whose positions; `reason` is set if they can't be compared."""
     if found.get("error") or found["astray"]:
         return {"reason": f"base: {found.get('error') or found['astray']}"}
     ours = base.logits({})
@@ -213,7 +217,7 @@ def judged_base(found: Document, place: Path, base: Base) -> Document:
 def judged(
     answer: Document, of_base: Document, place: Path, base: Base, exports: dict[Case, tuple[Path, Tree]]
 ) -> list[Document]:
-    """A row for each adapter and direction; `reason` says why it does not pass."""
+    """A row for each adapter and direction; `reason` is why it does not pass, None if it does."""
     ours_alone = base.logits({})
     rows = []
     for direction, (number, case) in product(("ours", "theirs"), enumerate(CASES)):
@@ -244,10 +248,10 @@ def judged(
 
 def fault_of_tensors(file: Path, held: Path, base: Base) -> str | None:
     """What of the file PEFT doesn't hold, and what else it holds."""
-    family = family_of(base.config)
-    stored = {family.hub_key(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in load_file(file).items()}
+    table = checkpoint_table(base.config)
+    stored = {table.hub_key(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in load_file(file).items()}
     loaded = {
-        family.hub_key(name.removeprefix(PEFT_PREFIX).replace(".default.", ".")): tensor
+        table.hub_key(name.removeprefix(PEFT_PREFIX).replace(".default.", ".")): tensor
         for name, tensor in load_file(held).items()
     }
     unused, added = sorted(set(stored) - set(loaded)), sorted(set(loaded) - set(stored))

@@ -1,4 +1,4 @@
-"""What adapter_matrix.py asks of one environment about one base. It has torch, transformers and PEFT, nothing of ours.
+"""What `adapter_matrix` asks of one environment about one base. It has torch, transformers and PEFT, nothing of ours.
 
     python -m benchmarks.compat.adapter_process FOLDER
 
@@ -7,9 +7,9 @@ safetensors the logits [B, T, V] of the base and of every adapter (`NAME.logits`
 positions for those who don't work them out), and what PEFT holds once it has loaded one (`NAME.tensors`).
 """
 
+import argparse
 import inspect
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ from safetensors.torch import load_file, save_file
 Document = dict[str, Any]
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     """Loads the base, loads the adapters of the job, makes others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
     transformers.utils.logging.disable_progress_bar()
     job = json.loads((folder / "job.json").read_text())
     batch = load_file(folder / "batch.safetensors")
@@ -35,7 +38,7 @@ def main(folder: Path) -> None:
             **{name: attempted(make, job, name, folder, batch) for name in job["make"]},
         }
     except Exception as error:  # a version that can't load the base is a result, whatever it raises
-        answer["base"] = {"error": told(error)}
+        answer["base"] = {"error": in_one_line(error)}
     (folder / "answer.json").write_text(json.dumps(answer))
 
 
@@ -48,14 +51,14 @@ def save_base(directory: str, folder: Path, batch: dict[str, torch.Tensor]) -> D
 
 
 def attempted(work: Any, job: Document, name: str, folder: Path, batch: dict[str, torch.Tensor]) -> Document:
-    """What `work` says, and PEFT's warnings; or its error."""
+    """The answer of `work`, and PEFT's warnings; or its error."""
     base = transformers.AutoModelForImageTextToText.from_pretrained(job["base"], dtype=torch.float32).eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             found: Document = work(base, job, name, folder, batch)
         except Exception as error:  # so is an adapter that it can't load
-            found = {"error": told(error)}
+            found = {"error": in_one_line(error)}
     # Others speak of their own code, not of the adapter.
     spoken = [str(warning.message) for warning in caught if warning.category is UserWarning]
     return found | {"warnings": sorted(set(spoken))}
@@ -93,10 +96,10 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         return {kind: model(**{name: batch[name] for name in names}).logits for kind, names in inputs.items()}
 
 
-def told(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """The error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -1,15 +1,17 @@
-"""Kills: `mars run` on a real job, killed with SIGKILL at random moments and started again, until it is done.
+"""Kills that a running job survives with results that are the same to the last bit.
 
-The job is that of the end-to-end tests (tests/tiny_job.py: a random checkpoint, every phase, programs compiled without
-optimizations), with lanes and a final run long enough for the checkpoints that users have, one in ten seconds. One run
-is left alone, and then run directories are filled by processes that are killed at a moment drawn evenly from `BEFORE`
-to `AFTER` of the time that a whole run takes (seed printed). A life that ends before its kill finishes its directory;
-the last one is not killed. A kill is survived if every life after it ends well, and if the files in `COMPARED` are byte
-for byte those of the run left alone.
-
-figure = kills survived.
+A job on a cluster can end at any moment, and `mars run` promises to go on as if nothing had happened. A small job with
+every phase is killed (SIGKILL) at random moments and started again until it is done. A kill is survived if every later
+process ends well, and if records, curves, laws, selection and metrics are byte for byte those of an undisturbed run.
 
     python -m benchmarks.compat.kills [--short] [--anyway] [--out FOLDER]
+
+Definitions. The job is that of the end-to-end tests (tests/helpers/tiny_job.py: a random checkpoint, programs compiled
+without optimizations), with lanes and a final run long enough for the checkpoints that users have, one in ten seconds.
+Moments are drawn evenly from `BEFORE` to `AFTER` of the time that a whole run takes (seed printed). A process that ends
+before its kill finishes its run directory; the last one is not killed. The compared files are `COMPARED`.
+
+figure = kills survived.
 """
 
 import random

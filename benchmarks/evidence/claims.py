@@ -1,14 +1,16 @@
-"""What the lanes of a cell say of the method's claims: balance, the laws' order, independence of times."""
+"""What the lanes of a cell show of the paper's claims: balance, the laws' order, independence of times."""
 
 import itertools
 import math
 
 import numpy as np
 
-from benchmarks.evidence.methods import Document, Grid, joint, key, selected, surface_draws
+from benchmarks.evidence.methods import selected, surface_draws
+from benchmarks.evidence.replay import Grid, joint, key
 from benchmarks.evidence.runs import SEARCHED, Cell, Probes
 from benchmarks.lib.trials import RULES, records_by
 from mars_jax.laws.fit import Laws
+from mars_jax.runtime.jsonfiles import Document
 
 
 def balance(cell: Cell, laws: Laws, grid: Grid) -> Document:
@@ -16,7 +18,7 @@ def balance(cell: Cell, laws: Laws, grid: Grid) -> Document:
 
     Given are the logarithms of both ranks and of the number of parameters. The interval is Fisher's.
     """
-    selection = selected(cell, laws, "chosen form")
+    selection = selected(cell, laws)
     imbalance = np.asarray([c.imbalance for c in selection.candidates], float)
     loss = np.asarray([grid.runs[key(c.ranks)].loss for c in selection.candidates])
     ranks = np.log([[c.ranks[module] for module in SEARCHED] for c in selection.candidates])
@@ -47,7 +49,7 @@ def order(cell: Cell, probes: Probes, laws: Laws, grid: Grid) -> Document:
 
     vectors = [run.ranks for run in grid.runs.values()]
     true = [run.loss for run in grid.runs.values()]
-    target = cell.workspace.target_num_samples()
+    target = cell.job.data.target_num_samples()
     predictions = {
         "chosen form": laws.performance.loss(vectors, target),
         "power form": laws.multiplicative.loss(vectors, target),
@@ -61,14 +63,14 @@ def order(cell: Cell, probes: Probes, laws: Laws, grid: Grid) -> Document:
 
 def cross_exponents(probes: Probes, rule: str) -> Document:
     """Exponent of the other module's rank in a module's time, given its own rank and D, over joint lanes."""
-    records = records_by(RULES[rule], probes.workspace, probes.lanes, probes.rows)
+    records = records_by(RULES[rule], probes.job.config, probes.lanes, probes.curves)
     found: Document = {}
     for module, other in itertools.permutations(SEARCHED):
         points = [
-            (math.log(r["ranks"][module]), math.log(r["ranks"][other]), math.log(r["num_samples"]), math.log(steps))
+            (math.log(r.ranks[module]), math.log(r.ranks[other]), math.log(r.num_samples), math.log(steps))
             for lane, r in zip(probes.lanes, records, strict=True)
-            if joint(lane) and not r["censored"].get(module, True)
-            for steps in [r["convergence_steps"].get(module)]
+            if joint(lane) and not r.censored.get(module, True)
+            for steps in [r.convergence_steps.get(module)]
             if steps
         ]
         if len(points) < 6:

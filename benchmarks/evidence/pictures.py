@@ -1,6 +1,8 @@
 """Draws docs/evidence.svg from results/evidence.json: the grid of each task, and regret against compute.
 
-python -m benchmarks.evidence.pictures [--results FOLDER] [--out FOLDER]
+    python -m benchmarks.evidence.pictures [--results FOLDER] [--out FOLDER]
+
+Nothing is measured here. Run it again when the result has changed.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Planted truth: a module of the demo's model is slowed on purpose; which convergence rule notices, and what it costs.
+"""How often the best convergence rule notices a module that was slowed on purpose.
 
 Joint lanes of ranks 8 on the demo's task, one pass over the data at a constant rate. In each condition one thing is
 changed for one searched module: its learning rate is divided by 3 or by 10 (the truth is known: it, and not the other,
 takes longer), its rank is cut from 8 to 2, or its shift is made smaller, a quarter of the rotation of hues or one
-German answer in place of five (what should follow isn't known beforehand; told without a verdict). Every seed has its
+German answer in place of five (what should follow isn't known beforehand, so no verdict is given). Every seed has its
 own order of data and its own adapters. The same curves are read by all rules at their default thresholds;
 `loss_fraction` reads lanes of its own that adapt the one module alone, under the same handicap. "splice, Shapley" reads
-the hybrids of splice as shares of the loss that is still to fall, which add up to it.
+the module swaps of the rule `splice` as shares of the loss that is still to fall, which add up to it.
 
 For each rule: `order` is the share of slowed lanes in which t(slowed) / t(other) is larger than in the balanced lane of
-the same seed; a module without a time, or two that are both censored, counts as not told. `factor` is the median of how
-much larger (a censored time is a lower bound), `other` the median of t(other) over its balanced time: 1 if the rule
+the same seed; a module without a time, or two that are both censored, counts as not known. `factor` is the median of
+how much larger (a censored time is a lower bound), `other` the median of t(other) over its balanced time: 1 if the rule
 isolates modules. `cost` is the FLOPs of what a rule needs over those of the joint lane.
 
 The second part asks how much of gamma, the exponent of a rank in its time, is the alpha rule: ranks 2, 8 and 32 of each
@@ -29,21 +29,21 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.lib.child import Document, publish
-from benchmarks.lib.child import parser as own_parser
-from benchmarks.lib.trials import RULES, Rows, make_data, probe_rows, records_by, task_workspace
-from mars_jax.job.prices import step_flops
-from mars_jax.job.workspace import Workspace
+from benchmarks.lib.child import Document, argument_parser, publish
+from benchmarks.lib.trials import RULES, Curves, make_data, probe_curves, records_by, task_job
+from mars_jax.config.load import Config
+from mars_jax.job.job import Job
+from mars_jax.lanes.eval_points import EvalPoint, Points
 from mars_jax.lanes.lane import Lane
-from mars_jax.models.flops import evaluation_flops
 from mars_jax.runtime import compile_cache
-from mars_jax.search.probes.swaps import hybrids
+from mars_jax.search.probes.swaps import swapped
 
 SEARCHED = ("vision", "llm")
 OTHER = {"vision": "llm", "llm": "vision"}
@@ -95,7 +95,7 @@ SHORT = Form(seeds=1, alpha_seeds=1, samples=128, steps=32, validation_samples=3
 
 def main() -> None:
     """Writes results/planted.json; about half an hour on two cores."""
-    parser = own_parser(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--work", type=Path, help="folder that keeps the lanes of a stopped run")
     options = parser.parse_args()
     compile_cache.enable()
@@ -104,11 +104,11 @@ def main() -> None:
         trials = [trial for seed in range(form.seeds) for trial in run_conditions(folder, form, seed)]
         alphas = [row for seed in range(form.alpha_seeds) for row in run_alphas(folder, form, seed)]
     rules = {name: judge(name, trials) for name in JUDGED}
-    told = [rule for rule in rules.values() if rule["order"] is not None]
+    known = [rule for rule in rules.values() if rule["order"] is not None]
     publish(
         options,
         "planted",
-        max((rule["order"] for rule in told), default=math.nan),
+        max((rule["order"] for rule in known), default=math.nan),
         "share of lanes in which the best rule notices the slowed module",
         "none: this is what the default rule is chosen by",
         {
@@ -141,7 +141,7 @@ def run_conditions(folder: Path, form: Form, seed: int) -> list[Document]:
     """One row for each condition and rule: times of the two modules, whether they are censored, and costs."""
     found = []
     for shift, arguments in SHIFTS.items():
-        workspace = _workspace(folder, form, arguments)
+        job = _job(folder, form, arguments)
         names = [name for name, condition in CONDITIONS.items() if condition.shift == shift]
         lanes: list[Lane] = []
         rates: list[dict[str, float]] = []
@@ -150,21 +150,21 @@ def run_conditions(folder: Path, form: Form, seed: int) -> list[Document]:
             for adapted in (None, *SEARCHED):
                 # A lane that adapts the other module alone is that of the balanced condition.
                 own = CONDITIONS[name] if adapted in (None, CONDITIONS[name].module) else CONDITIONS["balanced"]
-                trial = _lane(own, form.samples, seed, adapted), _rates(workspace, own)
+                trial = _lane(own, form.samples, seed, adapted), _rates(job.config, own)
                 alike = [k for k, other in enumerate(zip(lanes, rates, strict=True)) if other == trial]
                 places[name, adapted] = alike[0] if alike else len(lanes)
                 if not alike:
                     lanes.append(trial[0])
                     rates.append(trial[1])
         file = folder / f"conditions-{shift}-s{seed}.json"
-        rows = probe_rows(file, workspace, lanes, rates)
+        curves = probe_curves(file, job, lanes, rates)
         print(f"seed {seed}, shift {shift}: {len(lanes)} lanes", file=sys.stderr)
         for rule in JUDGED:
-            times = _times(rule, workspace, lanes, rows)
+            times = _times(rule, job.config, lanes, curves)
             for name in names:
                 read = {m: places[name, m if rule == "loss_fraction" else None] for m in SEARCHED}
                 of = {module: times[k].get(module) for module, k in read.items()}
-                cost = _cost(rule, workspace, rows[places[name, None]], form)
+                cost = _cost(rule, job, curves[places[name, None]], form)
                 found.append({"condition": name, "seed": seed, "rule": rule, "times": of, "cost": cost})
     return found
 
@@ -175,26 +175,27 @@ def run_alphas(folder: Path, form: Form, seed: int) -> list[Document]:
     vectors = list(dict.fromkeys([(r, 8) for r in ALPHA_RANKS] + [(8, r) for r in ALPHA_RANKS]))
     for name, (alpha, value) in ALPHA_RULES.items():
         settings = (f"lora.alpha.rule={alpha}", f"lora.alpha.value={value}")
-        workspace = _workspace(folder, form, SHIFTS["whole"], *settings)
+        job = _job(folder, form, SHIFTS["whole"], *settings)
         lanes = [Lane({"vision": v, "projector": 8, "llm": r}, form.samples, seed) for v, r in vectors]
         alone = [
             Lane({**dict.fromkeys(lanes[0].ranks, 0), module: rank}, form.samples, seed)
             for module in SEARCHED
             for rank in ALPHA_RANKS
         ]
-        rows = probe_rows(folder / f"{alpha}-s{seed}.json", workspace, [*lanes, *alone])
-        print(f"seed {seed}, {name}: {len(rows)} lanes", file=sys.stderr)
+        curves = probe_curves(folder / f"{alpha}-s{seed}.json", job, [*lanes, *alone])
+        print(f"seed {seed}, {name}: {len(curves)} lanes", file=sys.stderr)
         for rule in JUDGED:
-            for lane, times in zip([*lanes, *alone], _times(rule, workspace, [*lanes, *alone], rows), strict=True):
+            found_times = _times(rule, job.config, [*lanes, *alone], curves)
+            for lane, times in zip([*lanes, *alone], found_times, strict=True):
                 if times and (len(lane.adapted) == 1) == (rule == "loss_fraction"):
                     ranks = {module: lane.ranks[module] for module in SEARCHED}
                     found.append({"alpha": name, "seed": seed, "rule": rule, "ranks": ranks, "times": times})
     return found
 
 
-def _workspace(folder: Path, form: Form, shift: Sequence[str], *settings: str) -> Workspace:
+def _job(folder: Path, form: Form, shift: Sequence[str], *settings: str) -> Job:
     data = make_data(folder / "-".join(shift).replace("--", ""), [*shift, "--train", str(form.samples)])
-    return task_workspace(
+    return task_job(
         data,
         f"probe.num_samples=[{form.samples // 2},{form.samples}]",
         "probe.sampling=separate",
@@ -213,54 +214,45 @@ def _lane(condition: Condition, samples: int, seed: int, adapted: str | None) ->
     return Lane({m: rank if adapted in (None, m) else 0 for m, rank in ranks.items()}, samples, seed)
 
 
-def _rates(workspace: Workspace, condition: Condition) -> dict[str, float]:
-    rates = workspace.learning_rates()
+def _rates(config: Config, condition: Condition) -> dict[str, float]:
+    rates = config.learning_rates()
     return {m: rate * (condition.rate if m == condition.module else 1.0) for m, rate in rates.items()}
 
 
-def _times(rule: str, workspace: Workspace, lanes: Sequence[Lane], rows: Rows) -> list[dict[str, Any]]:
+def _times(rule: str, config: Config, lanes: Sequence[Lane], curves: Curves) -> list[Document]:
     """By lane: module -> steps (None if undefined) and whether censored."""
     if rule == SHAPLEY:
-        rows = [[_shared(row) for row in lane_rows] for lane_rows in rows]
+        curves = [[_shared(point) for point in points] for points in curves]
     return [
-        {m: {"steps": steps, "censored": record["censored"][m]} for m, steps in record["convergence_steps"].items()}
-        for record in records_by(JUDGED[rule], workspace, lanes, rows)
+        {m: {"steps": steps, "censored": record.censored[m]} for m, steps in record.convergence_steps.items()}
+        for record in records_by(JUDGED[rule], config, lanes, curves)
     ]
 
 
-def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in which what remained is split by Shapley values of the two modules."""
-    losses = row["hybrids"]
-    if "llm+vision" not in losses:
-        return dict(row)
+def _shared(point: EvalPoint) -> EvalPoint:
+    """An eval point in which what remained is split by Shapley values of the two modules."""
+    if point.swaps is None or "llm+vision" not in point.swaps.losses:
+        return point
+    losses = point.swaps.losses
     shares = {m: ((losses[""] - losses[m]) + (losses[OTHER[m]] - losses["llm+vision"])) / 2 for m in ("vision", "llm")}
-    return {**row, "remaining": shares}
+    return replace(point, swaps=replace(point.swaps, remaining=shares))
 
 
-def _cost(rule: str, workspace: Workspace, rows: Sequence[Mapping[str, Any]], form: Form) -> float:
-    """FLOPs of all that a rule needs for a joint lane, over those of the lane's steps; looks of curves left out."""
+def _cost(rule: str, job: Job, points: Points, form: Form) -> float:
+    """FLOPs of all that a rule needs for a joint lane, over those of the lane's steps, without its eval points."""
     if rule == "drift":
         return 1.0
-    joint = form.steps * step_flops(workspace, {"vision": 8, "projector": 8, "llm": 8})
+    ranks = {"vision": 8, "projector": 8, "llm": 8}
+    joint = form.steps * job.prices.step(ranks)
     if rule == "loss_fraction":
         alone = (
-            step_flops(workspace, {"vision": 8, "projector": 0, "llm": 0}),
-            step_flops(workspace, {"vision": 0, "projector": 0, "llm": 8}, cached_encoder=True),
+            job.prices.step({"vision": 8, "projector": 0, "llm": 0}),
+            job.prices.step({"vision": 0, "projector": 0, "llm": 8}, cached_encoder=True),
         )
         return 1.0 + form.steps * sum(alone) / joint
-    shapes, batch_size = workspace.shapes, workspace.config.probe.batch_size
-    read = evaluation_flops(
-        workspace.model_config,
-        workspace.targets,
-        {"vision": 8, "projector": 8, "llm": 8},
-        batch_size=batch_size,
-        tokens=shapes.max_tokens,
-        tiles=shapes.max_tiles,
-        supervised=shapes.max_supervised,
-    ).total
-    looks = sum(any(row["remaining"].values()) for row in rows)
-    batches = workspace.look_batches(form.validation_samples, batch_size)
-    return 1.0 + looks * len(hybrids(SEARCHED)) * batches * read / joint
+    measured = sum(any(point.remaining.values()) for point in points)
+    swaps = measured * len(swapped(SEARCHED))
+    return 1.0 + swaps * job.prices.eval_point(ranks, form.validation_samples) / joint
 
 
 # Judging.
@@ -270,7 +262,7 @@ def judge(rule: str, trials: Sequence[Document]) -> Document:
     """How often a rule notices, by how much, and what it costs."""
     own = [trial for trial in trials if trial["rule"] == rule]
     balanced = {trial["seed"]: trial["times"] for trial in own if trial["condition"] == "balanced"}
-    right, factors, others, untold, total = 0, [], [], 0, 0
+    right, factors, others, unknown, total = 0, [], [], 0, 0
     for trial in own:
         condition = CONDITIONS[trial["condition"]]
         if condition.rate == 1.0 or condition.module is None:
@@ -278,8 +270,8 @@ def judge(rule: str, trials: Sequence[Document]) -> Document:
         total += 1
         slow, other = condition.module, OTHER[condition.module]
         now, before = trial["times"], balanced[trial["seed"]]
-        if not all(_told(times[m]) for times in (now, before) for m in SEARCHED) or _both_censored(now):
-            untold += 1
+        if not all(_known(times[m]) for times in (now, before) for m in SEARCHED) or _both_censored(now):
+            unknown += 1
             continue
         factor = (now[slow]["steps"] / now[other]["steps"]) / (before[slow]["steps"] / before[other]["steps"])
         right += factor > 1.0
@@ -287,7 +279,7 @@ def judge(rule: str, trials: Sequence[Document]) -> Document:
         others.append(now[other]["steps"] / before[other]["steps"])
     return {
         "order": right / total if total else None,
-        "not told": untold,
+        "not told": unknown,
         "lanes": total,
         **{f"factor at rate / {n}": _median([f for f, by in factors if by == n]) for n in (3, 10)},
         "other": _median(others),
@@ -303,9 +295,9 @@ def by_condition(trials: Sequence[Document]) -> list[Document]:
         for rule in JUDGED:
             for module in SEARCHED:
                 times = [t["times"][module] for t in trials if (t["condition"], t["rule"]) == (name, rule)]
-                median = _median([time["steps"] for time in times if _told(time)])
+                median = _median([time["steps"] for time in times if _known(time)])
                 late = sum(bool(time and time["censored"]) for time in times)
-                none = sum(not _told(time) for time in times)
+                none = sum(not _known(time) for time in times)
                 notes = [f"{late} censored"] * bool(late) + [f"{none} undefined"] * bool(none)
                 text = "none" if median is None else f"{median:.0f}"
                 row[f"{rule}, {module}"] = f"{text} ({', '.join(notes)})" if notes else text
@@ -324,7 +316,7 @@ def exponents(rows: Sequence[Document]) -> list[Document]:
                     for row in rows
                     if (row["alpha"], row["rule"]) == (alpha, rule)
                     for time in [row["times"].get(module)]
-                    if _told(time) and not time["censored"]
+                    if _known(time) and not time["censored"]
                 ]
                 table.append({"alpha rule": alpha, "rule": rule, "module": module, **_slopes(points)})
     return table
@@ -333,14 +325,14 @@ def exponents(rows: Sequence[Document]) -> list[Document]:
 def _slopes(points: Sequence[tuple[float, float, int, Mapping[str, Any]]]) -> Document:
     seeds = sorted({seed for *_, seed, _ in points})
     columns = [[own, other, *(float(seed == s) for s in seeds)] for own, other, seed, _ in points]
-    untold: Document = {"points": len(points), "gamma": None, "gamma s.e.": None, "cross": None, "cross s.e.": None}
+    unknown: Document = {"points": len(points), "gamma": None, "gamma s.e.": None, "cross": None, "cross s.e.": None}
     if not points:
-        return untold
+        return unknown
     design = np.asarray(columns)
     varied = [0, 1] if np.ptp(design[:, 1]) else [0]
     used = design[:, [*varied, *range(2, design.shape[1])]]
     if len(points) <= used.shape[1] or np.linalg.matrix_rank(used) < used.shape[1]:
-        return untold
+        return unknown
     log_times = np.log([time["steps"] for *_, time in points])
     solution, *_ = np.linalg.lstsq(used, log_times, rcond=None)
     variance = float(np.sum((log_times - used @ solution) ** 2)) / (len(points) - used.shape[1])
@@ -353,7 +345,7 @@ def _slopes(points: Sequence[tuple[float, float, int, Mapping[str, Any]]]) -> Do
     }
 
 
-def _told(time: Mapping[str, Any] | None) -> bool:
+def _known(time: Mapping[str, Any] | None) -> bool:
     return time is not None and time["steps"] is not None
 
 

@@ -1,11 +1,12 @@
-"""What the cells of `evidence.py` say together: tables of their documents. Nothing is fitted or trained here."""
+"""Tables of `evidence`, from the documents of its cells. Nothing is fitted or trained here."""
 
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.evidence.methods import Document, key
+from benchmarks.evidence.replay import key
+from mars_jax.runtime.jsonfiles import Document
 
 ENOUGH = 0.005
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of our own engine share: options, the demo's config, fresh processes, and publishing a result.
+"""Options of the benchmarks, the demo's config, fresh processes, and publishing a result.
 
 It measures nothing, and imports neither JAX nor torch: a child process should hold only what it measures.
 """
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.lib.results import RESULTS, write_result
@@ -31,10 +30,10 @@ Document = dict[str, Any]
 
 def arguments(document: str | None) -> argparse.Namespace:
     """The options of a benchmark that has no others."""
-    return parser(document).parse_args()
+    return argument_parser(document).parse_args()
 
 
-def parser(document: str | None) -> argparse.ArgumentParser:
+def argument_parser(document: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a small form that is only printed")
@@ -47,14 +46,12 @@ def parser(document: str | None) -> argparse.ArgumentParser:
 def publish(
     options: argparse.Namespace, name: str, figure: float, unit: str, goal: str, detail: Mapping[str, Any]
 ) -> None:
-    """Prints the result; the full form, or one with `--out`, writes it as well."""
-    script = Path(sys.modules["__main__"].__file__ or "")
-    command = shlex.join(["python", "-m", module_of(script), *sys.argv[1:]])
-    with TemporaryDirectory() as nowhere:
-        folder = options.out or (Path(nowhere) if options.short else RESULTS)
-        write_result(
-            name, figure, unit, goal, command, {"form": "short" if options.short else "full", **detail}, folder
-        )
+    """Prints the result; the full form, or one with `--out`, is written as well."""
+    module = module_of(sys.modules["__main__"].__file__ or "")
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    form = "short" if options.short else "full"
+    folder = options.out or (None if options.short else RESULTS)
+    write_result(name, figure, unit, goal, command, {"form": form, **detail}, folder)
 
 
 def module_of(script: str | Path) -> str:
@@ -66,7 +63,7 @@ def run_child(script: str, spec: Mapping[str, Any], **environment: str) -> Docum
     """Runs `script --child SPEC` in a fresh process; returns the document that `answer` printed there.
 
     Raises:
-        RuntimeError: the process failed; its words are on stderr.
+        RuntimeError: the process failed; its messages are on stderr.
     """
     with start_child(script, spec, **environment) as process:
         return read_answer(process)
@@ -85,7 +82,7 @@ def start_child(script: str, spec: Mapping[str, Any], **environment: str) -> sub
 
 
 def quiet_environment() -> dict[str, str]:
-    """Of a process on the CPU, a device for each core as `mars` has it, whose XLA logs no false error (see cli.py)."""
+    """Environment of a child on the CPU, with a device for each core as in `mars`, and without XLA's false errors."""
     quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     return {**os.environ, **cpu_device_for_each_core(), **quiet}
 
@@ -104,7 +101,7 @@ def answer(spec: str, work: Callable[..., Document]) -> None:
 
 
 # A run for each D, in place of the demo's single passes: what the published numbers were measured on.
-SEPARATE = ("probe.sampling=separate", "probe.num_samples=[256,2048]", "probe.steps=80", "selection.sweep=1")
+SEPARATE = ("probe.sampling=separate", "probe.num_samples=[256,2048]", "probe.steps=80", "selection.method=laws")
 
 
 def demo_config(run_dir: Path | str, overrides: Sequence[str] = (), config: Path | str = DEMO) -> "Config":
@@ -115,7 +112,7 @@ def demo_config(run_dir: Path | str, overrides: Sequence[str] = (), config: Path
 
 
 class Warnings:
-    """A reporter that tells of warnings only, on stderr."""
+    """A reporter that prints warnings only, on stderr."""
 
     def notice(self, text: str) -> None:
         """Nothing."""

@@ -1,4 +1,4 @@
-"""What the benchmarks against PEFT share: the demo as both sides train it, equal conditions, and interleaved rounds.
+"""What the benchmarks against PEFT share: the demo as both sides train it, and equal conditions for both.
 
 It measures nothing by itself. Both sides run in one process, on the same two cores, in float32.
 """
@@ -9,9 +9,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when XLA is loaded
 
@@ -19,45 +18,34 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.lib.child import DEMO, argument_parser
 from benchmarks.lib.results import MAX_FOREIGN_CORES, foreign_load, require_quiet
 from benchmarks.speed.peft_side import Head, PeftGrid
 from mars_jax.config.load import load_config
+from mars_jax.data.batches import Batch
 from mars_jax.data.images import load_rgb
-from mars_jax.job.workspace import Workspace
+from mars_jax.job.job import Job, make_job
 from mars_jax.lanes.engine import Engine
-from mars_jax.lanes.feed import Piece
+from mars_jax.lanes.feed import Call
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.loop import chunk_work, lane_slots
 from mars_jax.lanes.schedule import Schedule
 from mars_jax.lanes.state import LaneState
 from mars_jax.runtime.progress import ConsoleReporter
-from mars_jax.runtime.sharding import chunk_sharding, place
+from mars_jax.runtime.sharding import place_batches
+from mars_jax.runtime.trees import Tree
 
-CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 THREADS = 2
 PROJECTOR_RANK = 8
-# Lanes never leave early nor are averaged, since PEFT's aren't.
+# Lanes never stop early nor are averaged, since PEFT's aren't.
 AS_PEFT = ("probe.patience=null", "probe.averaging=null")
 _WATCHED_SECONDS = 2.0
 
-K = TypeVar("K")
-T = TypeVar("T")
-
-
-class Seconds(NamedTuple):
-    """Of one side in one round."""
-
-    wall: float
-    cpu: float  # of all threads of this process
-
 
 def arguments(document: str | None, repeats: int, short_repeats: int) -> argparse.Namespace:
-    """The options of a benchmark: short, anyway, repeats and out."""
-    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a small form, under 90 seconds, that is only printed")
-    parser.add_argument("--anyway", action="store_true", help="run on a busy machine too")
+    """The options of a benchmark, and the number of its rounds."""
+    parser = argument_parser(document)
     parser.add_argument("--repeats", type=int, help=f"rounds (default: {repeats}, with --short {short_repeats})")
-    parser.add_argument("--out", type=Path, help="write the result to this folder")
     options = parser.parse_args()
     if options.repeats is None:
         options.repeats = short_repeats if options.short else repeats
@@ -67,7 +55,7 @@ def arguments(document: str | None, repeats: int, short_repeats: int) -> argpars
 
 
 class Conditions:
-    """Equal conditions for both sides, for as long as a `with` block runs: see `told` for how they were.
+    """Equal conditions for both sides, for as long as a `with` block runs: `summary` has how they were.
 
     The process is kept to the CPU and to two cores, and programs are compiled, not read from disk. Other processes are
     watched all the time: where they take a core, torch's OpenMP threads wait for each other at every product and PEFT
@@ -101,8 +89,8 @@ class Conditions:
             # A thread may wait for the interpreter for a while; the whole process doesn't stand still unless stopped.
             self._stopped_seconds += late if late > _WATCHED_SECONDS else 0.0
 
-    def told(self) -> dict[str, Any]:
-        """What the result should tell; ends the process if it was disturbed, unless `anyway`."""
+    def summary(self) -> dict[str, Any]:
+        """Threads and foreign load, for the result; ends the process if it was disturbed, unless `anyway`."""
         loads = list(self._loads)
         mean = statistics.mean(loads)
         if (mean > MAX_FOREIGN_CORES or self._stopped_seconds) and not self._anyway:
@@ -111,27 +99,27 @@ class Conditions:
                 f"{self._stopped_seconds:.0f} s, so nothing was written. Run it again on a quiet "
                 "machine, or pass --anyway."
             )
-        summary = {"before": loads[0], "mean": mean, "median": statistics.median(loads), "max": max(loads)}
+        busy = {"before": loads[0], "mean": mean, "median": statistics.median(loads), "max": max(loads)}
         return {
             "threads": len(self._cores),
-            "foreign_cores_busy": summary,
+            "foreign_cores_busy": busy,
             "stopped_seconds": self._stopped_seconds,
         }
 
 
-def demo_workspace(*overrides: str) -> Workspace:
+def demo_job(*overrides: str) -> Job:
     """The demo with some settings changed, in which lanes train as PEFT's do."""
-    return Workspace(load_config(CONFIG, [*AS_PEFT, *overrides]), ConsoleReporter())
+    return make_job(load_config(DEMO, [*AS_PEFT, *overrides]), ConsoleReporter())
 
 
-def peft_grid(workspace: Workspace, head: Head, attention: Literal["sdpa", "eager"] = "sdpa", **where: Any) -> PeftGrid:
-    """The PyTorch side of a workspace; `where` is the device and the dtype."""
-    width, height = load_rgb(workspace.search.train[0].images[0]).size
-    config = workspace.config
+def peft_grid(job: Job, head: Head, attention: Literal["sdpa", "eager"] = "sdpa", **where: Any) -> PeftGrid:
+    """The PyTorch side of a job; `where` is the device and the dtype."""
+    width, height = load_rgb(job.data.search.train[0].images[0]).size
+    config = job.config
     return PeftGrid(
         config.model.checkpoint,
-        workspace.targets,
-        workspace.alpha,
+        job.base.targets,
+        job.base.alpha,
         config.optimizer,
         (height, width),
         threads=THREADS,
@@ -146,45 +134,24 @@ def rank_vector(vision: int, llm: int) -> dict[str, int]:
     return {"vision": vision, "projector": PROJECTOR_RANK, "llm": llm}
 
 
-def rounds(sides: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
-    """Calls every side once a round, forwards and backwards in turn (A-B-C, C-B-A), so that drift falls on all."""
-    found: dict[K, list[T]] = {name: [] for name in sides}
-    for repeat in range(repeats):
-        for name in list(sides)[:: -1 if repeat % 2 else 1]:
-            found[name].append(sides[name]())
-    return found
-
-
-def timed(call: Callable[[], T]) -> tuple[T, Seconds]:
-    """The call's value and its seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = call()
-    return value, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def spread(values: Iterable[float]) -> dict[str, Any]:
-    """All values, their median and their minimum."""
-    listed = list(values)
-    return {"all": listed, "median": statistics.median(listed), "minimum": min(listed)}
-
-
 class FixedBatch:
-    """Calls of an engine's chunk that train lanes on one and the same batch, without looks: for timing steps."""
+    """Calls of an engine's chunk that train lanes on one and the same batch, without eval points: for timing steps."""
 
-    def __init__(self, workspace: Workspace, batch: Mapping[str, np.ndarray], steps: int) -> None:
+    def __init__(self, job: Job, batch: Batch, steps: int) -> None:
         """`steps` is the number of steps of a call; validation is one batch, which isn't read."""
-        self._workspace, self._steps = workspace, steps
-        self._schedule = Schedule(np.ones(steps, np.float32), [0, steps], looks_per_doubling=0, chunk_steps=steps)
+        self._job, self._steps = job, steps
+        self._schedule = Schedule(np.ones(steps, np.float32), [0, steps], per_doubling=0, chunk_steps=steps)
         self._batches = {name: np.stack([leaf] * steps) for name, leaf in batch.items()}
         self._validation = {name: leaf[None] for name, leaf in batch.items()}
-        self._placed: dict[Mesh, Any] = {}
+        self._placed: dict[Mesh, tuple[Tree, Tree, Tree]] = {}
 
     def fresh(self, engine: Engine, lanes: Sequence[Lane]) -> LaneState:
         """The state of lanes in their slots, and of copies of the last lane in the others."""
         by_slot = dict(zip(lane_slots(len(lanes), engine), lanes, strict=True))
         filled = [by_slot.get(slot, lanes[-1]) for slot in range(engine.num_slots)]
-        rates = self._workspace.learning_rates()
+        rates = self._job.config.learning_rates()
         return engine.init(
+            self._job.base.params_on(engine.mesh),
             np.asarray([lane.seed for lane in filled], np.int32),
             {module: np.asarray([lane.ranks[module] for lane in filled], np.int32) for module in rates},
             {module: np.full(len(filled), rate, np.float32) for module, rate in rates.items()},
@@ -193,10 +160,10 @@ class FixedBatch:
     def train(self, engine: Engine, state: LaneState, lanes: int) -> tuple[LaneState, np.ndarray]:
         """Trains some number of lanes; returns the state and their losses [lanes, steps]."""
         if engine.mesh not in self._placed:
-            batches = place((self._batches, self._validation), chunk_sharding(engine.mesh))
-            self._placed[engine.mesh] = (*batches, self._workspace.base_on(engine.mesh))
+            batches, validation = (place_batches(some, engine.mesh) for some in (self._batches, self._validation))
+            self._placed[engine.mesh] = batches, validation, self._job.base.params_on(engine.mesh)
         batches, validation, base = self._placed[engine.mesh]
-        slots, piece = lane_slots(lanes, engine), Piece(0, self._steps, look=False)
-        work = chunk_work(engine, slots, batches, piece, self._schedule, look_batches=1)
+        slots, call = lane_slots(lanes, engine), Call(0, self._steps, evaluate=False)
+        work = chunk_work(engine, slots, batches, call, self._schedule, eval_batches=1)
         state, losses, _ = engine.chunk(state, base, validation, work)
         return state, np.asarray(losses)[slots]  # waits for the device

@@ -1,6 +1,6 @@
-"""What every benchmark shares: a quiet machine, interleaved timing, and one JSON file a result.
+"""Result files, a quiet machine, and interleaved timing: what the benchmarks share.
 
-What is measured, and against what, is each benchmark's own business.
+It imports neither JAX nor torch, and measures nothing by itself.
 """
 
 import datetime
@@ -10,10 +10,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from mars_jax.runtime.jsonfiles import dump_json, write_json
 
@@ -22,20 +21,23 @@ MAX_FOREIGN_CORES = 0.5
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
 
+K = TypeVar("K")
+T = TypeVar("T")
+
 
 def write_result(
-    name: str, figure: float, unit: str, goal: str, command: str, detail: Mapping[str, Any], folder: Path = RESULTS
+    name: str, figure: float, unit: str, goal: str, command: str, detail: Mapping[str, Any], folder: Path | None
 ) -> dict[str, Any]:
-    """Writes `folder/<name>.json` and prints it on stdout.
+    """Prints a result on stdout, and writes it as `folder/<name>.json`.
 
     Args:
-        name: the benchmark's id, such as "xla_flops".
+        name: the benchmark's id, such as "xla_flops": the name of its script.
         figure: the headline number.
         unit: what the figure counts.
-        goal: what it should reach, in words.
+        goal: what it should reach, in words; see `benchmarks.lib.tables.reached`.
         command: the command line that makes the file again.
         detail: everything behind the figure.
-        folder: where the file goes.
+        folder: where the file goes; None: it is only printed.
     """
     document = {
         "id": name,
@@ -47,7 +49,8 @@ def write_result(
         "versions": versions(),
         "detail": dict(detail),
     }
-    write_json(folder / f"{name}.json", document)
+    if folder is not None:
+        write_json(folder / f"{name}.json", document)
     print(dump_json(document, indent=2))
     return document
 
@@ -88,41 +91,33 @@ def require_quiet(anyway: bool) -> float:
     return load
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one side, a repeat each."""
+class Seconds(NamedTuple):
+    """Of one side in one round."""
 
-    wall: tuple[float, ...]
-    cpu: tuple[float, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """The lists with their medians and minima."""
-        sides = {"wall": self.wall, "cpu": self.cpu}
-        return {
-            f"{name}_seconds": {"all": list(times), "median": statistics.median(times), "minimum": min(times)}
-            for name, times in sides.items()
-        }
+    wall: float
+    cpu: float  # of all threads of this process
 
 
-def interleave(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[Timings, Timings]:
-    """Times two thunks A-B-B-A, so that slow drift of the machine falls on both.
+def timed(call: Callable[[], T]) -> tuple[T, Seconds]:
+    """The call's value and its seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = call()
+    return value, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
-    Args:
-        a: the first side; it must wait for its own work (`jax.block_until_ready`).
-        b: the second side.
-        repeats: calls of each.
 
-    Returns:
-        Timings of a and of b, in the order of their calls; CPU seconds are of all threads of this process.
-    """
-    seconds: tuple[list[tuple[float, float]], ...] = ([], [])
+def rounds(sides: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
+    """Calls every side once a round, forwards and backwards in turn (A-B-C, C-B-A), so that drift falls on all."""
+    found: dict[K, list[T]] = {name: [] for name in sides}
     for repeat in range(repeats):
-        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
-            wall, cpu = time.perf_counter(), time.process_time()
-            (a, b)[side]()
-            seconds[side].append((time.perf_counter() - wall, time.process_time() - cpu))
-    first, second = (Timings(*map(tuple, zip(*pairs, strict=True))) for pairs in seconds)
-    return first, second
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            found[name].append(sides[name]())
+    return found
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """All values, their median and their minimum."""
+    listed = list(values)
+    return {"all": listed, "median": statistics.median(listed), "minimum": min(listed)}
 
 
 def _busy_ticks() -> int:

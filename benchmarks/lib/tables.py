@@ -1,7 +1,8 @@
 """Writes docs/performance.md and docs/evidence.md from benchmarks/results/*.json and templates. It measures nothing.
 
-What a benchmark measures is told by the docstring of its script. Its tables are `detail.tables`, a mapping of titles to
-rows; where a result has none, every number of its detail is listed.
+The first line of a script's docstring is what it measures, in the table of all results; the paragraphs up to the usage
+are the text of its section. Which rows are shown, and what they mean, is in benchmarks/lib/pages.py and, for
+evidence.md, benchmarks/evidence/page.py. A result without an entry there shows its `detail.tables`: title -> rows.
 
     python -m benchmarks.lib.tables [--results FOLDER] [--out FOLDER]
 """
@@ -9,79 +10,96 @@ rows; where a result has none, every number of its detail is listed.
 import argparse
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from benchmarks.lib.results import RESULTS
+from benchmarks.evidence import page as evidence_page
+from benchmarks.lib import pages
+from benchmarks.lib.markdown import Row, cell, number, table
+from benchmarks.lib.results import MAX_FOREIGN_CORES, RESULTS
 from mars_jax.runtime.jsonfiles import read_json, write_text
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent
-EVIDENCE = ("law_fits", "planted", "evidence")
+ROOT = BENCHMARKS.parent
+EVIDENCE = ("evidence", "law_fits", "planted")
 ORDER = (
     "probe_grid",
     "step_beside_peft",
-    "compiles",
-    "xla_flops",
-    "lanes_together",
+    "gpu_step",
     "search_beside_grid",
+    "useful_steps",
+    "compiles",
+    "lanes_together",
+    "xla_flops",
     "lanes_beside_processes",
     "accelerator_plans",
-    "useful_steps",
-    "gpu_step",
+    "remat",
+    "real_checkpoint",
     "kills",
     "adapter_matrix",
 )
-
-Row = Mapping[str, Any]
+SECTIONS = {**pages.SECTIONS, **evidence_page.SECTIONS}
 
 
 def main() -> None:
-    """Writes the page."""
+    """Writes the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--out", type=Path, default=BENCHMARKS.parent / "docs", help="folder of the pages")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the pages")
     options = parser.parse_args()
     documents = {file.stem: read_json(file) for file in sorted(options.results.glob("*.json"))}
-    for name in ("performance", "evidence"):
-        shown = {key: value for key, value in documents.items() if (key in EVIDENCE) == (name == "evidence")}
-        if shown:
-            write_text(options.out / f"{name}.md", page(shown, name))
-            print(f"wrote {options.out / name}.md from {len(shown)} results")
+    for name, text in texts(documents).items():
+        write_text(options.out / f"{name}.md", text)
+        print(f"wrote {options.out / name}.md")
+
+
+def texts(documents: Mapping[str, Row]) -> dict[str, str]:
+    """The text of each page that some of the results belong to, by its name."""
+    of_page = {
+        name: {key: value for key, value in documents.items() if (key in EVIDENCE) == (name == "evidence")}
+        for name in ("performance", "evidence")
+    }
+    return {name: page(some, name) for name, some in of_page.items() if some}
 
 
 def page(documents: Mapping[str, Row], name: str = "performance") -> str:
     """The page of some results, by id; those of `ORDER` come first."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    environment.filters["number"] = number
-    template = environment.from_string((HERE / f"{name}.md.j2").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters |= {"number": number, "cell": cell}
     ids = [*(key for key in ORDER if key in documents), *(key for key in documents if key not in ORDER)]
-    text = template.render(
+    text = environment.get_template(f"{name}.md.j2").render(
         results=[shown(documents[name]) for name in ids],
         missing=[key for key in ORDER if key not in documents],
-        losses=losses(documents),
-        floor=floor(documents["xla_flops"]["detail"]["demo"]["minimum_flops"]) if "xla_flops" in documents else "",
+        busy_cores=MAX_FOREIGN_CORES,
     )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def shown(document: Row) -> dict[str, Any]:
-    """A result as the template wants it."""
+    """A result as the templates want it."""
     detail, versions = document["detail"], document["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "peft") if versions.get(name))
     device = f"{detail['device']}, " if "device" in detail else ""
-    tables = detail.get("tables") or {"": [{"what": what, "value": value} for what, value in leaves(detail)]}
+    script = script_of(document["command"])
+    what, _, about = introduction(script).partition("\n")
+    of_page = SECTIONS.get(document["id"], lambda detail: pages.Section(detail["tables"]))(detail)
     return {
         **document,
-        "about": about(script_of(document["id"])),
+        "what": what.removesuffix("."),
+        "about": about.strip(),
+        "script": f"../{script.relative_to(ROOT)}",
         "machine": f"{device}{versions['cores']} cores of {versions['cpu']}, Python {versions['python']}, {packages}",
-        "note": detail.get("note", ""),
         "reached": reached(document["figure"], document["goal"]),
         "form": detail.get("form", "full"),
-        "tables": [{"title": title, "text": table(rows)} for title, rows in tables.items() if rows],
+        "tables": [{"title": title, "text": table(rows)} for title, rows in of_page.tables.items() if rows],
+        "meaning": of_page.meaning,
+        "losses": of_page.losses,
     }
 
 
@@ -95,102 +113,16 @@ def reached(figure: float, goal: str) -> str:
     return "yes" if held[found[1]] else "no"
 
 
-def losses(documents: Mapping[str, Row]) -> list[str]:
-    """Cells in which another way is cheaper, whatever the figure says."""
-    found = []
-    if "search_beside_grid" in documents:
-        detail = documents["search_beside_grid"]["detail"]
-        needed = detail["final_steps_for_the_goal"]
-        share = detail["ratios"][str(detail["final_steps"])]["share of the search"]
-        found.append(
-            f"search_beside_grid: the search costs {100 * share:.0f} % of search and final run at "
-            f"{detail['final_steps']} steps of a final run, the length that is measured. "
-            + (
-                f"Of the lengths counted, the goal is reached from {needed} on."
-                if needed
-                else "None counted reaches the goal."
-            )
-        )
-        failed = detail["tables"]["Searches without a valid result, left out above"]
-        if failed:
-            found.append(
-                f"search_beside_grid: {len(failed)} of {len(failed) + len(detail['runs'])} searches gave no valid "
-                "result."
-            )
-    if "lanes_beside_processes" in documents:
-        detail = documents["lanes_beside_processes"]["detail"]
-        for lanes, ours in detail["ours"].items():
-            theirs = detail["peft"].get(lanes)
-            if theirs and ours["compiling"]["peak_bytes"] > theirs["peak_bytes"]:
-                found.append(
-                    f"lanes_beside_processes: {lanes} lanes take more memory than {lanes} PEFT processes while XLA "
-                    "compiles."
-                )
-        fewest = min(detail["ours"], key=int)
-        if detail["ours"][fewest]["from disk"]["peak_bytes"] > detail["peft"]["1"]["peak_bytes"]:
-            found.append(f"lanes_beside_processes: one PEFT process takes less memory than ours with {fewest} lanes.")
-    for base in documents["adapter_matrix"]["detail"]["bases"] if "adapter_matrix" in documents else []:
-        if base.get("positions") == "given":
-            found.append(
-                f"adapter_matrix: transformers {base['pair'][0]} places pictures of {base['base']} otherwise than we "
-                "do, without any adapter too; adapters were compared with our positions given to it."
-            )
-    return found
+def script_of(command: str) -> Path:
+    """The script that a command line runs: "python -m benchmarks.speed.compiles" is benchmarks/speed/compiles.py."""
+    _, _, module, *_ = command.split()
+    return ROOT / f"{module.replace('.', '/')}.py"
 
 
-def floor(minimum: Mapping[str, float]) -> str:
-    """The closed form by part."""
-    rows = [
-        {"part": part, "MFLOP": flops / 1e6, "share": flops / minimum["total"]}
-        for part, flops in sorted(minimum.items(), key=lambda item: item[0] == "total")
-    ]
-    return table(rows)
-
-
-def script_of(name: str) -> Path:
-    """The script that measures a result, by its id."""
-    (script,) = [*BENCHMARKS.glob(f"*/{name}.py"), *BENCHMARKS.glob(f"{name}/run.py")]
-    return script
-
-
-def about(script: Path) -> str:
-    """The docstring of a script, without its usage."""
+def introduction(script: Path) -> str:
+    """The docstring of a script up to its usage."""
     document = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     return document.partition("\n\n    python ")[0].strip()
-
-
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number, text and truth of a document with the way to it; of repeated timings the median alone, no lists."""
-    if isinstance(value, Mapping):
-        if "median" in value and "all" in value:
-            yield f"{prefix}, median", value["median"]
-            return
-        for name, item in value.items():
-            yield from leaves(item, f"{prefix}, {name}" if prefix else str(name))
-    elif not isinstance(value, list):
-        yield prefix, value
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown; a column is there if any row has it."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def cell(value: Any) -> str:
-    """A value as text that can't end its cell."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    text = number(value) if isinstance(value, int | float) else str(value)
-    return " ".join(text.split()).replace("|", r"\|")
-
-
-def number(value: float) -> str:
-    """Whole numbers in full up to a million; others with four digits."""
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

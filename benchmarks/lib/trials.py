@@ -1,4 +1,4 @@
-"""Lanes of the demo's model on a task, run once and kept in files: what the experiments on rules and ranks share.
+"""Lanes of the demo's model on a task, run once and kept in files: shared by the experiments on rules and ranks.
 
 Nothing is judged here. A file that is there is read in place of running its lanes again, so an experiment that was
 stopped goes on when it is started again.
@@ -7,28 +7,35 @@ stopped goes on when it is started again.
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from benchmarks.lib.child import ROOT, Warnings, demo_config
-from mars_jax.job.programs import Program
-from mars_jax.job.workspace import Workspace
-from mars_jax.lanes.buckets import Bucket
-from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.result import Rates, Row
+from mars_jax.config.load import Config
+from mars_jax.job.job import Job, make_job
+from mars_jax.lanes.engine import Engine, EngineShape
+from mars_jax.lanes.eval_points import EvalPoint
+from mars_jax.lanes.inputs import Hooks, Rates
+from mars_jax.lanes.lane import Lane, Ranks
+from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.snapshots import Snapshots
+from mars_jax.laws.convergence import registry
 from mars_jax.laws.convergence.base import ConvergenceRule
+from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import read_json, write_json
-from mars_jax.search.probes.design import readings
-from mars_jax.search.probes.records import EPSILONS, lane_records
-from mars_jax.search.probes.run import probe_schedule, run_probe_group, splice_probes
+from mars_jax.search.probes.design import prefixes
+from mars_jax.search.probes.records import lane_records
+from mars_jax.search.probes.run import probe_schedule, with_module_swaps
 
-Rows = list[list[Row]]
+Curves = list[list[EvalPoint]]
+"""Eval points of lanes."""
+
 NARROW = 8  # ranks up to this are run apart from wider ones
 
-RULES: dict[str, ConvergenceRule] = {name: ConvergenceRule(name, epsilon) for name, epsilon in EPSILONS.items()}
+RULES: dict[str, ConvergenceRule] = {
+    name: ConvergenceRule(name, registry.RULES[name].epsilon) for name in registry.RULES.names
+}
 
 
 def make_data(folder: Path, shift: Sequence[str]) -> Path:
@@ -39,56 +46,52 @@ def make_data(folder: Path, shift: Sequence[str]) -> Path:
     return folder
 
 
-def task_workspace(data: Path, *overrides: str) -> Workspace:
-    """The demo's job on other data and with some settings changed; lanes never leave early."""
+def task_job(data: Path, *overrides: str) -> Job:
+    """The demo's job on other data and with some settings changed; lanes never stop early."""
     files = [f"data.{name}={data / name}.json" for name in ("train", "validation", "test")]
-    return Workspace(demo_config(data / "run", [*files, "probe.patience=null", *overrides]), Warnings())
+    return make_job(demo_config(data / "run", [*files, "probe.patience=null", *overrides]), Warnings())
 
 
-def probe_rows(file: Path, workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None = None) -> Rows:
-    """Rows of all that is read off probes of the same data, with what remained for each module at every look.
+def probe_curves(file: Path, job: Job, lanes: Sequence[Lane], rates: Sequence[Rates] | None = None) -> Curves:
+    """Eval points of all that is read off probes of the same data, with module swaps at every one.
 
     Args:
-        file: of the rows.
-        workspace: of the task.
-        lanes: to run together, of which `reads` are read.
+        file: of the eval points.
+        job: of the task.
+        lanes: to run together, of which `read_lanes` are read.
         rates: learning rates of each; None: the config's.
     """
     if file.exists():
-        return [[_with_nan(row) for row in rows] for rows in read_json(file)]
-    found: dict[int, Rows] = {}
+        return [[EvalPoint.from_json(point) for point in points] for points in read_json(file)]
+    found: dict[int, Curves] = {}
     for places in by_width([lane.ranks for lane in lanes], wide=lambda over: any(over.values())):
         some = [lanes[place] for place in places]
         their_rates = None if rates is None else [rates[place] for place in places]
-        found |= zip(places, _group_rows(workspace, some, their_rates), strict=True)
-    rows = [rows for place in range(len(lanes)) for rows in found[place]]
-    write_json(file, rows)
-    return rows
+        found |= zip(places, _group_curves(job, some, their_rates), strict=True)
+    curves = [points for place in range(len(lanes)) for points in found[place]]
+    write_json(file, [[point.to_json() for point in points] for points in curves])
+    return curves
 
 
-def reads(workspace: Workspace, lanes: Sequence[Lane]) -> list[Lane]:
+def read_lanes(config: Config, lanes: Sequence[Lane]) -> list[Lane]:
     """What is read off lanes: with nested sizes a lane for every D."""
-    return [read for lane in lanes for read, _ in readings(workspace.config, lane)]
+    return [prefix for lane in lanes for prefix, _ in prefixes(config, lane)]
 
 
-def _group_rows(workspace: Workspace, lanes: Sequence[Lane], rates: Sequence[Rates] | None) -> list[Rows]:
-    program = one_program(workspace, lanes)
-    schedule = probe_schedule(workspace)
+def _group_curves(job: Job, lanes: Sequence[Lane], rates: Sequence[Rates] | None) -> list[Curves]:
+    engine = one_engine(job, lanes)
+    schedule = probe_schedule(job.config, job.base.model_config.text.vocab_size)
     with TemporaryDirectory() as folder:
-        size = program.engine.layout.size
-        with Snapshots(Path(folder) / "adapters", schedule.looks, len(lanes), size) as snapshots:
-            result = run_probe_group(workspace, program, lanes, schedule, rates, snapshots=snapshots)
-            curves = [
-                [row for row in rows if row["step"] <= steps]
-                for lane, rows in zip(lanes, result.rows, strict=True)
-                for _, steps in readings(workspace.config, lane)
-            ]
-            found = splice_probes(workspace, program, lanes, result, snapshots, reads(workspace, lanes), curves)
+        file = Snapshots(Path(folder) / "adapters", schedule.eval_steps, len(lanes), engine.layout.size)
+        with file as snapshots:
+            inputs = job.inputs.probes(lanes[0], engine, rates)
+            result = run_group(lanes, engine, inputs, schedule, Hooks(snapshots=snapshots))
+            found = with_module_swaps(job, engine, lanes, result, snapshots)
     each = len(found) // len(lanes)
     return [found[each * k : each * (k + 1)] for k in range(len(lanes))]
 
 
-def by_width(vectors: Sequence[Mapping[str, int]], wide: Callable[[dict[str, bool]], Hashable]) -> list[list[int]]:
+def by_width(vectors: Sequence[Ranks], wide: Callable[[dict[str, bool]], Hashable]) -> list[list[int]]:
     """Places of rank vectors, grouped so that few are padded from a narrow rank to a wide one.
 
     Args:
@@ -101,22 +104,14 @@ def by_width(vectors: Sequence[Mapping[str, int]], wide: Callable[[dict[str, boo
     return list(groups.values())
 
 
-def one_program(workspace: Workspace, lanes: Sequence[Lane]) -> Program:
-    """A program that runs the lanes as one group."""
-    widest = {module: max(lane.ranks[module] for lane in lanes) for module in workspace.grids}
-    devices = workspace.mesh.shape["lane"]
-    engine = workspace.engine(widest, devices * math.ceil(len(lanes) / devices), workspace.default_lane_block)
-    return Program(Bucket(tuple(lanes), widest, cached_encoder=False), (tuple(lanes),), engine)
+def one_engine(job: Job, lanes: Sequence[Lane]) -> Engine:
+    """An engine that runs the lanes as one group."""
+    widest = {module: max(lane.ranks[module] for lane in lanes) for module in job.config.lora.grids}
+    devices = job.base.mesh.shape["lane"]
+    slots = devices * math.ceil(len(lanes) / devices)
+    return job.engines.engine(EngineShape(widest, slots, job.engines.default_lane_block))
 
 
-def records_by(
-    rule: ConvergenceRule | None, workspace: Workspace, lanes: Sequence[Lane], rows: Rows
-) -> list[dict[str, Any]]:
-    """Records of the lanes as a rule tells their times."""
-    return lane_records(lanes, rows, rule, workspace.learning_rates())
-
-
-def _with_nan(row: Mapping[str, Any]) -> Row:
-    """A row read from JSON, which has null where a drift was not a number."""
-    drift = {module: math.nan if value is None else value for module, value in row["drift"].items()}
-    return {**row, "drift": drift}
+def records_by(rule: ConvergenceRule | None, config: Config, lanes: Sequence[Lane], curves: Curves) -> list[LaneRecord]:
+    """Records of the lanes with the times that a rule finds."""
+    return lane_records(lanes, curves, rule, config.learning_rates())

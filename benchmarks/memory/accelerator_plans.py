@@ -1,19 +1,20 @@
-"""What the compilers of GPUs and TPUs make of the probe program at LLaVA-OneVision 0.5B's shapes, without either.
+"""Largest share of a GPU's or TPU's memory that the probe program of a real model needs.
 
-The engine's chunk is compiled for devices that aren't there, by the compilers that would compile it there, from shapes
-alone: four lanes a lane device, adapters of rank 16, a batch of four samples with two tiles of 384 pixels and 1,507
-tokens each, in bfloat16, layers rematerialised by the policy `attention` unless a row says otherwise. Told are the
-memory that a device needs (arguments and temporary buffers) as a share of what it has, and the operations by which
-devices talk to each other: lanes need none, samples split over devices a few sums. Nothing is run,
-so nothing is said of time. GPUs are compiled for without autotuning.
-
-Each row is a fresh process, which needs `pip install "jax[cuda12]" libtpu`; the result is written after each.
-
-figure = largest share of a device's memory.
+XLA compiles for devices that aren't there, so one can know that a model fits before one has the device. The probe
+program is compiled from shapes alone, at the size of LLaVA-OneVision 0.5B, for H100 GPUs and v5e TPUs, split over
+several by lanes (`lane`), samples (`data`), parameters (`fsdp`) or within each product (`tensor`). The compiler's plan
+has the memory of a device and the operations by which devices exchange data. Nothing is run or timed.
 
     python -m benchmarks.memory.accelerator_plans [--short] [--out FOLDER]
 
-`--short` takes two layers of each part.
+`--short` takes two layers of each part. Needed is `pip install "jax[cuda12]" libtpu`, for the compilers.
+
+Definitions. Memory is that of arguments and temporary buffers. Four lanes on each device of the `lane` axis, adapters
+of rank 16, a batch of four samples with two tiles of 384 pixels and 1,507 tokens each, in bfloat16; layers are
+rematerialised by the policy `attention` unless a row says otherwise. GPUs are compiled for without autotuning. Each row
+is a fresh process, and the result is written after each.
+
+figure = largest share of a device's memory.
 """
 
 import dataclasses
@@ -21,13 +22,12 @@ import re
 import sys
 import time
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
-from benchmarks.lib.child import Document, answer, publish, run_child
-from benchmarks.lib.child import parser as own_parser
+from benchmarks.lib.child import Document, answer, arguments, publish, run_child
 from mars_jax.runtime.jsonfiles import dump_json
 
-LANES, CHUNK, LOOK_BATCHES = 4, 8, 2
+LANES, CHUNK, EVAL_BATCHES = 4, 8, 2
 BATCH_SIZE, TOKENS, TILES = 4, 1507, 2
 # Memory in GiB, as sold.
 MEMORY = {"h100": 80, "v5e": 16}
@@ -78,7 +78,7 @@ WITHOUT_DEVICES = {
 
 def main() -> None:
     """Writes results/accelerator_plans.json; about a quarter of an hour, more than half of it for the TPU."""
-    options = own_parser(__doc__).parse_args()
+    options = arguments(__doc__)
     if options.child:
         return answer(options.child, compiled)
     rows = []
@@ -106,11 +106,12 @@ def compiled(target: str, devices: int, axis: str, remat: str, short: bool) -> D
     from jax.sharding import NamedSharding, PartitionSpec
 
     from benchmarks.speed.xla_flops import large
-    from mars_jax.adapters import lora
-    from mars_jax.lanes.engine import make_engine
+    from mars_jax.adapters.lora import LORA
+    from mars_jax.lanes.engine import EngineShape, Training, make_engine
     from mars_jax.lanes.state import Work
     from mars_jax.models.families.registry import build_model
-    from mars_jax.runtime.sharding import base_shardings, chunk_sharding, make_mesh
+    from mars_jax.models.shardings import base_shardings
+    from mars_jax.runtime.sharding import chunk_sharding, make_mesh
 
     if target == "h100":
         as_if_on_an_h100()
@@ -129,24 +130,17 @@ def compiled(target: str, devices: int, axis: str, remat: str, short: bool) -> D
         case = case.with_depth(2, 2)
     lane_devices = mesh.shape["lane"]
     slots = LANES * lane_devices
-    engine = make_engine(
-        build_model(case.config, remat),
-        case.targets,
-        padded_ranks=case.ranks,
-        alpha=lora.AlphaRule(),
-        transform=optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
-        num_snapshots=4,
-        num_slots=slots,
-        lane_block=1,
-        mesh=mesh,
-    )
+    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    training = Training(build_model(case.config, remat), case.targets, LORA, transform, num_snapshots=4)
+    engine = make_engine(training, EngineShape(case.ranks, slots, lane_block=1), mesh)
     of_lanes, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("lane",), ()))
     integers = jax.ShapeDtypeStruct((slots,), jnp.int32)
     rates = jax.ShapeDtypeStruct((slots,), jnp.float32)
-    state = jax.eval_shape(engine.init, integers, dict.fromkeys(case.ranks, integers), dict.fromkeys(case.ranks, rates))
+    of_modules = (dict.fromkeys(case.ranks, array) for array in (integers, rates))
+    state = jax.eval_shape(engine.init, case.base, integers, *of_modules)
     batches, validation = (
         {name: shaped(leaf, chunk_sharding(mesh), leading=(count,)) for name, leaf in case.batch.items()}
-        for count in (CHUNK, LOOK_BATCHES)
+        for count in (CHUNK, EVAL_BATCHES)
     )
     whole, of_step, flag = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
@@ -159,17 +153,17 @@ def compiled(target: str, devices: int, axis: str, remat: str, short: bool) -> D
         multipliers=of_step,
         newest_share=of_step,
         num_steps=whole,
-        look=flag,
+        evaluate=flag,
         step=whole,
         half=flag,
-        look_batches=whole,
+        eval_batches=whole,
     )
     base = jax.tree.map(
-        lambda leaf, sharding: shaped(leaf, sharding, jnp.bfloat16), case.base, base_shardings(case.base, mesh)
+        lambda leaf, sharding: shaped(leaf, sharding, jnp.bfloat16), case.base, base_shardings(case.config, mesh)
     )
     state = jax.tree.map(lambda leaf: shaped(leaf, of_lanes), state)
     start = time.perf_counter()
-    program = engine.chunk.lower(state, base, validation, work).compile()
+    program = cast("jax.stages.Wrapped", engine.chunk).lower(state, base, validation, work).compile()
     seconds = time.perf_counter() - start
     plan, text = program.memory_analysis(), program.as_text() or ""
     assert plan is not None
@@ -191,7 +185,7 @@ def compiled(target: str, devices: int, axis: str, remat: str, short: bool) -> D
 
 
 def as_if_on_an_h100() -> None:
-    """Has JAX and our models believe that such a device and its cuDNN are here, which they look for while tracing."""
+    """Has JAX and our models believe that such a device and its cuDNN are here, which they check while tracing."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     from mars_jax.models import attention

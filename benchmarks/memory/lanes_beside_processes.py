@@ -1,15 +1,18 @@
-"""Peak memory of K lanes in one process of ours, against K concurrent PEFT processes, and against one.
+"""Peak memory of several lanes in one process, over that of as many PEFT processes.
 
-Fresh processes each: the demo's base and data at its largest ranks, batches of 16 samples. Ours runs two calls of the
-compiled chunk and a look over K lanes, one a core at a time. It is measured twice: with an empty compile cache, so with
-XLA's own memory while it compiles, and with the programs on disk. A PEFT process imports transformers, PEFT and torch
-(no JAX), trains four steps at logits of all positions and waits until all have; then the kernel is asked for each one's
-peak resident set (VmHWM), and for its proportional share of what they have in common (Pss). The slope per lane is set
-beside the estimate of `mars plan` for a lane's state.
-
-figure = peak of 8 lanes, compiling included / sum of the peaks of 8 PEFT processes.
+The usual way to train several adapters at once is a process for each, every one with its own copy of base and
+libraries. Ours holds them once. Fresh processes train the demo at its largest ranks: ours with an empty compile cache
+(the figure, so XLA's own memory counts) and with the programs on disk; PEFT's all at the same time, with memory that
+they share counted in full or in proportion (Pss). What a lane more takes is compared with the estimate of `mars plan`.
 
     python -m benchmarks.memory.lanes_beside_processes [--short] [--anyway] [--out FOLDER]
+
+Definitions. Batches are of 16 samples. Ours runs two calls of the compiled chunk and an eval point over K lanes, one a
+core at a time. A PEFT process imports transformers, PEFT and torch (no JAX), trains four steps with logits at all
+positions and waits until all have; then the kernel is asked for each one's peak resident set (VmHWM), and for its
+proportional share of what they have in common (Pss).
+
+figure = peak of 8 lanes, compiling included / sum of the peaks of 8 PEFT processes.
 """
 
 import os
@@ -107,8 +110,9 @@ def main() -> None:
 
 
 def train_lanes(lanes: int, cache: str, run_dir: str) -> Document:
-    """Trains lanes for two calls of the chunk and a look; this process's peak."""
-    from mars_jax.job.workspace import Workspace
+    """Trains lanes for two calls of the chunk and an eval point; this process's peak."""
+    from mars_jax.job.job import make_job
+    from mars_jax.lanes.engine import EngineShape
     from mars_jax.lanes.lane import Lane
     from mars_jax.lanes.loop import run_group
     from mars_jax.lanes.schedule import Schedule, warmup_multipliers
@@ -117,23 +121,15 @@ def train_lanes(lanes: int, cache: str, run_dir: str) -> Document:
     from mars_jax.search.probes.design import planned_lanes
 
     compile_cache.enable(Path(cache))
-    workspace = Workspace(demo_config(run_dir, SEPARATE), Warnings())
-    settings = workspace.config.probe
+    job = make_job(demo_config(run_dir, SEPARATE), Warnings())
+    settings = job.config.probe
     group = [Lane(RANKS, max(settings.num_samples), seed) for seed in range(lanes)]
-    engine = workspace.engine(RANKS, lanes, workspace.default_lane_block)
+    engine = job.engines.engine(EngineShape(RANKS, lanes, job.engines.default_lane_block))
     steps = 2 * settings.chunk_steps
-    run_group(
-        group,
-        engine,
-        workspace.base_on(engine.mesh),
-        workspace.probe_stream(group[0], cached_encoder=False),
-        workspace.validation_batches(settings.batch_size),
-        workspace.learning_rates(),
-        Schedule(warmup_multipliers(steps, 1, "constant"), [0, steps], 0, settings.chunk_steps),
-        look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
-    )
+    schedule = Schedule(warmup_multipliers(steps, 1, "constant"), [0, steps], 0, settings.chunk_steps)
+    run_group(group, engine, job.inputs.probes(group[0], engine), schedule)
     peak = kernel_bytes(os.getpid(), "status", "VmHWM")
-    plan = lane_costs(workspace, planned_lanes(workspace.config))
+    plan = lane_costs(job, planned_lanes(job.config))
     return {"peak_bytes": peak, "planned_lane_bytes": plan["lane_bytes"]}
 
 
@@ -156,15 +152,15 @@ def write_peft_job(folder: Path) -> None:
 
     from benchmarks.speed.peft_side import PeftGrid
     from mars_jax.data.images import load_rgb
-    from mars_jax.job.workspace import Workspace
+    from mars_jax.job.job import make_job
     from mars_jax.lanes.lane import Lane
 
-    workspace = Workspace(demo_config(folder, SEPARATE), Warnings())
-    config = workspace.config
-    width, height = load_rgb(workspace.search.train[0].images[0]).size
-    grid = PeftGrid(config.model.checkpoint, workspace.targets, workspace.alpha, config.optimizer, (height, width))
+    job = make_job(demo_config(folder, SEPARATE), Warnings())
+    config, base = job.config, job.base
+    width, height = load_rgb(job.data.search.train[0].images[0]).size
+    grid = PeftGrid(config.model.checkpoint, base.targets, base.alpha, config.optimizer, (height, width))
     lane = Lane(RANKS, max(config.probe.num_samples), seed=0)
-    batch = grid.encode(workspace.probe_stream(lane, cached_encoder=False)[0])
+    batch = grid.encode(job.data.probe_stream(lane, cached_encoder=False)[0])
     folder.mkdir()
     with grid.drawn(RANKS, seed=0) as drawn:
         Path(drawn).rename(folder / "adapter")

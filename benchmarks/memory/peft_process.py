@@ -1,6 +1,6 @@
 """One PEFT process as light as a user's can be, for `lanes_beside_processes`.
 
-It imports no JAX. It trains, says what it holds, and waits.
+It imports no JAX. It trains a few steps, prints a line, and waits with everything in memory until its stdin is closed.
 
     python -m benchmarks.memory.peft_process FOLDER
 
@@ -8,6 +8,7 @@ FOLDER holds `adapter/` in PEFT's format, `batch.pt` (inputs of the model and la
 path.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from transformers import LlavaOnevisionForConditionalGeneration
 STEPS = 4
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     """Trains a few steps; prints a line then, and keeps everything until its stdin is closed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
     torch.set_num_threads(1)
     base = (folder / "base.txt").read_text()
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(base, dtype=torch.float32, local_files_only=True)
@@ -36,4 +40,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -1,14 +1,17 @@
-"""Loading and training at the size of LLaVA-OneVision 0.5B: memory of the loader, and time of a LoRA step.
+"""Peak memory while reading a checkpoint of a real model's size, over the size of its parameters.
 
-A checkpoint of that shape is written with random bfloat16 weights, in shards and under the hub's names; a fresh process
-reads it in bfloat16, takes one training step of one sample (256 tokens, one tile of 384 pixels, all modules at rank 16)
-and one evaluation step. What is read is random, so are the losses; that they are finite is checked.
-
-figure = peak resident memory while reading / bytes of the parameters, both above what the process held before.
+A loader that holds the weights twice halves the model that a machine can read. A checkpoint of LLaVA-OneVision 0.5B's
+shapes is written in shards, as on the hub, with random weights. A fresh process reads it in bfloat16 and takes a
+training step and an evaluation step of one sample on the CPU, all modules adapted, so the whole path is checked.
 
     python -m benchmarks.memory.real_checkpoint [--short] [--anyway] [--out FOLDER]
 
-`--short` takes two layers of each part.
+`--short` takes two layers of each part. The full form needs 2 GB of disk.
+
+Definitions. The sample has 256 tokens and one tile of 384 pixels; ranks are 16. Losses of random weights mean nothing,
+but must be finite. Memory is resident memory above what the process held before.
+
+figure = peak resident memory while reading / bytes of the parameters.
 """
 
 import json
@@ -24,8 +27,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.lib.child import Document, answer, publish, run_child
-from benchmarks.lib.child import parser as own_parser
+from benchmarks.lib.child import Document, answer, arguments, publish, run_child
 from benchmarks.lib.results import require_quiet
 from mars_jax.adapters.targets import find_targets
 from mars_jax.models.families.registry import model_config, parameters
@@ -64,7 +66,7 @@ RANK, TOKENS, SUPERVISED = 16, 256, 32
 
 def main() -> None:
     """Writes results/real_checkpoint.json; a few minutes, 2 GB of disk."""
-    options = own_parser(__doc__).parse_args()
+    options = arguments(__doc__)
     if options.child:
         return answer(options.child, measure)
     load = require_quiet(options.anyway)
@@ -76,7 +78,7 @@ def main() -> None:
         found = run_child(__file__, {"checkpoint": folder})
     detail = {"foreign_cores_busy": load, "shards": shards, "tables": {"One fresh process": [found]}}
     unit = "peak resident memory while reading / bytes of the parameters"
-    publish(options, "real_size", found["peak over parameters"], unit, f"at most {GOAL}", detail)
+    publish(options, "real_checkpoint", found["peak over parameters"], unit, f"at most {GOAL}", detail)
 
 
 def write_random(folder: Path, config: Document) -> int:
@@ -114,8 +116,8 @@ def measure(checkpoint: str) -> Document:
     import jax
     import jax.numpy as jnp
 
-    from mars_jax.adapters import lora
-    from mars_jax.config.schema import DEFAULT_MODULES
+    from mars_jax.adapters.tree import init_adapters
+    from mars_jax.config.adapted import DEFAULT_MODULES
     from mars_jax.hub.read import read_checkpoint
     from mars_jax.lanes.step import mean_loss
     from mars_jax.models.families.registry import build_model
@@ -138,7 +140,7 @@ def measure(checkpoint: str) -> Document:
 
     patterns: dict[str, Any] = {name: module["targets"] for name, module in DEFAULT_MODULES.items()}
     targets = find_targets(base, patterns)
-    adapters = lora.init_adapters(jax.random.key(0), targets, dict.fromkeys(DEFAULT_MODULES, RANK))
+    adapters = init_adapters(jax.random.key(0), targets, dict.fromkeys(DEFAULT_MODULES, RANK))
     side, image_tokens = CONFIG["vision_config"]["image_size"], TOKENS // 2
     index = np.full((1, TOKENS, 1), -1, np.int32)
     index[0, :image_tokens, 0] = np.arange(image_tokens)

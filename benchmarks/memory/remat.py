@@ -1,41 +1,46 @@
-"""Remat policies: memory of a lane-step at LLaVA-OneVision-0.5B's shapes, and time and FLOPs on the demo's model.
+"""Temporary memory of a training step with rematerialised attention, over that of a step that keeps everything.
 
-    python -m benchmarks.memory.remat
+Rematerialisation computes activations again in the backward pass in place of keeping them. For each policy (`none`,
+`attention`, `full`) the memory is what the compiler plans for temporary buffers at LLaVA-OneVision 0.5B's shapes, where
+nothing is allocated, and the time is that of a step of the demo's model, which is run. The memory decides which policy
+`model.remat: auto` turns to when a step without it would not fit, and is compared with `mars plan`'s estimate.
 
-Memory is what the compiler plans for temporary buffers (nothing is allocated); it decides the policy that
-`model.remat: auto` turns to when a step without remat would not fit. The figure is the share of the temporary memory
-that the `attention` policy needs.
+    python -m benchmarks.memory.remat [--short] [--anyway] [--out FOLDER]
+
+`--short` takes two layers of each part.
+
+figure = temporary memory with the policy `attention` / without rematerialisation.
 """
 
 import dataclasses
 import math
 import statistics
-import sys
 import time
 from functools import partial
 
 import jax
 import numpy as np
 
-from benchmarks.lib.results import require_quiet, write_result
+from benchmarks.lib.child import arguments, publish
+from benchmarks.lib.results import require_quiet
 from benchmarks.speed import xla_flops
-from mars_jax.adapters import lora
+from mars_jax.adapters.tree import init_adapters
 from mars_jax.lanes.step import mean_loss
 from mars_jax.models.families.registry import build_model
 from mars_jax.models.memory import activation_bytes
 
 POLICIES = ("none", "attention", "full")
-REPEATS = 30
+REPEATS, SHORT_REPEATS = 30, 3
 
 
 def gradient(case: xla_flops.Case, remat: str) -> jax.stages.Compiled:
     """Compiles loss and gradients of a case under a policy."""
     loss = partial(mean_loss, build_model(case.config, remat))
-    adapters = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), case.targets, case.ranks))
+    adapters = jax.eval_shape(lambda: init_adapters(jax.random.key(0), case.targets, case.ranks))
     return jax.jit(jax.grad(loss, argnums=1)).lower(case.base, adapters, case.batch).compile()
 
 
-def milliseconds(case: xla_flops.Case, remat: str) -> list[float]:
+def milliseconds(case: xla_flops.Case, remat: str, repeats: int) -> list[float]:
     """Times of one step of a case, on random numbers."""
     rng = np.random.default_rng(0)
 
@@ -45,11 +50,11 @@ def milliseconds(case: xla_flops.Case, remat: str) -> list[float]:
         return rng.normal(0.0, 0.02, leaf.shape).astype(leaf.dtype)
 
     compiled = gradient(case, remat)
-    adapters = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), case.targets, case.ranks))
+    adapters = jax.eval_shape(lambda: init_adapters(jax.random.key(0), case.targets, case.ranks))
     arguments = jax.device_put(jax.tree.map(fill, (case.base, adapters, case.batch)))
     jax.block_until_ready(compiled(*arguments))
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         times.append(1000 * (time.perf_counter() - start))
@@ -57,25 +62,37 @@ def milliseconds(case: xla_flops.Case, remat: str) -> list[float]:
 
 
 def main() -> None:
-    """Runs and writes results/remat.json."""
-    require_quiet("--anyway" in sys.argv)
+    """Writes results/remat.json; a few minutes, most of it compiling."""
+    options = arguments(__doc__)
+    load = require_quiet(options.anyway)
     large, demo = dataclasses.replace(xla_flops.large(), batch_size=4), xla_flops.demo()
-    rows = {}
+    if options.short:
+        large = large.with_depth(2, 2)
+    rows, memory = [], {}
     for remat in POLICIES:
         plan = gradient(large, remat).memory_analysis()
-        planned = plan.temp_size_in_bytes if plan else math.nan
-        times = milliseconds(demo, remat)
+        memory[remat] = (plan.temp_size_in_bytes if plan else math.nan) / 2**30
+        times = milliseconds(demo, remat, SHORT_REPEATS if options.short else REPEATS)
         estimate = activation_bytes(
             large.config, large.ranks, batch_size=4, tokens=large.tokens, tiles=large.tiles, remat=remat
         )
-        rows[remat] = {
-            "temporary_gib_05b_batch4_float32": planned / 2**30,
-            "estimated_gib": estimate / 2**30,
-            "demo_ms_median": statistics.median(times),
-            "demo_ms_min": min(times),
-        }
-    figure = rows["attention"]["temporary_gib_05b_batch4_float32"] / rows["none"]["temporary_gib_05b_batch4_float32"]
-    write_result("remat", figure, "share of the memory", "below 0.5", "python -m benchmarks.memory.remat", rows)
+        rows.append(
+            {
+                "policy": remat,
+                "temporary memory, GiB": memory[remat],
+                "estimate of `mars plan`, GiB": estimate / 2**30,
+                "ms of a step of the demo, median": statistics.median(times),
+                "minimum": min(times),
+            }
+        )
+    publish(
+        options,
+        "remat",
+        memory["attention"] / memory["none"],
+        "temporary memory with the policy `attention` / without rematerialisation",
+        "below 0.5",
+        {"foreign_cores_busy": load, "tables": {"": rows}},
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Programs that XLA compiles for the whole probe phase of the demo, and in a second process.
+"""Programs that XLA compiles for the whole probe phase of the demo.
 
-A fresh process with an empty compile cache does what `mars probe configs/demo.yaml` does, with a run for each of two D,
-and every program that JAX asks XLA for is counted, the small ones of single operations too. A second fresh process with
-the same cache and a new run directory must find them all. Lanes of every number run in a bucket's one program (the
-number is data), so the bound on compiles is that of one lane-count size a bucket: buckets + 3.
-
-figure = programs compiled by the first process.
+Compiling a program can take longer than training a probe with it, so lanes of all ranks, rates and data sizes should
+share programs. In a fresh process with an empty compile cache every program that JAX asks XLA for is counted, the small
+ones of single operations too. A second process with the same cache should find all of them on disk.
 
     python -m benchmarks.speed.compiles [--short] [--anyway] [--out FOLDER]
+
+Definitions. The probe phase is that of `mars probe configs/demo.yaml` with a run of its own for each of two data sizes;
+the second process has a new run directory. The number of lanes in a bucket is data of its program, so a bucket needs
+one program: the goal is the number of buckets + 3.
+
+figure = programs compiled by the first process.
 """
 
 import time
@@ -82,9 +85,9 @@ def two_processes(
 
 def count(config: str, overrides: list[str], cache: str, run_dir: str) -> Document:
     """Runs the probe phase in this process, which must be fresh, and counts what it compiles."""
-    from mars_jax import pipeline
+    from mars_jax.job.job import make_job
     from mars_jax.job.programs import probe_programs
-    from mars_jax.job.workspace import Workspace
+    from mars_jax.pipeline import run_pipeline
     from mars_jax.runtime import compile_cache
     from mars_jax.search.probes.design import planned_lanes
 
@@ -92,10 +95,10 @@ def count(config: str, overrides: list[str], cache: str, run_dir: str) -> Docume
     settings = demo_config(run_dir, overrides, config)
     start = time.perf_counter()
     with compile_cache.CompileCounter() as counter:
-        lanes = pipeline.probe(settings, Warnings())
+        lanes = run_pipeline("probe", settings, Warnings())
     seconds = time.perf_counter() - start
     # Which buckets there are doesn't depend on the block.
-    buckets = probe_programs(Workspace(settings, Warnings()), planned_lanes(settings), lane_block=1)
+    buckets = probe_programs(make_job(settings, Warnings()), planned_lanes(settings), lane_block=1)
     return {
         "lanes": lanes,
         "buckets": len(buckets),

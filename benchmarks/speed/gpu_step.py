@@ -1,25 +1,29 @@
-"""One GPU: a training step at the shapes of LLaVA-OneVision 0.5B, ours and PEFT's, with the same weights and batch.
+"""Time of one training step on a GPU at a real model's size: PEFT's over ours.
 
-A checkpoint of that shape is written with random bfloat16 weights and the demo's tokenizer. Each variant reads it in a
-fresh process and trains adapters of rank 16 (all modules) on one batch of four of the demo's pictures, two tiles of 384
-pixels each: about 1,500 tokens a sample. Both sides compute in bfloat16 with float32 adapters and AdamW, from the same
-drawn adapters; the losses of the first steps are told, so that one can see that they train the same.
-
-PEFT (transformers, torch; "sdpa" attention, autocast, fused AdamW, logits at all positions) takes a step at a time;
-"compiled" is `torch.compile` of its model, "checkpointed" computes layers again in the backward pass, as users do where
-memory is short. Ours is the probe engine's chunk with 4 lanes, `block` of them in one vectorised step. "flash" is
-cuDNN's attention, which such a GPU has, "plain" products of our own; `remat` and `unroll` (layers of a loop in one turn
-of it) are what the models are built with.
-
-A round is 5 steps of the lane (PEFT) or of every lane (ours); the first isn't counted, but told: it compiles. Nothing
-waits for the GPU within a round. TFLOP/s are the closed form's least FLOPs of a step over its time, the same for both
-sides; the ceiling is a product of two 8192 x 8192 matrices. The result is written after every variant.
-
-figure = milliseconds of a PEFT step, as it is or compiled / of our lane-step, the fastest of each.
+Both sides train adapters on all modules of a model of LLaVA-OneVision 0.5B's shapes: same random weights, batch, drawn
+adapters and optimizer, in bfloat16. PEFT takes a step at a time, as it is or with `torch.compile`; ours is the program
+of the probe phase with several lanes. `flash` is cuDNN's attention, `block` the lanes in one vectorised step, `remat`
+the activations that are computed twice to save memory, `unroll` the layers in one turn of the loop over them. TFLOP/s
+are the fewest FLOPs of a step over its time.
 
     python -m benchmarks.speed.gpu_step [--short] [--out FOLDER]
 
-`--short` takes two layers of each part.
+`--short` takes two layers of each part. A GPU that JAX and torch can use is needed.
+
+Definitions. A checkpoint is written with random bfloat16 weights and the demo's tokenizer. Each variant reads it in a
+fresh process and trains adapters of rank 16 on one batch of four of the demo's pictures, two tiles of 384 pixels each:
+about 1,500 tokens a sample. Adapters are in float32. The losses of the first steps are recorded, which shows that both
+sides train the same.
+
+PEFT is transformers and torch with "sdpa" attention, autocast, fused AdamW and logits at all positions; "checkpointed"
+computes layers again in the backward pass, as users do where memory is short. Ours is the probe engine's chunk with 4
+lanes; "plain" attention is products of our own.
+
+A round is 5 steps of the lane (PEFT) or of every lane (ours). The first round compiles and is recorded apart. Nothing
+waits for the GPU within a round. The ceiling is a product of two 8192 x 8192 matrices. The result is written after
+every variant.
+
+figure = milliseconds of a PEFT step, as it is or compiled / of our lane-step, the fastest of each.
 """
 
 import json
@@ -30,11 +34,13 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.lib.child import DEMO, Document, answer, demo_config, publish, run_child
-from benchmarks.lib.child import parser as own_parser
+from benchmarks.lib.child import DEMO, Document, answer, arguments, demo_config, publish, run_child
 from benchmarks.memory.real_checkpoint import CONFIG, write_random
+
+if TYPE_CHECKING:
+    from mars_jax.job.job import Job
 
 RANKS = {"vision": 16, "projector": 16, "llm": 16}
 LANES, STEPS, ROUNDS = 4, 5, 4
@@ -55,7 +61,7 @@ VARIANTS: tuple[Document, ...] = (
 
 def main() -> None:
     """Writes results/gpu_step.json; about twenty minutes, most of it compiling, and 2 GB of disk."""
-    options = own_parser(__doc__).parse_args()
+    options = arguments(__doc__)
     if options.child:
         return answer(options.child, measure)
     rows: list[Document] = []
@@ -66,12 +72,12 @@ def main() -> None:
             platform = {"JAX_PLATFORMS": "cuda" if variant["side"] == "ours" else "cpu"}
             try:
                 found = run_child(__file__, {"checkpoint": folder, **variant}, **platform)
-            except RuntimeError as error:  # out of memory, for one; its words are on stderr
+            except RuntimeError as error:  # out of memory, for one; its message is on stderr
                 found = {"failed": str(error)}
             rows.append({**variant, **found})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             if math.isfinite(ratio := figure(rows)):
-                publish(options, "gpu", ratio, UNIT, GOAL, device | told(rows))
+                publish(options, "gpu_step", ratio, UNIT, GOAL, device | detail_of(rows))
 
 
 def figure(rows: list[Document]) -> float:
@@ -83,7 +89,7 @@ def figure(rows: list[Document]) -> float:
     return best["peft"] / best["ours"]
 
 
-def told(rows: list[Document]) -> Document:
+def detail_of(rows: list[Document]) -> Document:
     """The detail of the result."""
     columns = ("side", "variant", "block", "remat", "unroll", "ms", "TFLOP/s", "peak GiB", "first round, s", "failed")
     shown = [{name: row[name] for name in columns if name in row} for row in rows]
@@ -143,10 +149,10 @@ def ceiling() -> Document:
     return {"device": jax.devices()[0].device_kind, "TFLOP/s of a large product": 2 * size**3 / seconds / 1e12}
 
 
-def workspace_of(checkpoint: str, remat: str = "none") -> Any:
-    """The demo's data on the checkpoint, in bfloat16; lanes neither leave early nor are averaged."""
+def job_of(checkpoint: str, remat: str = "none") -> "Job":
+    """The demo's data on the checkpoint, in bfloat16; lanes neither stop early nor are averaged."""
     from benchmarks.lib.demo_job import AS_PEFT
-    from mars_jax.job.workspace import Workspace
+    from mars_jax.job.job import make_job
     from mars_jax.runtime.progress import ConsoleReporter
 
     settings = [
@@ -159,19 +165,17 @@ def workspace_of(checkpoint: str, remat: str = "none") -> Any:
         "probe.num_samples=[64]",
         f"probe.lanes_per_program={LANES}",
     ]
-    return Workspace(demo_config("nowhere", settings), ConsoleReporter())
+    return make_job(demo_config("nowhere", settings), ConsoleReporter())
 
 
-def row_of(workspace: Any, milliseconds: list[float], losses: list[float], first: float, peak: int) -> Document:
+def row_of(job: "Job", milliseconds: list[float], losses: list[float], first: float, peak: int) -> Document:
     """A row of the table, from the times of rounds."""
-    from mars_jax.job.prices import step_flops
-
     median = statistics.median(milliseconds)
     return {
         "ms": median,
         "ms, all rounds": milliseconds,
-        "TFLOP/s": step_flops(workspace, RANKS) / median / 1e9,
-        "tokens a sample": workspace.shapes.max_tokens,
+        "TFLOP/s": job.prices.step(RANKS) / median / 1e9,
+        "tokens a sample": job.data.shapes.max_tokens,
         "first round, s": first,
         "peak GiB": peak / 2**30,
         "losses": losses,
@@ -188,14 +192,15 @@ def ours(checkpoint: str, variant: str, block: int, remat: str, unroll: int) -> 
     import numpy as np
 
     from benchmarks.lib.demo_job import FixedBatch
+    from mars_jax.lanes.engine import EngineShape
     from mars_jax.lanes.lane import Lane
 
     if variant == "plain":
         attention.has_flash = lambda *_: False
-    workspace = workspace_of(checkpoint, remat)
+    job = job_of(checkpoint, remat)
     lane = Lane(RANKS, 64, seed=0)
-    fixed = FixedBatch(workspace, workspace.probe_stream(lane, cached_encoder=False)[0], STEPS)
-    engine = workspace.engine(RANKS, LANES, block)
+    fixed = FixedBatch(job, job.data.probe_stream(lane, cached_encoder=False)[0], STEPS)
+    engine = job.engines.engine(EngineShape(RANKS, LANES, block))
     state = fixed.fresh(engine, [lane])
     start = time.perf_counter()
     state, losses = fixed.train(engine, state, LANES)
@@ -205,7 +210,7 @@ def ours(checkpoint: str, variant: str, block: int, remat: str, unroll: int) -> 
         state, _ = fixed.train(engine, state, LANES)
         milliseconds.append(1e3 * (time.perf_counter() - start) / STEPS / LANES)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return row_of(workspace, milliseconds, np.asarray(losses)[0].tolist(), first, peak)
+    return row_of(job, milliseconds, np.asarray(losses)[0].tolist(), first, peak)
 
 
 def peft(checkpoint: str, variant: str) -> Document:
@@ -215,16 +220,16 @@ def peft(checkpoint: str, variant: str) -> Document:
     from benchmarks.lib.demo_job import peft_grid
     from mars_jax.lanes.lane import Lane
 
-    workspace = workspace_of(checkpoint)
-    grid = peft_grid(workspace, "all", device="cuda", dtype=torch.bfloat16)
-    batch = grid.encode(workspace.probe_stream(Lane(RANKS, 64, seed=0), cached_encoder=False)[0])
+    job = job_of(checkpoint)
+    grid = peft_grid(job, "all", device="cuda", dtype=torch.bfloat16)
+    batch = grid.encode(job.data.probe_stream(Lane(RANKS, 64, seed=0), cached_encoder=False)[0])
     with grid.drawn(RANKS, 0) as directory, grid.adapted(directory) as parameters:
         if variant == "compiled":
             grid.model.compile()
         if variant == "checkpointed":
             grid.model.train()  # it recomputes nothing otherwise; there is no dropout
             grid.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = grid.make_optimizer(parameters, workspace.learning_rates())
+        optimizer = grid.make_optimizer(parameters, job.config.learning_rates())
 
         def seconds() -> tuple[float, list[torch.Tensor]]:
             start = time.perf_counter()
@@ -235,7 +240,7 @@ def peft(checkpoint: str, variant: str) -> Document:
         first, losses = seconds()
         milliseconds = [1e3 * seconds()[0] / STEPS for _ in range(ROUNDS)]
     listed = [loss.item() for loss in losses]
-    return row_of(workspace, milliseconds, listed, first, torch.cuda.max_memory_allocated())
+    return row_of(job, milliseconds, listed, first, torch.cuda.max_memory_allocated())
 
 
 if __name__ == "__main__":

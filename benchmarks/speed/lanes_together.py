@@ -1,19 +1,23 @@
-"""What K lanes in one program gain over K lanes trained one after the other, by number of lanes and token load.
+"""Time of a training step: lanes in turn over the same lanes side by side, one on each CPU core.
 
-Lanes of the demo at its largest ranks train on one batch of 2 or 16 samples of 43 tokens, in float32 on two threads;
-a time is that of a lane-step. The lanes differ in nothing that matters for time, and no side's compile is in it.
+These are the ways to train many adapters of one frozen base: lanes in turn, each by calls of its own; all in one call
+as one vectorised block, one after the other, or with a lane on each core, as the probe phase does (the figure); and
+PEFT and torch.func's vmap. Even a few tokens keep a core busy, so vectorising is not expected to gain on a CPU.
+
+    python -m benchmarks.speed.lanes_together [--short] [--anyway] [--repeats N] [--out FOLDER]
+
+Definitions. Lanes of the demo at its largest ranks train on one batch of 2 or 16 samples of 43 tokens, in float32 on
+two threads; a time is that of a lane-step. Lanes differ in nothing that matters for time, and compiling isn't timed.
   sequential   each lane by calls of its own to a program of one lane: the yardstick
   vmap         the K lanes in one block of K, vectorised, whose products the cores share
-  loop         the K lanes in one call, in blocks of one, likewise
+  loop         the K lanes in one call, in blocks of one, whose products the cores share
   cores        the K lanes in one call, one a core at a time: what the probe phase does
   torch_vmap   torch.func's vmap of grad over stacked adapters (K up to 4), logits at all positions
   peft_loop    PEFT, one lane after the other, logits at all positions; its batch is cut to its longest sample
-`sequential` and `peft_loop` are the same for any number of lanes, and stand at the most and at one. A few tokens keep a
-CPU busy, so about 1 is to be expected of `vmap` and `loop`; those of our rows below 1 are losses, and are listed.
+`sequential` and `peft_loop` are the same for any number of lanes, and stand at the most and at one. Those of our rows
+that are slower than `sequential` are listed as losses.
 
 figure = sequential / cores, seconds of a lane-step at most lanes and the demo's batch, medians.
-
-    python -m benchmarks.speed.lanes_together [--short] [--anyway] [--repeats N] [--out FOLDER]
 """
 
 import time
@@ -27,16 +31,14 @@ from benchmarks.lib.demo_job import (
     Conditions,
     FixedBatch,
     arguments,
-    demo_workspace,
+    demo_job,
     peft_grid,
     rank_vector,
-    rounds,
-    spread,
 )
+from benchmarks.lib.results import rounds, spread
 from benchmarks.speed.peft_vmapped import repeat_step_vmapped
-from mars_jax.job.prices import step_flops
-from mars_jax.job.workspace import Workspace
-from mars_jax.lanes.engine import Engine
+from mars_jax.job.job import Job
+from mars_jax.lanes.engine import Engine, EngineShape
 from mars_jax.lanes.lane import Lane
 
 RANK = 32
@@ -68,8 +70,8 @@ def main() -> None:
     loads = {}
     with Conditions(options.anyway) as conditions:
         for batch_size in form.batch_sizes:
-            workspace = demo_workspace(f"probe.batch_size={batch_size}")
-            loads[batch_size] = measure(workspace, form, options.repeats)
+            job = demo_job(f"probe.batch_size={batch_size}")
+            loads[batch_size] = measure(job, form, options.repeats)
     largest = form.lanes[-1]
     losses = [
         f"{row} of {lanes} lanes, batch {batch_size}: {ratio:.2f}"
@@ -86,7 +88,7 @@ def main() -> None:
         "at least 1: lanes together are never slower",
         {
             "repeats": options.repeats,
-            "conditions": conditions.told(),
+            "conditions": conditions.summary(),
             "ranks": rank_vector(RANK, RANK),
             "steps_a_round": STEPS,
             "by_batch_size": loads,
@@ -95,26 +97,28 @@ def main() -> None:
     )
 
 
-def measure(workspace: Workspace, form: Form, repeats: int) -> dict[str, Any]:
+def measure(job: Job, form: Form, repeats: int) -> dict[str, Any]:
     """All rows at one batch size."""
-    ranks, most, default = rank_vector(RANK, RANK), form.lanes[-1], workspace.default_lane_block
-    lanes = [Lane(ranks, max(workspace.config.probe.num_samples), seed) for seed in range(most)]
-    batch = workspace.probe_stream(lanes[0], cached_encoder=False)[0]
-    fixed = FixedBatch(workspace, batch, STEPS)
-    one_device = workspace.single_lane_mesh
-    engines = {block: workspace.engine(ranks, most, block, mesh=one_device) for block in sorted({1, *form.lanes})}
-    tuned = workspace.engine(ranks, most, default)
-    alone = workspace.engine(ranks, 1, 1, mesh=one_device)
+    ranks, most, default = rank_vector(RANK, RANK), form.lanes[-1], job.engines.default_lane_block
+    lanes = [Lane(ranks, max(job.config.probe.num_samples), seed) for seed in range(most)]
+    batch = job.data.probe_stream(lanes[0], cached_encoder=False)[0]
+    fixed = FixedBatch(job, batch, STEPS)
+    one_device = job.base.single_lane_mesh
+    engines = {
+        block: job.engines.engine(EngineShape(ranks, most, block), one_device) for block in sorted({1, *form.lanes})
+    }
+    tuned = job.engines.engine(EngineShape(ranks, most, default))
+    alone = job.engines.engine(EngineShape(ranks, 1, 1), one_device)
     sides: dict[tuple[str, int], Side] = {("sequential", most): sequential(fixed, alone, lanes)}
     for count in form.lanes:
         if count > 1:
             sides["vmap", count] = together(fixed, engines[count], lanes[:count])
             sides["loop", count] = together(fixed, engines[1], lanes[:count])
-        if count >= workspace.mesh.size:
+        if count >= job.base.mesh.size:
             sides["cores", count] = together(fixed, tuned, lanes[:count])
 
-    grid = peft_grid(workspace, "all")
-    encoded, rates = grid.encode(batch), workspace.learning_rates()
+    grid = peft_grid(job, "all")
+    encoded, rates = grid.encode(batch), job.config.learning_rates()
 
     def peft_loop() -> float:
         seconds = grid.repeat_step(ranks, 0, encoded, rates, WARM_UP + STEPS).seconds
@@ -139,7 +143,7 @@ def measure(workspace: Workspace, form: Form, repeats: int) -> dict[str, Any]:
     return {
         "tokens_of_a_lane_step": batch["tokens"].size,
         "tokens_without_padding": encoded.tokens,
-        "flops_of_a_lane_step": step_flops(workspace, ranks),
+        "flops_of_a_lane_step": job.prices.step(ranks),
         "default_block": default,
         "milliseconds_of_a_lane_step": by_lanes(found),
         "sequential_over": by_lanes({key: yardstick / times["median"] for key, times in found.items()}),

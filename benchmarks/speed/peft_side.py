@@ -1,7 +1,7 @@
-"""The PyTorch side of the benchmarks: a grid of LoRA probes with transformers, PEFT and torch, one after the other.
+"""LoRA probes with transformers, PEFT and torch, one after the other: the other side of the comparisons with PEFT.
 
-It is what a competent user would write: one process, the base loaded once and frozen, one adapter a probe.
-Weights, drawn adapters, batches, AdamW, clipping, warm-up and looks are ours, so that both sides train the same lanes;
+It is what a competent user would write: one process, the base loaded once and frozen, one adapter a probe. Weights,
+drawn adapters, batches, AdamW, clipping, warm-up and eval points are ours, so that both sides train the same lanes;
 batches are cut to their longest sample, and turned into tensors outside of what is timed. It measures nothing of our
 own engine and writes no results.
 
@@ -30,6 +30,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from mars_jax.adapters import lora
 from mars_jax.adapters.targets import Targets
+from mars_jax.adapters.tree import init_adapters
 from mars_jax.config.schema import OptimizerConfig
 from mars_jax.data.template import load_tokenizer
 from mars_jax.hub.adapter import write_adapter
@@ -66,29 +67,29 @@ class TorchBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class LaneResult:
-    """What a lane leaves; seconds are of the wall clock unless they say otherwise.
+    """Results of a lane; seconds are of the wall clock unless noted.
 
     Attributes:
         losses: training loss of each step taken, nats.
-        rows: one a look: step, train_loss (mean since the look before; None at step 0), validation_loss.
+        rows: one an eval point: step, train_loss (mean since the one before; None at step 0), validation_loss.
         setup_seconds: adding the adapter and making the optimizer; drawing our adapter isn't in it.
         step_seconds: forward, backward, clipping and update of all steps.
-        look_seconds: validation.
+        eval_seconds: validation.
         data_seconds: fetching the batches and turning them into tensors.
-        cpu_seconds: process time of the steps and the looks.
+        cpu_seconds: process time of the steps and the eval points.
         tokens: trained on, padding not counted.
-        look_tokens: read by looks, padding not counted.
+        eval_tokens: read at eval points, padding not counted.
     """
 
     losses: list[float]
     rows: list[Row]
     setup_seconds: float
     step_seconds: float
-    look_seconds: float
+    eval_seconds: float
     data_seconds: float
     cpu_seconds: float
     tokens: int
-    look_tokens: int
+    eval_tokens: int
 
 
 class RepeatedSteps(NamedTuple):
@@ -185,7 +186,7 @@ class PeftGrid:
         )
 
     def encode_all(self, batches: Mapping[str, np.ndarray]) -> list[TorchBatch]:
-        """Batches [V, B, ...], as looks read them."""
+        """Batches [V, B, ...], as eval points read them."""
         return [self.encode({name: leaf[v] for name, leaf in batches.items()}) for v in range(len(batches["tokens"]))]
 
     def _pictured(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -206,7 +207,7 @@ class PeftGrid:
     @contextmanager
     def drawn(self, ranks: Mapping[str, int], seed: int) -> Iterator[str]:
         """A folder with our drawn adapter in PEFT's format; it is not what a PEFT user does, so never timed."""
-        adapters = lora.init_adapters(jax.random.key(seed), self.targets, ranks, self.alpha)
+        adapters = init_adapters(jax.random.key(seed), self.targets, ranks, lora.Lora(self.alpha))
         with tempfile.TemporaryDirectory() as directory:
             write_adapter(directory, adapters, ranks, self.config, base_name=self._checkpoint, provenance={})
             yield directory
@@ -263,11 +264,11 @@ class PeftGrid:
         batches: Stream,
         multipliers: Sequence[float] | np.ndarray,
         learning_rates: Mapping[str, float],
-        looks: Sequence[int],
+        eval_steps: Sequence[int],
         validation: Sequence[TorchBatch],
         stop: Callable[[list[Row]], bool] = lambda rows: False,
     ) -> LaneResult:
-        """Trains one lane from its drawn adapter to the last look, or until `stop`.
+        """Trains one lane from its drawn adapter to the last eval point, or until `stop`.
 
         Args:
             ranks: module -> rank; a module of rank 0 has no adapter.
@@ -275,13 +276,13 @@ class PeftGrid:
             batches: the lane's data stream.
             multipliers: factor on the learning rates at each step.
             learning_rates: module -> learning rate.
-            looks: steps at which to validate, rising; the last is the horizon, 0 the base itself.
+            eval_steps: steps at which to validate, rising; the last is the horizon, 0 the base itself.
             validation: from `encode_all`.
-            stop: told of the rows so far after every look; True ends the lane, and so does a loss that isn't finite.
+            stop: gets the rows so far after every eval point; True ends the lane, and so does a loss that isn't finite.
         """
         losses: list[float] = []
         rows: list[Row] = []
-        step_seconds = look_seconds = data_seconds = cpu_seconds = 0.0
+        step_seconds = eval_seconds = data_seconds = cpu_seconds = 0.0
         tokens = 0
         with self.drawn(ranks, seed) as directory:
             start = time.perf_counter()
@@ -289,8 +290,8 @@ class PeftGrid:
                 optimizer = self.make_optimizer(parameters, learning_rates)
                 setup_seconds = time.perf_counter() - start
                 done = 0
-                for look in looks:
-                    for step in range(done, look):
+                for point in eval_steps:
+                    for step in range(done, point):
                         start = time.perf_counter()
                         batch = self.encode(batches[step])
                         data_seconds += time.perf_counter() - start
@@ -301,11 +302,11 @@ class PeftGrid:
                         tokens += batch.tokens
                     start, cpu = time.perf_counter(), time.process_time()
                     validation_loss = self.validation_loss(validation)
-                    look_seconds += time.perf_counter() - start
+                    eval_seconds += time.perf_counter() - start
                     cpu_seconds += time.process_time() - cpu
-                    train_loss = math.fsum(losses[done:]) / (look - done) if look > done else None
-                    rows.append({"step": look, "train_loss": train_loss, "validation_loss": validation_loss})
-                    done = look
+                    train_loss = math.fsum(losses[done:]) / (point - done) if point > done else None
+                    rows.append({"step": point, "train_loss": train_loss, "validation_loss": validation_loss})
+                    done = point
                     if not math.isfinite(validation_loss) or stop(rows):
                         break
         return LaneResult(
@@ -313,11 +314,11 @@ class PeftGrid:
             rows=rows,
             setup_seconds=setup_seconds,
             step_seconds=step_seconds,
-            look_seconds=look_seconds,
+            eval_seconds=eval_seconds,
             data_seconds=data_seconds,
             cpu_seconds=cpu_seconds,
             tokens=tokens,
-            look_tokens=len(rows) * sum(batch.tokens for batch in validation),
+            eval_tokens=len(rows) * sum(batch.tokens for batch in validation),
         )
 
     def step(self, batch: TorchBatch, optimizer: torch.optim.AdamW, multiplier: float) -> torch.Tensor:

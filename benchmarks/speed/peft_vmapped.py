@@ -1,4 +1,4 @@
-"""Steps of several PEFT lanes at once by torch.func, beside lanes in one program (`lanes_together`)."""
+"""Steps of several PEFT adapters at once by torch.func, for comparison with lanes in one program (`lanes_together`)."""
 
 import time
 from collections.abc import Mapping, Sequence

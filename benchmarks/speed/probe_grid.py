@@ -1,32 +1,36 @@
-"""The probe grid's curves, by ours and by sequential PEFT and torch in one process, the base loaded once.
+"""Time of a grid of probe runs: PEFT's, one run after the other, over ours.
 
-The grid is the demo's base and data, vision ranks x llm ranks {2, 8, 16, 32} with projector rank 8, each pair at
-D = 256, 512 and 1024 samples: 48 cells. A cell is a single pass over its D samples in batches of 16 at a constant rate
-after 10 steps of warm-up, looked at on 64 validation samples 2 times a doubling of the step. Nobody stops early. Drawn
-adapters, order of the data, AdamW, horizons and looks are the same on both sides, in float32, on two threads.
+The grid is every pair of vision and LLM ranks at every data size, on the demo's base and data: what a user would train
+to learn how a model responds to its ranks. PEFT trains one run after the other in one process. Ours trains many lanes
+in one compiled program, and switches on one saving after the other: a lane on each core; every data size read off one
+run (`nested`, the figure); and only the pairs that the laws are fitted to (`cross`, which yields fewer cells). Drawn
+adapters, order of the samples, optimizer and eval points are the same on both sides, in float32 on the same cores.
 
-PEFT runs the 48 cells one after the other, with logits at all positions, as users do. Its seconds are those of adding
-the adapter, steps and looks; fetching batches and turning them into tensors are told apart. Ours switches on one saving
-after the other:
+    python -m benchmarks.speed.probe_grid [--short] [--anyway] [--repeats N] [--out FOLDER]
+
+Definitions. Vision ranks x LLM ranks {2, 8, 16, 32} with projector rank 8, each pair at D = 256, 512 and 1024 samples:
+48 cells. A cell is a single pass over its D samples in batches of 16, at a constant rate after 10 steps of warm-up,
+with 2 eval points on 64 validation samples for each doubling of the step. No lane stops early.
+
+PEFT computes logits at all positions, as users do. Its seconds are those of adding the adapter, of steps and of eval
+points; fetching batches and turning them into tensors are recorded apart. Our seconds are all of `run_group`, input
+pipeline included. Compiling and first calls are recorded apart, and added in `compile_included`. The variants:
   one_lane  the same 48 cells, a lane at a time, whose products the cores share;
   cores     the same 48 cells, the 16 pairs of a D as one group, a lane on each core at a time;
   nested    the same 48 cells from 16 lanes of the largest D, which are read at every D;
-  cross     as nested, but only the pairs of the laws' design (each module's ranks in turn, and the corners), so FEWER
+  cross     as nested, but only the pairs of the laws' design (each module's ranks in turn, and the corners), so fewer
             cells: the statistics that the performance law is fitted to, not the same grid. The rule `loss_fraction`
             needs lanes that adapt one module as well; they are not in it.
-Our seconds are all of `run_group`, input pipeline included. Compiling and first calls are told apart, and added in
-`compile_included`. PEFT could nest and cross as well: `if_peft_saved_too` is what is left of the ratio then.
+PEFT could nest and cross as well: `if_peft_saved_too` is the ratio that would be left.
 
 Whether the sides train the same is checked first: the loss of every step of three pairs, to 1e-4 for 100 steps, at a
 tenth of the demo's learning rate. At the whole rate two float32 runs part sooner, whatever computes them: the detail
-says when, for ours, and for PEFT against itself with another attention kernel, which differs in rounding alone. It says
-so too of validation losses, and of cells whose convergence times (rule `loss_fraction`) lie more than a look apart.
-FLOPs are the closed form: `minimum` at each lane's ranks (a floor for PEFT, which does more), `executed` at the
-padded ranks and with the empty places of blocks.
+has the step, for ours, and for PEFT against itself with another attention kernel, which differs in rounding alone. It
+has the same for validation losses, and the cells whose convergence times (rule `loss_fraction`) lie more than an eval
+point apart. FLOPs are the closed form: `minimum` at each lane's ranks (a floor for PEFT, which does more), `executed`
+at the padded ranks and with the empty places of blocks.
 
-figure = PEFT's seconds / our seconds of the variant FIGURE, medians, compile apart.
-
-    python -m benchmarks.speed.probe_grid [--short] [--anyway] [--repeats N] [--out FOLDER]
+figure = PEFT's seconds / our seconds of the variant FIGURE, medians, compiling apart.
 """
 
 import math
@@ -40,9 +44,10 @@ import jax
 import numpy as np
 
 from benchmarks.lib.child import publish
-from benchmarks.lib.demo_job import Conditions, arguments, rank_vector, spread
-from benchmarks.speed.probe_grid_runs import Cell, Form, Grid, Round, Variant
-from mars_jax.laws.convergence.registry import converge
+from benchmarks.lib.demo_job import Conditions, arguments, rank_vector
+from benchmarks.lib.results import spread
+from benchmarks.speed.probe_grid_runs import Cell, Form, Grid, OurSide, PeftSide, Round, Variant
+from mars_jax.laws.convergence.base import converge
 from mars_jax.runtime.compile_cache import CompileCounter
 from mars_jax.search.probes.design import planned_lanes
 from mars_jax.search.probes.records import convergence_rule
@@ -62,13 +67,15 @@ def main() -> None:
     form = SHORT if options.short else FULL
     with Conditions(options.anyway) as conditions:
         grid = Grid(form)
-        variants = grid.variants()
-        first_use = {name: grid.first_use(variants[name]) for name in ("one_lane", "cores")}
+        peft = PeftSide(grid)
+        ours = OurSide(grid, peft.tokens, peft.eval_tokens)
+        variants = ours.variants()
+        first_use = {name: ours.first_use(variants[name]) for name in ("one_lane", "cores")}
         # These run the programs of "cores", so they would compile the same.
         first_use |= dict.fromkeys(("nested", "cross"), first_use["cores"])
-        steps_gate = gate_steps(grid, variants["cores"])
+        steps_gate = gate_steps(grid, peft, ours, variants["cores"])
         check(steps_gate[GATE_RATE])
-        grid.peft_lane(grid.lanes[0], [0, 8])  # warm
+        peft.lane(grid.lanes[0], [0, 8])  # warm
 
         sides: dict[str, list[Round]] = {name: [] for name in ("peft", *variants)}
         cell_seconds: list[dict[Cell, float]] = []
@@ -77,14 +84,14 @@ def main() -> None:
                 slow = ["one_lane", "cores"] if repeat < form.slow_rounds else []
                 for name in ["peft", *slow, "nested", "cross"][:: -1 if repeat % 2 else 1]:
                     if name == "peft":
-                        ran, seconds = grid.peft_cells()
+                        ran, seconds = peft.cells()
                         cell_seconds.append(seconds)
                     else:
-                        ran = grid.our_cells(variants[name])
+                        ran = ours.cells(variants[name])
                     sides[name].append(ran)
                     print(f"round {repeat + 1}, {name}: {ran.seconds.wall:.1f} s", file=sys.stderr)
-        rounding = grid.peft_rounding_curves()
-        told = conditions.told()
+        rounding = peft.rounding_curves()
+        observed = conditions.summary()
 
     peft_curves = sides["peft"][0].curves
     cells_gate = {name: gate_cells(grid, sides[name][0].curves, peft_curves) for name in variants}
@@ -102,13 +109,13 @@ def main() -> None:
         "at least 5, aim for 10",
         {
             "repeats": options.repeats,
-            "conditions": told,
+            "conditions": observed,
             "grid": {
                 "ranks": list(form.ranks),
                 "pairs": len(grid.lanes),
                 "num_samples": list(form.num_samples),
                 "steps": {size: grid.steps(size) for size in form.num_samples},
-                "looks": grid.looks(form.num_samples[-1]),
+                "looks": grid.eval_steps(form.num_samples[-1]),
                 "lane_block": variants["cores"].programs[0].engine.lane_block,
                 "programs": [dict(program.bucket.padded_ranks) for program in variants["cores"].programs],
             },
@@ -118,7 +125,7 @@ def main() -> None:
             "if_peft_saved_too": if_peft_saved_too(variants, cell_seconds, sides, form.num_samples[-1]),
             "lanes_of_the_design": {
                 "cross": len(variants["cross"].lanes),
-                "with the one-module lanes that loss_fraction needs": len(planned_lanes(grid.workspace.config)),
+                "with the one-module lanes that loss_fraction needs": len(planned_lanes(grid.job.config)),
             },
             "sides": {name: summary(of_side) for name, of_side in sides.items()},
             "first_use": {name: first_use[name] for name in ("one_lane", "cores")},
@@ -129,24 +136,28 @@ def main() -> None:
     )
 
 
-def gate_steps(grid: Grid, variant: Variant) -> dict[float, dict[str, Any]]:
+def gate_steps(grid: Grid, peft: PeftSide, ours: OurSide, variant: Variant) -> dict[float, dict[str, Any]]:
     """Relative differences of the losses of every step, for the corners and the middle of the diagonal, by rate."""
     steps, ranks = grid.form.gate_steps, grid.form.ranks
     chosen = [rank_vector(rank, rank) for rank in sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})]
     lanes = [lane for lane in grid.lanes if lane.ranks in chosen]
     found: dict[float, dict[str, Any]] = {}
     for factor in (GATE_RATE, 1.0):
-        ours = grid.our_losses(replace(variant, lanes=frozenset(lane.name for lane in lanes)), steps, factor)
+        our_losses = ours.losses(replace(variant, lanes=frozenset(lane.name for lane in lanes)), steps, factor)
         found[factor] = {}
         for lane in lanes:
-            peft, rounded = (
-                np.asarray(grid.peft_lane(lane, [0, steps], rate_factor=factor, rounding=rounding).losses)
+            reference, rounded = (
+                np.asarray(peft.lane(lane, [0, steps], rate_factor=factor, rounding=rounding).losses)
                 for rounding in (False, True)
             )
             found[factor][lane.name] = {
-                "ours": apart(ours[lane.name], peft),
-                "peft_with_other_rounding": apart(rounded, peft),
-                "losses_of_peft": {"first": float(peft[0]), "last": float(peft[-1]), "lowest": float(peft.min())},
+                "ours": apart(our_losses[lane.name], reference),
+                "peft_with_other_rounding": apart(rounded, reference),
+                "losses_of_peft": {
+                    "first": float(reference[0]),
+                    "last": float(reference[-1]),
+                    "lowest": float(reference.min()),
+                },
             }
     return found
 
@@ -164,20 +175,20 @@ def apart(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 
 def gate_cells(grid: Grid, curves: Mapping[Cell, list[float]], reference: Mapping[Cell, list[float]]) -> dict[str, Any]:
     """Validation losses and convergence times of the cells that both have."""
-    rule = convergence_rule(grid.workspace.config)
+    rule = convergence_rule(grid.job.config)
     assert rule, "the demo's config has a rule"
     largest, censored = 0.0, 0
     disagreements = []
     for size in grid.form.num_samples:
-        looks = np.asarray(grid.looks(size))
+        steps = np.asarray(grid.eval_steps(size))
         names = [lane.name for lane in grid.lanes if (lane.name, size) in curves]
         losses = [np.asarray([side[name, size] for name in names]) for side in (curves, reference)]
         largest = max(largest, float(np.abs(losses[0] / losses[1] - 1.0).max()))
-        times, others = (converge(rule, looks, of_side) for of_side in losses)
+        times, others = (converge(rule, steps, of_side) for of_side in losses)
         censored += int(np.asarray(others.censored).sum())
         for name, *pair in zip(names, np.asarray(times.steps), np.asarray(others.steps), strict=True):
-            # NaN, where undefined, sorts behind the last look.
-            places = np.searchsorted(looks, pair)
+            # NaN, where undefined, sorts behind the last eval point.
+            places = np.searchsorted(steps, pair)
             if abs(places[0] - places[1]) > 1 or np.isnan(pair).sum() == 1:
                 disagreements.append({"lane": name, "num_samples": size, "steps": [str(time) for time in pair]})
     return {

@@ -1,27 +1,29 @@
-"""A search and one final run against a 4x4 grid of final runs: FLOPs, tokens, wall time, and regret of the pick.
+"""Compute of training every pair of ranks to the end, over that of a search and one final run.
 
-Data of two tasks are made (scripts/make_demo_data.py): the demo's own, and one whose pictures stay and whose answers
-are all shifted, both of 32,768 samples. For each task and seed, a fresh process searches with `mars probe`, `fit` and
-`select`: grids of four ranks, one pass over 640 samples in which every lane adapts all modules, 8 samples a step, and
-the laws' pick without a sweep, and the rest as in configs/demo.yaml. Then all sixteen pairs are trained to the end,
-6144 steps, one and a half passes.
-Regret is the best validation loss of the picked pair's final run minus the grid's lowest, nats.
-
-FLOPs are counted, not timed: the fewest that the executed steps and looks can take, padding included (costs.py). The
-sequential grid, the paper's baseline, pads nothing. A final run of average cost alone leaves 16; one of small ranks
-costs less, so it leaves more. The search costs the same however long final runs are, so the ratio is given for other
-lengths as well; those are arithmetic, and their regret isn't measured. (A short final run takes the probes' program,
-padded to the largest ranks; a long one is worth a program of its own, which is the jump in the table.)
-
-Also measured, on the first seed of each task: a search that times modules in lanes of their own and runs each data
-size separately, 80 steps over 256 and over 2048 samples, and final runs of 512 steps that start from the probe of their
-ranks (warm) against fresh ones, and with 75 % and 50 % of the steps.
-
-figure = FLOPs of the sequential grid / FLOPs of the search and the final run, over all tasks and seeds.
+Training every pair is the sure way to the best one, and the paper's baseline. On each task `mars probe`, `fit` and
+`select` pick a pair; then all pairs are trained, so its regret is known: the validation loss of its final run minus the
+lowest of all, in nats. Compute is FLOPs of the executed steps and eval points, padding included. The longer final runs
+are, the less the search weighs; for other lengths than the trained one the ratio is arithmetic, and regret isn't known.
 
     python -m benchmarks.speed.search_beside_grid [--short] [--anyway] [--out FOLDER] [--work FOLDER]
 
 `--work` keeps what was measured of each task and seed, so a stopped run goes on with the next.
+
+Definitions. Data of two tasks are made (scripts/make_demo_data.py): the demo's own, and one whose pictures stay and
+whose answers are all shifted, both of 32,768 samples. A fresh process searches grids of four ranks with one pass over
+640 samples, in which every lane adapts all modules, 8 samples a step, and takes the laws' pick without final runs of
+others; the rest is configs/demo.yaml. Then all sixteen pairs are trained for 6144 steps, one and a half passes.
+
+FLOPs are the fewest that the executed steps and eval points can take (benchmarks/lib/costs.py). The sequential grid
+pads nothing. A search for nothing and a final run of average cost would give 16; one of small ranks costs less, so it
+gives more. A short final run takes the probes' program, padded to the largest ranks; a long one is worth a program of
+its own, which is the jump in the table.
+
+Also measured, on the first seed of each task: a search that times modules in lanes of their own and runs each data size
+separately, 80 steps over 256 and over 2048 samples; and final runs of 512 steps that start from the probe of their
+ranks (warm) against fresh ones, also with 75 % and 50 % of the steps.
+
+figure = FLOPs of the sequential grid / FLOPs of the search and the final run, over all tasks and seeds.
 """
 
 import itertools
@@ -34,8 +36,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from benchmarks.lib.child import ROOT, SEPARATE, Document, answer, publish, run_child
-from benchmarks.lib.child import parser as own_parser
+from benchmarks.lib.child import ROOT, SEPARATE, Document, answer, argument_parser, publish, run_child
 from benchmarks.lib.results import require_quiet
 from benchmarks.speed.search_beside_grid_runs import LENGTHS, measure, overrides
 from mars_jax.runtime.jsonfiles import read_json, write_json
@@ -46,7 +47,7 @@ TASKS = {
 }
 SEEDS = (0,)
 GOAL = 11.5
-LOSS_ALONE = ["convergence.rule=null", "selection.sweep=1"]
+LOSS_ALONE = ["convergence.rule=null", "selection.method=laws"]
 TIMED = [*SEPARATE, "convergence.rule=loss_fraction"]
 
 
@@ -82,7 +83,7 @@ SHORT = Form(
 
 def main() -> None:
     """Writes results/search_beside_grid.json; about an hour and a half on two cores."""
-    parser = own_parser(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--work", type=Path, help="folder that keeps what was measured")
     options = parser.parse_args()
     if options.child:

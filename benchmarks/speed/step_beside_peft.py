@@ -1,19 +1,21 @@
-"""One lane-step of ours against one step of PEFT and torch, at the demo's shapes and largest ranks.
+"""Time of one training step: PEFT's over ours, on the same CPU cores.
 
-Both sides train from the same drawn adapter on the same batch of the demo (16 samples), with the same AdamW, in float32
-on two threads. A round times ten steps of every side, forwards and backwards in turn. Ours is a call of the probe
-engine's compiled chunk, transfers from the host included, without padding (the lanes have the program's ranks): a lane
-on each core, as probes run, or one lane or a block of two whose products the cores share; its compile isn't in it. PEFT
-runs its steps with logits at all positions, as users do, or at the supervised ones only; adding the adapter, four steps
-to warm up and turning the batch into tensors aren't in it.
-
-figure = milliseconds of a PEFT step (all positions) / milliseconds of our lane-step, a lane on each core, medians.
+Both sides train the same adapter, of the demo's largest ranks, on the same batch with the same optimizer, in float32.
+Ours is the program of the probe phase with a lane on each core (the figure), or with one lane, or a block of vectorised
+lanes, whose products all cores share. It separates the price of a step from what `probe_grid` saves by sharing runs.
 
     python -m benchmarks.speed.step_beside_peft [--short] [--anyway] [--repeats N] [--out FOLDER]
+
+Definitions. A batch is 16 samples of the demo. A round times ten steps of every side, and the order of the sides is
+reversed from round to round. Ours is a call of the engine's chunk, transfers from the host included, without padding:
+the lanes have the program's ranks. PEFT computes logits at all positions, as users do, or at the supervised ones only;
+adding the adapter, four steps to warm up and turning the batch into tensors aren't timed.
+
+figure = milliseconds of a PEFT step (all positions) / milliseconds of our lane-step, a lane on each core, medians.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -23,15 +25,15 @@ from benchmarks.lib.demo_job import (
     Conditions,
     FixedBatch,
     arguments,
-    demo_workspace,
+    demo_job,
     peft_grid,
     rank_vector,
-    rounds,
-    spread,
 )
+from benchmarks.lib.results import rounds, spread
 from benchmarks.speed.peft_side import Head
-from mars_jax.job.workspace import Workspace
-from mars_jax.lanes.engine import Engine
+from mars_jax.data.batches import Batch
+from mars_jax.job.job import Job
+from mars_jax.lanes.engine import Engine, EngineShape
 from mars_jax.lanes.lane import Lane
 
 RANK = 32
@@ -45,22 +47,23 @@ def main() -> None:
     """Writes results/step_beside_peft.json; about two minutes, most of it compiling."""
     options = arguments(__doc__, repeats=9, short_repeats=3)
     with Conditions(options.anyway) as conditions:
-        workspace = demo_workspace()
-        lane = Lane(rank_vector(RANK, RANK), max(workspace.config.probe.num_samples), seed=0)
-        batch = workspace.probe_stream(lane, cached_encoder=False)[0]
-        cores = workspace.mesh.size
+        job = demo_job()
+        lane = Lane(rank_vector(RANK, RANK), max(job.config.probe.num_samples), seed=0)
+        batch = job.data.probe_stream(lane, cached_encoder=False)[0]
+        cores = job.base.mesh.size
         sides: dict[str, Side] = {}
         losses: dict[str, np.ndarray] = {}
         first_use_seconds: dict[str, float] = {}
         engines = {
-            f"ours_block_{n}": workspace.engine(lane.ranks, n, n, mesh=workspace.single_lane_mesh) for n in (1, 2)
+            f"ours_block_{n}": job.engines.engine(EngineShape(lane.ranks, n, n), job.base.single_lane_mesh)
+            for n in (1, 2)
         }
-        engines["ours"] = workspace.engine(lane.ranks, cores, workspace.default_lane_block)
+        engines["ours"] = job.engines.engine(EngineShape(lane.ranks, cores, job.engines.default_lane_block))
         for name, engine in engines.items():
-            sides[name], losses[name], first_use_seconds[name] = our_side(workspace, lane, batch, engine)
+            sides[name], losses[name], first_use_seconds[name] = our_side(job, lane, batch, engine)
         for head in get_args(Head):
             name = f"peft_head_{head}"
-            sides[name], losses[name] = peft_side(workspace, lane, batch, head)
+            sides[name], losses[name] = peft_side(job, lane, batch, head)
         found = rounds(sides, options.repeats)
 
     milliseconds = {name: spread(1e3 * seconds for seconds in of_side) for name, of_side in found.items()}
@@ -81,7 +84,7 @@ def main() -> None:
         "above 1",
         {
             "repeats": options.repeats,
-            "conditions": conditions.told(),
+            "conditions": conditions.summary(),
             "ranks": lane.ranks,
             "batch_shapes": {name: str(leaf.shape) for name, leaf in batch.items()},
             "steps_a_round": STEPS,
@@ -95,11 +98,9 @@ def main() -> None:
     )
 
 
-def our_side(
-    workspace: Workspace, lane: Lane, batch: Mapping[str, np.ndarray], engine: Engine
-) -> tuple[Side, np.ndarray, float]:
+def our_side(job: Job, lane: Lane, batch: Batch, engine: Engine) -> tuple[Side, np.ndarray, float]:
     """The side of a program whose slots hold copies of one lane; its losses; seconds its first use took longer."""
-    fixed, lanes = FixedBatch(workspace, batch, STEPS), engine.num_slots
+    fixed, lanes = FixedBatch(job, batch, STEPS), engine.num_slots
     state = fixed.fresh(engine, [lane])
 
     def side() -> float:
@@ -114,10 +115,10 @@ def our_side(
     return side, losses[0], first - STEPS * lanes * side()
 
 
-def peft_side(workspace: Workspace, lane: Lane, batch: Mapping[str, np.ndarray], head: Head) -> tuple[Side, np.ndarray]:
+def peft_side(job: Job, lane: Lane, batch: Batch, head: Head) -> tuple[Side, np.ndarray]:
     """The side of PEFT, and its losses."""
-    grid = peft_grid(workspace, head)
-    encoded, rates = grid.encode(batch), workspace.learning_rates()
+    grid = peft_grid(job, head)
+    encoded, rates = grid.encode(batch), job.config.learning_rates()
 
     def side() -> float:
         repeated = grid.repeat_step(lane.ranks, lane.seed, encoded, rates, WARM_UP + STEPS)

@@ -1,25 +1,29 @@
-"""How much of the probe phase of the demo is useful, and what the host adds to it.
+"""Share of the executed training steps of a probe phase that train a lane.
 
-The lanes of configs/demo.yaml, with a run for each of two D, run as `mars probe` runs them, patience, checkpoints and
-all, in one process. Told are: lane-steps against the steps that the compiled blocks had room for;
-seconds in the convergence rule and the records, and in the fits of both laws, against those of the probe phase without
-compiling; how often the host waits for the device (it reads results after each call of the chunk, and nowhere else);
-how long the device waits for batches (a call's batches that were ready only after the call before had ended), and how
-long reading takes by itself, first and with the pictures cached.
-
-figure = lane-steps / executed lane-steps.
+A compiled program has places for a fixed number of lanes. Places stay empty when lanes stop early or don't fill the
+last block, and their steps are wasted. The probes of the demo run as in `mars probe`, with its stopping rule and
+checkpoints. Also measured is what the host adds to their time.
 
     python -m benchmarks.speed.useful_steps [--short] [--anyway] [--out FOLDER]
+
+Definitions. The lanes are those of configs/demo.yaml, with a run for each of two D. The host's work is waiting for
+batches, saving checkpoints, the convergence rule, and the fits of both laws. Its seconds are compared with those of the
+probe phase without compiling. The host waits for the device when it reads results, after each call of the chunk, and
+nowhere else. The device waits for batches when a call's batches are ready only after the call before has ended. Reading
+is also timed by itself, first and with the pictures cached.
+
+figure = lane-steps / executed lane-steps.
 """
 
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from mars_jax.runtime.environment import cpu_device_for_each_core
 
@@ -32,20 +36,26 @@ import jax
 from benchmarks.lib.child import SEPARATE, Document, Warnings, arguments, demo_config, publish
 from benchmarks.lib.costs import Cost, chunk_calls
 from benchmarks.lib.results import require_quiet
+from mars_jax.config.load import Config
 from mars_jax.data.batches import Batch
+from mars_jax.job.job import Job, make_job
 from mars_jax.job.programs import Program, probe_programs
-from mars_jax.job.workspace import Workspace
+from mars_jax.lanes.eval_points import Points
 from mars_jax.lanes.feed import Stream
+from mars_jax.lanes.inputs import Hooks
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.result import Progress
 from mars_jax.lanes.schedule import Schedule
-from mars_jax.laws.fit import fit_laws
+from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.checkpoint import Checkpoints
 from mars_jax.runtime.compile_cache import CompileCounter
 from mars_jax.search.probes.design import planned_lanes
 from mars_jax.search.probes.records import convergence_rule, lane_records
 from mars_jax.search.probes.run import probe_schedule
+from mars_jax.search.space import fit_records
+
+T = TypeVar("T")
 
 SHORT = (
     "lora.modules.vision.ranks=[2,8]",
@@ -98,21 +108,22 @@ def main() -> None:
     options = arguments(__doc__)
     load = require_quiet(options.anyway)
     with TemporaryDirectory() as folder:
-        workspace = Workspace(demo_config(folder, (*SEPARATE, *(SHORT if options.short else ()))), Warnings())
-        programs = probe_programs(workspace, planned_lanes(workspace.config), workspace.default_lane_block)
-        schedule = probe_schedule(workspace)
+        config = demo_config(folder, (*SEPARATE, *(SHORT if options.short else ())))
+        job = make_job(config, Warnings())
+        programs = probe_programs(job, planned_lanes(config), job.engines.default_lane_block)
+        schedule = probe_schedule(config, job.base.model_config.text.vocab_size)
         groups = [
-            run_one(workspace, program, group, schedule, Path(folder) / group[0].name)
+            run_one(job, program, group, schedule, Path(folder) / group[0].name)
             for program in programs
             for group in program.groups
         ]
-        reading = reading_alone(Workspace(workspace.config, Warnings()), programs[0].groups[0][0], schedule)
-    rows = [row for group in groups for row in group.pop("rows")]
-    records, record_seconds = timed(lambda: all_records(workspace, groups, rows))
-    _, record_seconds_again = timed(lambda: all_records(workspace, groups, rows))
+        reading = reading_alone(make_job(config, Warnings()), programs[0].groups[0][0], schedule)
+    curves = [group.pop("curves") for group in groups]
+    records, record_seconds = timed(lambda: all_records(config, curves))
+    _, record_seconds_again = timed(lambda: all_records(config, curves))
     with CompileCounter() as counter:
-        fit_seconds = fit(workspace, records)
-    fit_seconds_again = fit(workspace, records)
+        _, fit_seconds = timed(lambda: fit_records(config, records))
+    _, fit_seconds_again = timed(lambda: fit_records(config, records))
 
     cost = Cost(sum(g["lane_steps"] for g in groups), sum(g["executed_lane_steps"] for g in groups))
     seconds = sum(group["seconds"] for group in groups)
@@ -167,14 +178,11 @@ def main() -> None:
     )
 
 
-def run_one(
-    workspace: Workspace, program: Program, group: Sequence[Lane], schedule: Schedule, folder: Path
-) -> Document:
-    """Runs a group of lanes and tells how it went."""
-    settings, cached = workspace.config.probe, program.bucket.cached_encoder
-    stream = TimedStream(workspace.probe_stream(group[0], cached_encoder=cached))
-    validation = workspace.validation_batches(settings.batch_size, cached_encoder=cached)
-    base = jax.block_until_ready(workspace.base_on(program.engine.mesh))
+def run_one(job: Job, program: Program, group: Sequence[Lane], schedule: Schedule, folder: Path) -> Document:
+    """Runs a group of lanes; its steps, times and eval points."""
+    inputs = job.inputs.probes(group[0], program.engine)
+    stream = TimedStream(inputs.stream)
+    inputs = replace(inputs, base=jax.block_until_ready(inputs.base), stream=stream)
     ended: dict[int, float] = {}  # step -> when the call up to it was over
 
     def advance(progress: Progress) -> None:
@@ -182,20 +190,9 @@ def run_one(
 
     with CompileCounter() as counter, TimedCheckpoints(folder) as checkpoints:
         start = time.perf_counter()
-        result = run_group(
-            group,
-            program.engine,
-            base,
-            stream,
-            validation,
-            workspace.learning_rates(),
-            schedule,
-            look_batches=workspace.look_batches(settings.validation_samples, settings.batch_size),
-            checkpoints=checkpoints,
-            advance=advance,
-        )
+        result = run_group(group, program.engine, inputs, schedule, Hooks(checkpoints, advance=advance))
         seconds = time.perf_counter() - start
-    ends = [rows[-1]["step"] for rows in result.rows]
+    ends = [points[-1].step for points in result.points]
     return {
         "lanes": [lane.name for lane in group],
         "num_samples": group[0].num_samples,
@@ -203,13 +200,13 @@ def run_one(
         "steps": max(ends),
         "lane_steps": result.useful_steps,
         "executed_lane_steps": result.executed_steps,
-        "chunk_calls": chunk_calls([look for look in schedule.looks if look <= max(ends)], schedule.chunk_steps),
+        "chunk_calls": chunk_calls([step for step in schedule.eval_steps if step <= max(ends)], schedule.chunk_steps),
         "seconds": seconds - counter.seconds,
         "compile_seconds": counter.seconds,
         "waiting_seconds": waiting(stream.ready, ended),
         "save_seconds": checkpoints.seconds,
         "saves": checkpoints.saves,
-        "rows": list(zip(group, result.rows, strict=True)),
+        "curves": (group, result.points),
     }
 
 
@@ -223,43 +220,25 @@ def waiting(ready: Mapping[int, float], ended: Mapping[int, float]) -> float:
     return total
 
 
-def reading_alone(workspace: Workspace, lane: Lane, schedule: Schedule) -> Document:
-    """Reads a lane's batches one after the other, twice; the workspace must be new, for its pictures to be unread."""
-    calls = chunk_calls(schedule.looks, schedule.chunk_steps)
+def reading_alone(job: Job, lane: Lane, schedule: Schedule) -> Document:
+    """Reads a lane's batches one after the other, twice; the job must be new, for its pictures to be unread."""
+    calls = chunk_calls(schedule.eval_steps, schedule.chunk_steps)
 
     def read() -> float:
-        stream = workspace.probe_stream(lane, cached_encoder=False)
+        stream = job.data.probe_stream(lane, cached_encoder=False)
         return timed(lambda: [stream[step] for step in range(schedule.horizon)])[1] / calls
 
-    workspace.search  # noqa: B018 - what is read of the files is no part of a batch
+    job.data.search  # noqa: B018 - what is read of the files is no part of a batch
     return {"samples": lane.num_samples, "pictures read": read(), "pictures cached": read()}
 
 
-def all_records(workspace: Workspace, groups: Sequence[Document], rows: Sequence[tuple[Lane, Any]]) -> list[Document]:
+def all_records(config: Config, curves: Sequence[tuple[Sequence[Lane], Sequence[Points]]]) -> list[LaneRecord]:
     """The records of every group, group by group as a run makes them."""
-    by_name = {lane.name: (lane, lane_rows) for lane, lane_rows in rows}
-    records = []
-    for group in groups:
-        lanes, curves = zip(*(by_name[name] for name in group["lanes"]), strict=True)
-        records += lane_records(lanes, curves, convergence_rule(workspace.config), workspace.learning_rates())
-    return records
+    rule, rates = convergence_rule(config), config.learning_rates()
+    return [record for lanes, points in curves for record in lane_records(lanes, points, rule, rates)]
 
 
-def fit(workspace: Workspace, records: Sequence[Document]) -> float:
-    """Seconds of fitting both laws, as `mars fit` does."""
-    config = workspace.config
-    _, seconds = timed(
-        lambda: fit_laws(
-            records,
-            key=jax.random.key(config.seed),
-            num_bootstraps=config.laws.bootstraps,
-            measuring_interval=2 ** (1 / config.probe.looks_per_doubling) - 1,
-        )
-    )
-    return seconds
-
-
-def timed(call: Any) -> tuple[Any, float]:
+def timed(call: Callable[[], T]) -> tuple[T, float]:
     """The call's value and its seconds."""
     start = time.perf_counter()
     value = call()

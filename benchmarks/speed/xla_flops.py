@@ -1,10 +1,19 @@
-"""FLOPs that XLA spends on a lane-step, over the closed-form minimum of `mars_jax.models.flops`.
+"""FLOPs of our compiled training step over the fewest that the step can take.
 
-Our step doesn't run and needs no weights: it is lowered on abstract arrays and compiled. XLA counts the body of a loop
-over layers once, so models of one and two layers, which are unrolled, are extrapolated to the real depth. Products
-alone are also counted in the program of the real depth, loops times their trips. Timings are other benchmarks' matter.
+The fewest are a closed form (`mars_jax.models.flops`): matrix products only, no gradient for frozen weights, logits at
+supervised positions only, nothing computed twice. XLA's own count of the compiled program shows whether the code does
+more. The step is compiled from shapes alone, at the size of LLaVA-OneVision 0.5B (the figure) and of the demo; nothing
+is run or timed. The same step in transformers and PEFT is counted by torch.
 
-    python -m benchmarks.speed.xla_flops
+    python -m benchmarks.speed.xla_flops [--short] [--out FOLDER]
+
+`--short` counts the demo only.
+
+Definitions. XLA counts the body of a loop over layers once, so models of one and two layers, which are unrolled, are
+extrapolated to the real depth. Matrix products alone are also counted in the program of the real depth, with its loops
+times their trips.
+
+figure = FLOPs of the step by XLA's count / the closed form's.
 """
 
 import dataclasses
@@ -22,10 +31,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from benchmarks.lib.results import write_result
-from mars_jax.adapters import lora
+from benchmarks.lib.child import arguments, publish
 from mars_jax.adapters.targets import Targets, find_targets
-from mars_jax.config.schema import DEFAULT_MODULES
+from mars_jax.adapters.tree import init_adapters, join_trainable, split_trainable
+from mars_jax.config.adapted import DEFAULT_MODULES
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.read import read_config
 from mars_jax.lanes.step import mean_loss
@@ -33,10 +42,13 @@ from mars_jax.models.configs import TextConfig, VisionConfig
 from mars_jax.models.families.llava.anyres import Geometry, image_tokens
 from mars_jax.models.families.llava.config import LlavaOnevisionConfig
 from mars_jax.models.families.registry import build_model, parameters
-from mars_jax.models.flops import lane_step_flops
+from mars_jax.models.flops import BatchShape, lane_step_flops
 from mars_jax.runtime.trees import unflatten
 
 DEMO_BASE = Path(__file__).parents[2] / "demo" / "base"
+
+Counts = dict[str, dict[str, float]]
+"""Kind of step -> what is counted (`xla`, `products`) -> FLOPs."""
 
 # llava-hf/llava-onevision-qwen2-0.5b-ov-hf.
 LLAVA_05B = LlavaOnevisionConfig(
@@ -106,8 +118,8 @@ class Case:
 
     def minimum(self) -> dict[str, float]:
         """The closed form by part, and their total."""
-        names = ("config", "targets", "ranks", "batch_size", "tokens", "tiles", "supervised", "cached_encoder")
-        flops = lane_step_flops(**{name: getattr(self, name) for name in names})
+        shape = BatchShape(self.batch_size, self.tokens, self.tiles, self.supervised)
+        flops = lane_step_flops(self.config, self.targets, self.ranks, shape, cached_encoder=self.cached_encoder)
         return {**dataclasses.asdict(flops), "total": flops.total}
 
     def with_depth(self, vision: int, llm: int) -> "Case":
@@ -149,7 +161,7 @@ def compile_step(
     model, base = build_model(case.config), case.base
 
     def loss(trainable: Any, scales: Any, base: Any, batch: Any) -> Array:
-        return mean_loss(model, base, lora.join_trainable(trainable, scales), batch)
+        return mean_loss(model, base, join_trainable(trainable, scales), batch)
 
     def step(trainable: Any, state: Any, scales: Any, base: Any, batch: Any) -> Any:
         value, gradients = jax.value_and_grad(loss)(trainable, scales, base, batch)
@@ -158,8 +170,8 @@ def compile_step(
         updates, state = transform.update(gradients, state, trainable)
         return value, optax.apply_updates(trainable, updates), state
 
-    adapters = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), case.targets, case.ranks))
-    trainable, scales = lora.split_trainable(adapters)
+    adapters = jax.eval_shape(lambda: init_adapters(jax.random.key(0), case.targets, case.ranks))
+    trainable, scales = split_trainable(adapters)
     state = jax.eval_shape(transform.init, trainable) if transform else None
     own: tuple[Any, ...] = (trainable, state, scales, case.batch)
     if lanes:
@@ -241,7 +253,7 @@ def peft_flops(case: Case, checkpoint: Path) -> float:
     model = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    adapters = lora.init_adapters(jax.random.key(0), case.targets, case.ranks)
+    adapters = init_adapters(jax.random.key(0), case.targets, case.ranks)
     with TemporaryDirectory() as folder:
         write_adapter(folder, adapters, case.ranks, case.config, base_name=str(checkpoint), provenance={})
         adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
@@ -264,44 +276,45 @@ def peft_flops(case: Case, checkpoint: Path) -> float:
 
 def main() -> None:
     """Writes results/xla_flops.json; about two minutes of compiling."""
-    cases = {"llava_onevision_05b": large(), "demo": demo()}
+    options = arguments(__doc__)
+    detail = {} if options.short else {"llava_onevision_05b": compared(large(), large_counts())}
+    detail["demo"] = compared(demo(), demo_counts())
+    figure = next(iter(detail.values()))["over_minimum"]["step"]["xla"]
+    publish(options, "xla_flops", figure, "XLA FLOPs of a lane-step / closed-form minimum", "at most 1.05", detail)
+
+
+def large_counts() -> Counts:
+    """Of our step at the size of LLaVA-OneVision-0.5B."""
+    return {
+        "step": extrapolate(large()),
+        "step, program of the real depth": {"products": product_flops(compile_step(large()).as_text() or "")},
+    }
+
+
+def demo_counts() -> Counts:
+    """Of our step at the demo's size, with the optimizer, in lanes, and of PEFT's."""
+    case = demo()
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    counts: dict[str, dict[str, dict[str, float]]] = {
-        "llava_onevision_05b": {
-            "step": extrapolate(cases["llava_onevision_05b"]),
-            "step, program of the real depth": {
-                "products": product_flops(compile_step(cases["llava_onevision_05b"]).as_text() or "")
-            },
-        },
-        "demo": {
-            "step": count(compile_step(cases["demo"])),
-            "step with AdamW": count(compile_step(cases["demo"], adamw)),
-            "step with AdamW, each of 4 vmapped lanes": {
-                name: flops / 4 for name, flops in count(compile_step(cases["demo"], adamw, lanes=4)).items()
-            },
-            "step in PEFT and torch": {"products": peft_flops(cases["demo"], DEMO_BASE)},
+    lanes = count(compile_step(case, adamw, lanes=4))
+    return {
+        "step": count(compile_step(case)),
+        "step with AdamW": count(compile_step(case, adamw)),
+        "step with AdamW, each of 4 vmapped lanes": {name: flops / 4 for name, flops in lanes.items()},
+        "step in PEFT and torch": {"products": peft_flops(case, DEMO_BASE)},
+    }
+
+
+def compared(case: Case, counts: Counts) -> dict[str, Any]:
+    """A case's shapes, its minimum, its counts and their ratios to the minimum."""
+    minimum = case.minimum()
+    return {
+        "shapes": {key: getattr(case, key) for key in ("ranks", "batch_size", "tokens", "tiles", "supervised")},
+        "minimum_flops": minimum,
+        "flops": counts,
+        "over_minimum": {
+            row: {what: flops / minimum["total"] for what, flops in numbers.items()} for row, numbers in counts.items()
         },
     }
-    detail = {}
-    for name, case in cases.items():
-        minimum = case.minimum()
-        detail[name] = {
-            "shapes": {key: getattr(case, key) for key in ("ranks", "batch_size", "tokens", "tiles", "supervised")},
-            "minimum_flops": minimum,
-            "flops": counts[name],
-            "over_minimum": {
-                row: {what: flops / minimum["total"] for what, flops in numbers.items()}
-                for row, numbers in counts[name].items()
-            },
-        }
-    write_result(
-        "xla_flops",
-        detail["llava_onevision_05b"]["over_minimum"]["step"]["xla"],
-        "XLA FLOPs of a lane-step / closed-form minimum",
-        "at most 1.05",
-        "python -m benchmarks.speed.xla_flops",
-        detail,
-    )
 
 
 if __name__ == "__main__":

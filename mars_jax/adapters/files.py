@@ -9,10 +9,11 @@ from mars_jax.runtime.trees import Tree, flatten, unflatten
 
 
 def write_adapters(path: Path, adapters: Tree) -> None:
-    """Writes leaves `a`, `b` and `scale` by path, whole or not at all."""
+    """Writes the leaves of any method by path, whole or not at all."""
     from safetensors.numpy import save_file
 
-    flat = {name: np.ascontiguousarray(leaf) for name, leaf in jax.device_get(flatten(adapters)).items()}
+    # Not `np.ascontiguousarray`, which makes an array [1] of a number [].
+    flat = {name: np.asarray(leaf, order="C") for name, leaf in jax.device_get(flatten(adapters)).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(flat, temporary)

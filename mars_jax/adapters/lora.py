@@ -1,14 +1,16 @@
-"""LoRA as pytrees (Hu et al., arXiv 2106.09685): which linears, which ranks, init, the product, merge and unmerge.
+"""LoRA (Hu et al., arXiv 2106.09685): `y = x W + bias + scale * ((x A) B)`, with A and B trained.
 
-It knows nothing of models, training or files, and works on any parameter tree. An adapter tree mirrors the parameter
-tree: `{"llm": {"q_proj": {"a": [L?, in, R], "b": [L?, R, out], "scale": [L?]}}}`, with a leading axis L where layers
-are stacked. Ranks may be traced: a tree padded to R columns whose columns from `rank` on are zero trains exactly as
-the unpadded one under AdamW, SGD and Lion, because the gradients of those columns are zero.
+The leaves of a linear are `{"a": [L?, in, R], "b": [L?, R, out], "scale": [L?]}`, with a leading axis L where layers
+are stacked. Ranks may be traced: adapters padded to R columns whose columns from `rank` on are zero train exactly as
+the unpadded ones under AdamW, SGD and Lion, because the gradients of those columns are zero.
 
 On a plain pytree:
 
 >>> import jax, jax.numpy as jnp
+>>> from mars_jax.adapters.merge import merge
 >>> from mars_jax.adapters.targets import find_targets
+>>> from mars_jax.adapters.tree import init_adapters
+>>> from mars_jax.runtime.trees import flatten
 >>> params = {"llm": {"q_proj": {"kernel": jnp.ones((8, 6))}, "norm": {"scale": jnp.ones(8)}}}
 >>> targets = find_targets(params, {"llm": [r"llm/.*_proj"]})
 >>> adapters = init_adapters(jax.random.key(0), targets, {"llm": 4})
@@ -17,17 +19,15 @@ On a plain pytree:
 >>> bool((merge(params, adapters)["llm"]["q_proj"]["kernel"] == 1).all())  # b starts at zero
 True
 
-On a Linen model, whose dense layers call `lora_dense` with the leaves of a `lora` collection:
+On a Linen model, whose dense layers call `lora_dense` with the leaves of a `lora` collection (those of
+`mars_jax.models.layers` do so for every method):
 
 >>> from flax import linen as nn
 >>> class Dense(nn.Module):
 ...     @nn.compact
 ...     def __call__(self, x):
 ...         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 6))
-...         names = ("a", "b", "scale")
-...         found = self.has_variable("lora", "a")
-...         adapter = {name: self.get_variable("lora", name) for name in names} if found else None
-...         return lora_dense(x, kernel, None, adapter)
+...         return lora_dense(x, kernel, None, self.variables.get("lora"))
 >>> class Model(nn.Module):
 ...     @nn.compact
 ...     def __call__(self, x):
@@ -42,16 +42,28 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from mars_jax.adapters.targets import Targets
-from mars_jax.runtime.trees import Tree, flatten, subtree, unflatten
-
-Rank = int | Array
+from mars_jax.adapters.method import (
+    AdapterMethod,
+    AnyArray,
+    AnyLeaves,
+    Context,
+    Leaf,
+    Leaves,
+    MethodSettings,
+    PeftFormat,
+    PeftTensor,
+    Rank,
+    dense,
+)
+from mars_jax.adapters.targets import Target, Targets
+from mars_jax.runtime.trees import Tree, unflatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,48 +84,109 @@ class AlphaRule:
         return jnp.where(r > 0, self.value / jnp.maximum(divisor, 1.0), 0.0)
 
 
-def init_adapters(
-    key: Array,
-    targets: Targets,
-    ranks: Mapping[str, Rank],
-    alpha: AlphaRule = AlphaRule(),
-    padded_ranks: Mapping[str, int] | None = None,
-) -> Tree:
-    """Draws adapters as PEFT does: a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0.
+@dataclass(frozen=True)
+class Lora(AdapterMethod):
+    """Low-rank updates.
 
-    Column j of `a` depends on the key, the path, the layer and j alone: rank 4 is the first four columns of rank 64,
-    and neither padding nor other targets change a draw.
-
-    Args:
-        key: a typed PRNG key.
-        targets: from `find_targets`.
-        ranks: module -> rank; may be traced when `padded_ranks` is given. 0 freezes a module.
+    Attributes:
         alpha: the alpha rule.
-        padded_ranks: module -> columns R to allocate (default: the ranks themselves).
-
-    Returns:
-        The adapter tree, float32.
     """
-    # Linears of one shape are drawn together, in a loop: it compiles ten times faster than a draw for each.
-    alike: dict[tuple[int | None, int, int], list[str]] = {}
-    for path, target in targets.items():
-        columns = (padded_ranks or ranks)[target.module]
-        if not isinstance(columns, int):
-            raise TypeError(f"init_adapters: traced rank of module {target.module!r} needs padded_ranks")
-        if columns:
-            alike.setdefault((target.num_layers, target.d_in, columns), []).append(path)
-    flat: dict[str, Array] = {}
-    for (num_layers, d_in, columns), paths in alike.items():
-        checksums = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
-        draws = _draw(key, checksums, layers=num_layers or 1, columns=columns, d_in=d_in)
-        for path, draw in zip(paths, draws, strict=True):
-            target, rank = targets[path], ranks[targets[path].module]
-            a = draw * rank_mask(columns, rank)[None, None, :]
-            b = jnp.zeros((len(a), columns, target.d_out))
-            scale = jnp.broadcast_to(alpha.scale(rank), (len(a),))
-            for name, leaf in (("a", a), ("b", b), ("scale", scale)):
-                flat[f"{path}/{name}"] = leaf if num_layers else leaf[0]
-    return unflatten(flat)
+
+    alpha: AlphaRule = AlphaRule()
+
+    name = "lora"
+    has_ranks = True
+    padding_is_exact = True
+
+    def configured(self, settings: MethodSettings) -> "Lora":
+        """LoRA with the alpha rule of a run."""
+        return Lora(settings.alpha)
+
+    def leaves(self, target: Target, columns: int) -> dict[str, Leaf]:
+        """A and B, and the scale of the alpha rule."""
+        if not columns:
+            return {}
+        layers = () if target.num_layers is None else (target.num_layers,)
+        return {
+            "a": Leaf((*layers, target.d_in, columns)),
+            "b": Leaf((*layers, columns, target.d_out)),
+            "scale": Leaf(layers, trained=False),
+        }
+
+    def init(
+        self,
+        key: Array,
+        targets: Targets,
+        ranks: Mapping[str, Rank],
+        columns: Mapping[str, int],
+        kernels: Mapping[str, Array],
+    ) -> Tree:
+        """Draws adapters as PEFT does: a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0.
+
+        Column j of `a` depends on the key, the path, the layer and j alone: rank 4 is the first four columns of rank
+        64, and neither padding nor other targets change a draw.
+        """
+        # Linears of one shape are drawn together, in a loop: it compiles ten times faster than a draw for each.
+        alike: dict[tuple[int | None, int, int], list[str]] = {}
+        for path, target in targets.items():
+            if columns[target.module]:
+                alike.setdefault((target.num_layers, target.d_in, columns[target.module]), []).append(path)
+        flat: dict[str, Array] = {}
+        for (num_layers, d_in, width), paths in alike.items():
+            checksums = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
+            draws = _draw(key, checksums, layers=num_layers or 1, columns=width, d_in=d_in)
+            for path, draw in zip(paths, draws, strict=True):
+                target, rank = targets[path], ranks[targets[path].module]
+                a = draw * rank_mask(width, rank)[None, None, :]
+                b = jnp.zeros((len(a), width, target.d_out))
+                scale = jnp.broadcast_to(self.alpha.scale(rank), (len(a),))
+                for name, leaf in (("a", a), ("b", b), ("scale", scale)):
+                    flat[f"{path}/{name}"] = leaf if num_layers else leaf[0]
+        return unflatten(flat)
+
+    def fixed(self, rank: Rank) -> dict[str, Array]:
+        """The scale []."""
+        return {"scale": self.alpha.scale(rank)}
+
+    def apply(self, x: Array, kernel: Array, bias: Array | None, leaves: Leaves, context: Context) -> Array:
+        """See `lora_dense`."""
+        return lora_dense(x, kernel, bias, leaves)
+
+    def delta(self, kernel: AnyArray | None, leaves: AnyLeaves) -> AnyArray:
+        """`scale * A B`."""
+        a, b = leaves["a"], leaves["b"]
+        product = np.matmul(a, b) if isinstance(a, np.ndarray) else jnp.matmul(a, b, precision="highest")
+        return leaves["scale"][..., None, None] * product
+
+    def squared_norm(self, kernel: Array | None, leaves: Leaves) -> Array:
+        """From R x R Gram matrices, so the product is never formed."""
+        return _inner(leaves, leaves)
+
+    def squared_change(self, kernel: Array | None, new: Leaves, old: Leaves) -> Array:
+        """The norm of a product of twice the rank: `[A_new, A_old] [B_new; -B_old]`."""
+        difference = {
+            "a": jnp.concatenate([new["a"], old["a"]], axis=-1),
+            "b": jnp.concatenate([new["b"], -old["b"]], axis=-2),
+            "scale": new["scale"],
+        }
+        return _inner(difference, difference)
+
+    def flops(self, target: Target, rank: int, rows: float, *, trains: bool, moves: bool) -> float:
+        """Forward `x A` and `(x A) B`; backward to B, to `x A` and to A, and to x where it moves."""
+        d_in, d_out = target.d_in, target.d_out
+        return 2.0 * rows * rank * ((d_in + d_out) + trains * (2 * d_out + d_in) + (trains and moves) * d_in)
+
+    def peft(self) -> PeftFormat:
+        """`LoraConfig`."""
+        return PeftFormat(
+            "LORA",
+            {"a": PeftTensor("lora_A", rank_axis=-1), "b": PeftTensor("lora_B", rank_axis=-2)},
+            scale="scale",
+            settings={"lora_dropout": 0.0, "use_rslora": False},
+        )
+
+
+LORA = Lora()
 
 
 @partial(jax.jit, static_argnames=("layers", "columns", "d_in"))
@@ -131,13 +204,21 @@ def _draw(key: Array, checksums: Array, *, layers: int, columns: int, d_in: int)
     return jax.lax.map(column, places).reshape(len(checksums), layers, columns, d_in).swapaxes(2, 3)
 
 
+def _inner(left: Leaves, right: Leaves) -> Array:
+    """Frobenius inner product of two updates, summed over layers, through their Gram matrices."""
+    # Full precision: the small norm of a difference is what remains when large products cancel.
+    a = jnp.einsum("...ir,...is->...rs", left["a"], right["a"], precision="highest")
+    b = jnp.einsum("...ro,...so->...rs", left["b"], right["b"], precision="highest")
+    return jnp.sum(left["scale"] * right["scale"] * (a * b).sum((-2, -1)))
+
+
 def rank_mask(columns: int, rank: Rank) -> Array:
     """float32 [columns], 1 where the column is below the rank."""
     return (jnp.arange(columns) < rank).astype(jnp.float32)
 
 
-def lora_dense(x: Array, kernel: Array, bias: Array | None, adapter: Mapping[str, Array] | None) -> Array:
-    """`y = x W + bias + scale * ((x A) B)`: the one dense product of every module.
+def lora_dense(x: Array, kernel: Array, bias: Array | None, adapter: Leaves | None) -> Array:
+    """`y = x W + bias + scale * ((x A) B)`.
 
     Args:
         x: [..., in].
@@ -148,63 +229,9 @@ def lora_dense(x: Array, kernel: Array, bias: Array | None, adapter: Mapping[str
     Returns:
         [..., out] in the dtype of x.
     """
-    rows = x.reshape(-1, x.shape[-1])  # one flat product: fast on every backend, also under vmap over adapters
-    y = rows @ kernel.astype(x.dtype)
-    if bias is not None:
-        y = y + bias[None].astype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = dense(rows, kernel, bias)
     if adapter is not None:
         low = (rows @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)
         y = y + low * adapter["scale"].astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def split_trainable(adapters: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Splits adapters into what trains (a, b) and the scales, which an optimizer must neither decay nor train."""
-    flat = flatten(adapters)
-    is_scale = {path: path.endswith("/scale") for path in flat}
-    trainable = unflatten({path: leaf for path, leaf in flat.items() if not is_scale[path]})
-    return trainable, unflatten({path: leaf for path, leaf in flat.items() if is_scale[path]})
-
-
-def join_trainable(trainable: Mapping[str, Any], scales: Mapping[str, Any]) -> Tree:
-    """Inverse of `split_trainable`."""
-    return unflatten({**flatten(trainable), **flatten(scales)})
-
-
-def trim(adapters: Mapping[str, Any], targets: Targets, ranks: Mapping[str, int]) -> Tree:
-    """Cuts the padding off: R becomes the rank; modules of rank 0 leave the tree."""
-    flat: dict[str, Array] = {}
-    for path, target in targets.items():
-        rank = ranks[target.module]
-        if rank:
-            leaves = subtree(adapters, path)
-            flat |= {
-                f"{path}/a": leaves["a"][..., :rank],
-                f"{path}/b": leaves["b"][..., :rank, :],
-                f"{path}/scale": leaves["scale"],
-            }
-    return unflatten(flat)
-
-
-def delta(leaves: Mapping[str, Array]) -> Array:
-    """The weight update `scale * A B` of one linear, float32 [L?, in, out]."""
-    return leaves["scale"][..., None, None] * jnp.matmul(leaves["a"], leaves["b"], precision="highest")
-
-
-def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], weight_name: str | None = "kernel") -> Tree:
-    """Adds every update to its weight, in float32, and returns the tree in the dtypes of `params`."""
-    return _add_deltas(params, adapters, weight_name, sign=1.0)
-
-
-def unmerge(params: Mapping[str, Any], adapters: Mapping[str, Any], weight_name: str | None = "kernel") -> Tree:
-    """Inverse of `merge`, up to rounding in the dtype of `params`."""
-    return _add_deltas(params, adapters, weight_name, sign=-1.0)
-
-
-def _add_deltas(params: Mapping[str, Any], adapters: Mapping[str, Any], weight_name: str | None, sign: float) -> Tree:
-    flat = flatten(params)
-    for path in {path.rpartition("/")[0] for path in flatten(adapters)}:
-        weight_path = path if weight_name is None else f"{path}/{weight_name}"
-        weight = flat[weight_path]
-        flat[weight_path] = (weight.astype(jnp.float32) + sign * delta(subtree(adapters, path))).astype(weight.dtype)
-    return unflatten(flat)

@@ -6,41 +6,59 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.method import AdapterMethod
 from mars_jax.adapters.targets import Targets
 from mars_jax.runtime.trees import flatten, subtree
 
+_NO_KERNELS: Mapping[str, Array] = {}
 
-def update_norms(adapters: Mapping[str, Any], targets: Targets) -> dict[str, Array]:
-    """Frobenius norm of `scale * A B` by module, float32 []; norms of A and B alone mean nothing.
 
-    Computed from R x R Gram matrices, so the product is never formed.
+def update_norms(
+    adapters: Mapping[str, Any],
+    targets: Targets,
+    method: AdapterMethod = LORA,
+    kernels: Mapping[str, Array] = _NO_KERNELS,
+) -> dict[str, Array]:
+    """Frobenius norm of the updates by module, float32 []; norms of single leaves, such as A and B, mean nothing.
+
+    Args:
+        adapters: the adapter tree.
+        targets: the linears that take adapters.
+        method: the adapter method.
+        kernels: path -> frozen weight, for methods whose update depends on it: see `tree.kernels_of`.
     """
-    totals = _by_module(targets, adapters, (), lambda path: _inner(subtree(adapters, path), subtree(adapters, path)))
+
+    def square(path: str) -> Array:
+        return method.squared_norm(kernels.get(path), subtree(adapters, path))
+
+    totals = _by_module(targets, adapters, (), square)
     return {module: jnp.sqrt(jnp.maximum(total, 0.0)) for module, total in totals.items()}
 
 
-def relative_change(new: Mapping[str, Any], old: Mapping[str, Any], targets: Targets) -> dict[str, Array]:
-    """`||Delta_new - Delta_old|| / ||Delta_new||` by module, float32 []; NaN while a module has not moved."""
+def relative_change(
+    new: Mapping[str, Any],
+    old: Mapping[str, Any],
+    targets: Targets,
+    method: AdapterMethod = LORA,
+    kernels: Mapping[str, Array] = _NO_KERNELS,
+) -> dict[str, Array]:
+    """`||Delta_new - Delta_old|| / ||Delta_new||` by module, float32 []; NaN while a module has not moved.
+
+    Args:
+        new: an adapter tree.
+        old: another, of the same shapes.
+        targets: the linears that take adapters.
+        method: the adapter method.
+        kernels: as in `update_norms`.
+    """
 
     def squares(path: str) -> Array:
-        after, before = subtree(new, path), subtree(old, path)
-        difference = {
-            "a": jnp.concatenate([after["a"], before["a"]], axis=-1),
-            "b": jnp.concatenate([after["b"], -before["b"]], axis=-2),
-            "scale": after["scale"],
-        }
-        return jnp.stack([_inner(difference, difference), _inner(after, after)])
+        kernel, after, before = kernels.get(path), subtree(new, path), subtree(old, path)
+        return jnp.stack([method.squared_change(kernel, after, before), method.squared_norm(kernel, after)])
 
     totals = _by_module(targets, new, (2,), squares)
     return {module: jnp.sqrt(jnp.maximum(total[0], 0.0) / total[1]) for module, total in totals.items()}
-
-
-def _inner(left: Mapping[str, Array], right: Mapping[str, Array]) -> Array:
-    """Frobenius inner product of two updates, summed over layers, through their Gram matrices."""
-    # Full precision: the small norm of a difference is what remains when large products cancel.
-    a = jnp.einsum("...ir,...is->...rs", left["a"], right["a"], precision="highest")
-    b = jnp.einsum("...ro,...so->...rs", left["b"], right["b"], precision="highest")
-    return jnp.sum(left["scale"] * right["scale"] * (a * b).sum((-2, -1)))
 
 
 def _by_module(

@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mars_jax.errors import ConfigError
 from mars_jax.runtime.trees import flatten
+
+if TYPE_CHECKING:
+    from mars_jax.adapters.method import AdapterMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +21,6 @@ class Target:
     num_layers: int | None
     d_in: int
     d_out: int
-
-    @property
-    def parameters_per_rank(self) -> int:
-        """LoRA parameters for each unit of rank."""
-        return (self.num_layers or 1) * (self.d_in + self.d_out)
 
 
 Targets = dict[str, Target]
@@ -77,12 +75,12 @@ def find_targets(
     return {path: targets[path] for path in linears if path in targets}
 
 
-def check_ranks(targets: Targets, ranks: Mapping[str, int]) -> None:
+def check_ranks(targets: Targets, ranks: Mapping[str, int], method: "AdapterMethod") -> None:
     """Refuses ranks that mean nothing.
 
     Raises:
         ConfigError: a module without targets or a target without a rank, a negative rank, a rank beyond a linear's
-            width, or ranks that leave nothing to train.
+            width, a rank above 1 for a method that has none, or ranks that leave nothing to train.
     """
     modules = {target.module for target in targets.values()}
     if set(ranks) != modules:
@@ -95,6 +93,11 @@ def check_ranks(targets: Targets, ranks: Mapping[str, int]) -> None:
     for module, rank in ranks.items():
         if rank < 0:
             raise ConfigError(f"lora: rank {rank} of module {module!r} is negative. Use 0 to freeze the module.")
+        if rank > 1 and not method.has_ranks:
+            raise ConfigError(
+                f"lora: rank {rank} of module {module!r} means nothing to the adapter method {method.name!r}, which "
+                f"has no ranks. Set lora.modules.{module}.ranks to [1] to train the module, or to [0] to freeze it."
+            )
         path, width = min(
             ((path, min(t.d_in, t.d_out)) for path, t in targets.items() if t.module == module),
             key=lambda pair: pair[1],
@@ -106,9 +109,14 @@ def check_ranks(targets: Targets, ranks: Mapping[str, int]) -> None:
             )
 
 
-def parameters_per_rank(targets: Targets) -> dict[str, int]:
-    """LoRA parameters for each unit of rank, by module."""
+def count_parameters(targets: Targets, ranks: Mapping[str, int], method: "AdapterMethod") -> int:
+    """Numbers that train with these ranks."""
+    return sum(method.parameters(target, ranks[target.module]) for target in targets.values())
+
+
+def parameters_per_rank(targets: Targets, method: "AdapterMethod") -> dict[str, int]:
+    """Numbers that train for each unit of rank, by module; for a method without ranks, in a module that trains."""
     totals: dict[str, int] = {}
     for target in targets.values():
-        totals[target.module] = totals.get(target.module, 0) + target.parameters_per_rank
+        totals[target.module] = totals.get(target.module, 0) + method.parameters(target, 1)
     return totals

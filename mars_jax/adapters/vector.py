@@ -9,38 +9,63 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from mars_jax.adapters.method import AdapterMethod, AnyArray, Leaf, Rank
 from mars_jax.adapters.targets import Targets
+from mars_jax.adapters.tree import pad
 from mars_jax.runtime.trees import Tree, flatten, unflatten
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where each `a` and `b` lies in a vector of P numbers, module after module.
+class Fixed(NamedTuple):
+    """Leaves that the optimizer doesn't train.
 
     Attributes:
+        of_modules: module -> name -> number [] that all linears of the module share, such as LoRA's scale.
+        of_linears: path of a leaf -> array; empty for most methods.
+    """
+
+    of_modules: dict[str, dict[str, Array]]
+    of_linears: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class VectorLayout:
+    """Where each trained leaf lies in a vector of P numbers, module after module.
+
+    Attributes:
+        method: the adapter method.
         targets: the linears that take adapters.
         ranks: module -> columns R; a module with 0 has no place.
     """
 
+    method: AdapterMethod
     targets: Targets
     ranks: Mapping[str, int]
 
     @cached_property
+    def _leaves(self) -> dict[str, dict[str, Leaf]]:
+        """Path of each linear that has leaves -> these, in the order of the vector."""
+        return {
+            path: self.method.leaves(target, self.ranks[module])
+            for module in self.modules
+            for path, target in self.targets.items()
+            if target.module == module
+        }
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path of each leaf -> its shape, in the order of the vector."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for module in self.modules:
-            rank = self.ranks[module]
-            for path, target in self.targets.items():
-                if target.module == module:
-                    layers = () if target.num_layers is None else (target.num_layers,)
-                    shapes[f"{path}/a"] = (*layers, target.d_in, rank)
-                    shapes[f"{path}/b"] = (*layers, rank, target.d_out)
-        return shapes
+        """Path of each trained leaf -> its shape, in the order of the vector."""
+        return {
+            f"{path}/{name}": leaf.shape
+            for path, leaves in self._leaves.items()
+            for name, leaf in leaves.items()
+            if leaf.trained
+        }
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -61,13 +86,13 @@ class Layout:
         ends = list(accumulate(sizes.values(), initial=0))
         return {module: slice(*ends[i : i + 2]) for i, module in enumerate(sizes)}
 
-    def ravel(self, trainable: Tree) -> Array:
-        """Leaves `a` and `b` as one vector [P]."""
-        flat = flatten(trainable)
+    def ravel(self, adapters: Tree) -> Array:
+        """The trained leaves as one vector [P]."""
+        flat = flatten(adapters)
         return jnp.concatenate([flat[path].reshape(-1) for path in self.shapes])
 
-    def unravel(self, vector: Array) -> Tree:
-        """Inverse of `ravel`; takes numpy arrays too."""
+    def unravel(self, vector: AnyArray) -> Tree:
+        """Inverse of `ravel`."""
         leaves, start = {}, 0
         for path, shape in self.shapes.items():
             stop = start + math.prod(shape)
@@ -75,18 +100,43 @@ class Layout:
             start = stop
         return unflatten(leaves)
 
-    def adapters(self, vector: Array, scales: Mapping[str, Array]) -> Tree:
-        """The adapter tree of a vector [P] and the scale [] of each module."""
-        return self.with_scales(self.unravel(vector), scales)
+    def padded_vector(self, adapters: Tree) -> np.ndarray:
+        """Adapters of ranks up to those here as a vector [P] on the host, the rest zeros."""
+        flat = flatten(pad(adapters, self.targets, self.ranks, self.method))
+        return np.concatenate([flat[path].ravel() for path in self.shapes])
 
-    def with_scales(self, trainable: Tree, scales: Mapping[str, Array]) -> Tree:
-        """Adds the leaf `scale` [L?] to every adapter, from the scale [] of each module."""
-        flat = flatten(trainable)
-        for path, target in self.targets.items():
-            if f"{path}/a" in flat:
-                layers = () if target.num_layers is None else (target.num_layers,)
-                flat[f"{path}/scale"] = jnp.broadcast_to(scales[target.module], layers)
-        return unflatten(flat)
+    def fixed(self, adapters: Tree, ranks: Mapping[str, Rank]) -> Fixed:
+        """The untrained leaves of fresh adapters of some ranks."""
+        of_modules = {module: self.method.fixed(ranks[module]) for module in self.modules}
+        flat = flatten(adapters)
+        return Fixed(
+            of_modules,
+            {
+                f"{path}/{name}": flat[f"{path}/{name}"]
+                for path, leaves in self._leaves.items()
+                for name, leaf in leaves.items()
+                if not leaf.trained and name not in of_modules[self.targets[path].module]
+            },
+        )
+
+    def fixed_after(self, adapters: Tree, fixed: Fixed) -> Fixed:
+        """The untrained leaves of adapters that `between_steps` has changed; numbers of modules stay as they are."""
+        flat = flatten(adapters)
+        return fixed._replace(of_linears={path: flat[path] for path in fixed.of_linears})
+
+    def adapters(self, vector: AnyArray, fixed: Fixed) -> Tree:
+        """The adapter tree of a vector [P] and the untrained leaves."""
+        return self.with_fixed(self.unravel(vector), fixed)
+
+    def with_fixed(self, trained: Tree, fixed: Fixed) -> Tree:
+        """Adds the untrained leaves to every adapter, those of a module as arrays [L?]."""
+        flat: dict[str, Any] = flatten(trained)
+        for path, leaves in self._leaves.items():
+            of_module = fixed.of_modules[self.targets[path].module]
+            for name, leaf in leaves.items():
+                if name in of_module:
+                    flat[f"{path}/{name}"] = jnp.broadcast_to(of_module[name], leaf.shape)
+        return unflatten(flat | fixed.of_linears)
 
     def by_module(self, values: Mapping[str, Array]) -> Array:
         """Spreads one number [] a module over the vector: [P]."""

@@ -1,28 +1,30 @@
-"""Reads a config file and its overrides into a `Config`, and says in plain words what is wrong with it.
+"""Reads a config file and its overrides into a `Config`; lists all errors with their lines.
 
-The settings themselves are in `mars_jax.config.schema`. Relative paths, in the file and in overrides alike, are taken
-from the folder of the config file; only `run_dir` is taken from the current directory.
+The settings are declared in `mars_jax.config.schema`. Relative paths, in the file and in overrides, are resolved
+against the folder of the config file; only `run_dir` is resolved against the current directory.
 """
 
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mars_jax.config.schema import DEFAULT_MODULES, Config
+from mars_jax.config.adapted import DEFAULT_MODULES
+from mars_jax.config.schema import Config
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.jsonfiles import Document
 
 __all__ = ["RESOLVED_CONFIG", "Config", "load_config"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 
-# A place in the config: ("probe", "steps"), or ("probe", "num_samples", 2) inside a list.
-_Place = tuple[str | int, ...]
+# Keys of a setting: ("probe", "steps"), or ("probe", "num_samples", 2) inside a list.
+_Location = tuple[str | int, ...]
 
 _ALLOWED = {
     "bool_type": "true or false",
@@ -37,7 +39,7 @@ _ALLOWED = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number; YAML 1.1, and so PyYAML, takes it for text."""
+    """Safe YAML loader that reads `1e-3` as a number; in YAML 1.1, and so in PyYAML, it is text."""
 
 
 _Loader.add_implicit_resolver(
@@ -50,10 +52,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a YAML file, or a run directory, whose config is then read with `run_dir` set to that directory.
-        overrides: `key.sub=value` texts that win over the file; values are YAML, e.g. `probe.num_samples=[64, 128]`.
+        overrides: `key.sub=value` texts that replace settings of the file; values are YAML, such as
+            `probe.num_samples=[64, 128]`.
+
+    Returns:
+        The validated settings.
 
     Raises:
-        ConfigError: the file can't be read, or a key or value is not allowed. Every fault is listed, with its line.
+        ConfigError: the file can't be read, or a key or value is not allowed. Every error is listed, with its line.
     """
     path = Path(path)
     file = path / RESOLVED_CONFIG if path.is_dir() else path
@@ -65,22 +71,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         # Filled in before the overrides, so that lora.modules.llm.ranks=[8] changes one default and keeps the others.
         lora.setdefault("modules", copy.deepcopy(dict(DEFAULT_MODULES)))
     for override in overrides:
-        place = _override(raw, override)
-        origins = {seen: origin for seen, origin in origins.items() if seen[: len(place)] != place}
-        origins[place] = f"override {override!r}"
+        location = _override(raw, override)
+        origins = {keys: origin for keys, origin in origins.items() if keys[: len(location)] != location}
+        origins[location] = f"override {override!r}"
     try:
         return Config.model_validate(raw, context={"folder": file.parent.absolute()})
     except ValidationError as error:
         faults = _faults(error, raw)
     lines = []
-    for place, text in faults.items():
-        origin = next((origins[place[:n]] for n in range(len(place), 0, -1) if place[:n] in origins), str(file))
+    for location, text in faults.items():
+        origin = next(
+            (origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), str(file)
+        )
         lines.append(f"{origin}: {text}")
     raise ConfigError("\n".join(lines))
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[_Place, str]]:
-    """The file's content, and `FILE, line N` for each place in it."""
+def _read(file: Path) -> tuple[Document, dict[_Location, str]]:
+    """The file's content, and the text `FILE, line N` for each setting in it."""
     try:
         loader = _Loader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -93,25 +101,25 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[_Place, str]]:
         raise ConfigError(f"{file} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must hold `key: value` lines; seen {_short(raw)}")
-    origins: dict[_Place, str] = {}
+    origins: dict[_Location, str] = {}
     if node is not None:
         _add_origins(node, (), file, origins)
     return raw, origins
 
 
-def _add_origins(node: yaml.Node, place: _Place, file: Path, origins: dict[_Place, str]) -> None:
+def _add_origins(node: yaml.Node, location: _Location, file: Path, origins: dict[_Location, str]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*place, key.value)
+            child = (*location, key.value)
             origin = f"{file}, line {key.start_mark.line + 1}"
-            if here in origins:
-                raise ConfigError(f"{origin}: {_dotted(here)} is set twice, first at {origins[here]}. Keep one.")
-            origins[here] = origin
-            _add_origins(value, here, file, origins)
+            if child in origins:
+                raise ConfigError(f"{origin}: {_dotted(child)} is set twice, first at {origins[child]}. Keep one.")
+            origins[child] = origin
+            _add_origins(value, child, file, origins)
 
 
-def _override(raw: dict[str, Any], override: str) -> _Place:
-    """Writes one override into `raw` and returns its place."""
+def _override(raw: Document, override: str) -> _Location:
+    """Writes one override into `raw` and returns its keys."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
@@ -130,77 +138,77 @@ def _override(raw: dict[str, Any], override: str) -> _Place:
     return tuple(names)
 
 
-def _faults(error: ValidationError, raw: Mapping[str, Any]) -> dict[_Place, str]:
-    """What is wrong at each place. The kinds that a union would have taken are joined into one sentence."""
-    texts: dict[_Place, str] = {}
-    wrong: dict[_Place, list[str]] = {}
+def _faults(error: ValidationError, raw: Document) -> dict[_Location, str]:
+    """Error message of each faulty setting; the types that a union allows are joined into one sentence."""
+    texts: dict[_Location, str] = {}
+    allowed_types: dict[_Location, list[str]] = {}
     for fault in error.errors():
-        place = _place(fault["loc"], raw)
+        location = _location(fault["loc"], raw)
         if fault["type"] == "missing":
-            place = (*place, fault["loc"][-1])
-            texts[place] = f"{_dotted(place)} is missing{_purpose(place)}"
+            location = (*location, fault["loc"][-1])
+            texts[location] = f"{_dotted(location)} is missing{_purpose(location)}"
         elif fault["type"] == "extra_forbidden":
-            texts[place] = _unknown_key(place)
+            texts[location] = _unknown_key(location)
         elif fault["type"] == "value_error":
-            prefix = f"{_dotted(place)}: " if place else ""
-            texts[place] = prefix + fault["msg"].removeprefix("Value error, ")
+            prefix = f"{_dotted(location)}: " if location else ""
+            texts[location] = prefix + fault["msg"].removeprefix("Value error, ")
         else:
             allowed = _ALLOWED.get(fault["type"], fault["msg"].removeprefix("Input should be "))
-            wrong.setdefault(place, []).append(allowed)
-    for place, allowed_here in wrong.items():
-        # A union faults both the whole and, in the branch that fits, the part: the part says it all.
-        if not any(len(other) > len(place) and other[: len(place)] == place for other in wrong):
-            seen: Any = raw
-            for name in place:
-                seen = seen[name]
-            must = " or ".join(dict.fromkeys(allowed_here))
-            texts[place] = f"{_dotted(place)} is {_short(seen)} but must be {must}{_purpose(place)}"
+            allowed_types.setdefault(location, []).append(allowed)
+    for location, types in allowed_types.items():
+        # A union reports both the whole and, in the branch that fits, the part: the part is enough.
+        if not any(len(other) > len(location) and other[: len(location)] == location for other in allowed_types):
+            value: Any = raw
+            for name in location:
+                value = value[name]
+            must = " or ".join(dict.fromkeys(types))
+            texts[location] = f"{_dotted(location)} is {_short(value)} but must be {must}{_purpose(location)}"
     return texts
 
 
-def _place(loc: Sequence[str | int], raw: Any) -> _Place:
+def _location(loc: Sequence[str | int], raw: object) -> _Location:
     """pydantic's location without its names of union branches."""
-    place: list[str | int] = []
+    location: list[str | int] = []
     for part in loc:
-        is_index = isinstance(raw, list) and isinstance(part, int)
-        if is_index or (isinstance(raw, dict) and part in raw):
-            raw = raw[part]
-            place.append(part)
-    return tuple(place)
+        children = dict(enumerate(raw)) if isinstance(raw, list) else raw
+        if isinstance(children, dict) and part in children:
+            raw = children[part]
+            location.append(part)
+    return tuple(location)
 
 
-def _unknown_key(place: _Place) -> str:
-    names = _setting_names(place[:-1])
-    unknown = str(place[-1])
+def _unknown_key(location: _Location) -> str:
+    names = _setting_names(location[:-1])
+    unknown = str(location[-1])
     near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.5)
     suggestions = (
-        [_dotted((*place[:-1], near[0]))] if near else [p for p in _all_settings() if p.endswith("." + unknown)]
+        [_dotted((*location[:-1], near[0]))] if near else [p for p in _all_settings() if p.endswith("." + unknown)]
     )
     hint = f" Did you mean {' or '.join(suggestions)}?" if suggestions else ""
-    section = f" in {_dotted(place[:-1])}" if place[:-1] else ""
-    return f"unknown key {_dotted(place)}.{hint} Allowed{section}: {', '.join(names)}"
+    section = f" in {_dotted(location[:-1])}" if location[:-1] else ""
+    return f"unknown key {_dotted(location)}.{hint} Allowed{section}: {', '.join(names)}"
 
 
-def _all_settings(place: _Place = ()) -> list[str]:
-    names = _setting_names(place)
-    return [_dotted(place)] if not names else [path for name in names for path in _all_settings((*place, name))]
+def _all_settings(location: _Location = ()) -> list[str]:
+    names = _setting_names(location)
+    return [_dotted(location)] if not names else [path for name in names for path in _all_settings((*location, name))]
 
 
-def _setting_names(place: _Place) -> list[str]:
-    kind, _ = _schema(place)
+def _setting_names(location: _Location) -> list[str]:
+    kind, _ = _schema(location)
     return list(kind.model_fields) if _is_section(kind) else []
 
 
-def _purpose(place: _Place) -> str:
-    _, description = _schema(place)
+def _purpose(location: _Location) -> str:
+    _, description = _schema(location)
     return f" ({description})" if description else ""
 
 
-def _schema(place: _Place) -> tuple[Any, str]:
-    """The declared type at a place, and the description of the setting that it belongs to."""
-    kind: Any = Config
+def _schema(location: _Location) -> tuple[object, str]:
+    """Declared type at a location, and the description of its setting."""
+    kind: object = Config
     description = ""
-    for name in place:
+    for name in location:
         if _is_section(kind) and name in kind.model_fields:
             description = kind.model_fields[name].description or ""
             kind = kind.model_fields[name].annotation
@@ -211,14 +219,14 @@ def _schema(place: _Place) -> tuple[Any, str]:
     return kind, description
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _dotted(place: _Place) -> str:
-    return ".".join(str(name) for name in place)
+def _dotted(location: _Location) -> str:
+    return ".".join(str(name) for name in location)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,6 +1,6 @@
-"""Which examples a step sees, in which order, as batches; and the batches of the evaluation controls.
+"""Training batches in a reproducible random order, and evaluation batches.
 
-Order is a pure function of (seed, step), so a stopped run goes on exactly. Encoding is in `examples`.
+The order is a pure function of (seed, step), so an interrupted run resumes exactly. Encoding is in `examples`.
 """
 
 import itertools
@@ -18,17 +18,22 @@ Batch = Example
 
 
 class EvalBatch(NamedTuple):
-    """A batch and how many of its rows are real; the others have zero `target_weights`."""
+    """A batch, and the number of its rows that hold samples; the others have zero `target_weights`."""
 
     batch: Batch
     valid: int
 
 
 def subset(total: int, num_samples: int, subset_seed: int) -> tuple[int, ...]:
-    """The first `num_samples` of a permutation of `range(total)` fixed by the seed: smaller subsets lie in larger ones.
+    """A random subset of `range(total)`, fixed by the seed; a smaller subset is a prefix of a larger one.
+
+    Args:
+        total: number of records.
+        num_samples: size of the subset, D.
+        subset_seed: seed of the permutation whose first `num_samples` are taken.
 
     Raises:
-        ConfigError: there are not that many.
+        ConfigError: `num_samples` is not in 1 to `total`.
     """
     if not 1 <= num_samples <= total:
         raise ConfigError(
@@ -55,8 +60,8 @@ def stream(source: Examples, indices: Sequence[int], *, seed: int, batch_size: i
 
     Args:
         source: the examples.
-        indices: which of them, for instance from `subset`.
-        seed: of the permutations; 0 to 2^32 - 1.
+        indices: indices of the samples, for instance from `subset`.
+        seed: seed of the permutations; 0 to 2^32 - 1.
         batch_size: B; may be larger than the number of indices.
     """
     order = grain.MapDataset.source(np.asarray(indices)).shuffle(seed=seed).repeat()
@@ -66,15 +71,16 @@ def stream(source: Examples, indices: Sequence[int], *, seed: int, batch_size: i
 def nested_stream(
     source: Examples, indices: Sequence[int], sizes: Sequence[int], *, seed: int, batch_size: int
 ) -> grain.MapDataset[Batch]:
-    """The batch stream of a single pass whose first D samples, for every D of `sizes`, are the first D of `indices`.
+    """The batch stream of a single pass in which the data of each size in `sizes` is a prefix.
 
-    Between one size and the next the order is random.
+    For every D of `sizes`, the first D samples of the stream are the first D of `indices`. Between one size and the
+    next the order is random.
 
     Args:
         source: the examples.
-        indices: which of them, the largest of `sizes` many.
-        sizes: numbers of samples D, rising.
-        seed: of the order.
+        indices: indices of the samples, as many as the largest of `sizes`.
+        sizes: numbers of samples D, increasing.
+        seed: seed of the order.
         batch_size: B.
     """
     parts = itertools.pairwise((0, *sizes))
@@ -83,11 +89,24 @@ def nested_stream(
     return grain.MapDataset.source(order).map(source.__getitem__).batch(batch_size, drop_remainder=True)
 
 
-def eval_batches(source: ExampleSource, batch_size: int) -> Iterator[EvalBatch]:
-    """All examples once, in order; the last batch is filled up with copies of its last row that weigh nothing."""
-    for start in range(0, len(source), batch_size):
-        valid = min(batch_size, len(source) - start)
-        rows = [source[start + min(row, valid - 1)] for row in range(batch_size)]
+def eval_batches(
+    source: ExampleSource, batch_size: int, start: int = 0, stop: int | None = None
+) -> Iterator[EvalBatch]:
+    """Batches of examples `start` to `stop`, once and in order.
+
+    Args:
+        source: the examples.
+        batch_size: B.
+        start: index of the first example.
+        stop: index after the last example; None: the end of the source.
+
+    Returns:
+        The batches. The last one is padded to B rows with copies of its last row, with weight 0.
+    """
+    stop = len(source) if stop is None else stop
+    for first in range(start, stop, batch_size):
+        valid = min(batch_size, stop - first)
+        rows = [source[first + min(row, valid - 1)] for row in range(batch_size)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         batch["target_weights"][valid:] = 0
         yield EvalBatch(batch, valid)

@@ -1,4 +1,4 @@
-"""Records to examples of fixed shape: encoding, the shapes a data set needs, and a cached random-access source.
+"""Random access to records as encoded examples of fixed shape.
 
 An example is a numpy dict; its keys and shapes are the contract with the models (see `ExampleSource`). Batching and
 order are in `batches`.
@@ -7,23 +7,22 @@ order are in `batches`.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mars_jax.data.images import load_rgb
+from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
+from mars_jax.data.shapes import Shapes, encode_text, shapes_of
 from mars_jax.data.template import Encoded
 from mars_jax.errors import DataError
 from mars_jax.models.families.pictures import NEWLINE, ImageTokens, rotary_positions
 
-if TYPE_CHECKING:
-    pass
-from mars_jax.data.preprocessor import Preprocessor
-from mars_jax.data.shapes import Shapes, encode_text, shapes_of
+Example = dict[str, np.ndarray]
+"""Arrays by name; see `ExampleSource`."""
 
-Example = dict[str, NDArray[Any]]
+ValueT = TypeVar("ValueT")
 
 
 class ExampleSource:
@@ -32,7 +31,7 @@ class ExampleSource:
     `source[i]` is a dict, with T, N, S, C of `shapes` and R feature rows of a tile:
 
         tokens            int32   [T]       right-padded with the padding token
-        pixels            float32 [N, ...]  and what else the encoder takes of tiles, see the family's `Pictures`
+        pixels            float32 [N, ...]  and the other encoder inputs, see the family's `Pictures`
         image_index       int32   [T, C]    rows of the features, row N*R the newline; -1 on text
         image_weight      float32 [T, C]    a token is the weighted sum of its C rows; 0 on text
         targets           int32   [S]       tokens to predict
@@ -44,11 +43,23 @@ class ExampleSource:
     def __init__(
         self, records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes, cache_bytes: int = 2**30
     ) -> None:
-        """Keeps what was used last, encoded, in up to `cache_bytes` of memory; 0 keeps nothing."""
+        """Sets up the source; nothing is encoded yet.
+
+        Args:
+            records: the records.
+            preprocessor: of the checkpoint.
+            shapes: static sizes of every example.
+            cache_bytes: memory for encoded records, least recently used dropped first; 0 caches nothing.
+        """
         self.records = tuple(records)
         self.shapes = shapes
         self._preprocessor = preprocessor
         self._cache = _LruCache(cache_bytes)
+
+    @property
+    def encoder_inputs(self) -> tuple[str, ...]:
+        """The arrays of an example that only the vision encoder reads."""
+        return self._preprocessor.encoder_inputs
 
     def __len__(self) -> int:
         return len(self.records)
@@ -70,32 +81,39 @@ class ExampleSource:
         spare = maker.padding(shapes.max_tiles - len(next(iter(tiles.values()), ())))
         example |= {name: np.concatenate([tiles[name], array]) if tiles else array for name, array in spare.items()}
 
-        places = np.flatnonzero(encoded.token_ids == self._preprocessor.image_token_id)
+        image_positions = np.flatnonzero(encoded.token_ids == self._preprocessor.image_token_id)
         index = np.full((shapes.max_tokens, shapes.corners), -1, np.int32)
         weight = np.zeros((shapes.max_tokens, shapes.corners), np.float32)
         start, first_row = 0, 0
         for picture in pictures:
             newline = picture.index == NEWLINE
             rows = np.where(newline, shapes.max_tiles * maker.rows_per_tile, picture.index + first_row)
-            own = places[start : start + len(rows)]
+            positions = image_positions[start : start + len(rows)]
             # Spare corners repeat the first row with weight 0, so that -1 always means text.
-            index[own] = rows[:, :1]
-            index[own, : rows.shape[1]] = rows
-            weight[own, : rows.shape[1]] = picture.weight
+            index[positions] = rows[:, :1]
+            index[positions, : rows.shape[1]] = rows
+            weight[positions, : rows.shape[1]] = picture.weight
             start, first_row = start + len(rows), first_row + picture.num_tiles * maker.rows_per_tile
         if self._preprocessor.axes > 1:
-            example["positions"] = rotary_positions(shapes.max_tokens, places, pictures)
+            example["positions"] = rotary_positions(shapes.max_tokens, image_positions, pictures)
         return {**example, "image_index": index, "image_weight": weight}
 
     def with_answers(self, number: int, answers: Sequence[Sequence[int]]) -> Example:
-        """Record `number` up to its last answer, then each of C other answers, tokenised, as a branch of its own.
+        """Record `number` without its last answer, followed by C candidate answers as separate branches.
 
-        A is the sum of the answers' lengths. Tokens, image_index and image_weight have T + A places; the targets are
-        every answer's tokens and the record's end token, S = A + C, answer after answer. Besides there are
+        A is the sum of the candidates' lengths. `tokens`, `image_index` and `image_weight` have length T + A. The
+        targets are each candidate's tokens and the record's end token, one candidate after the other: S = A + C.
 
-            positions         int32   [T + A]   of the token in its branch; answers begin where the record broke off
-                                                ([T + A, 3] where positions have three axes)
-            segments          int32   [T + A]   0 the record, 1 to C the answers, -1 padding
+        Args:
+            number: index of the record.
+            answers: token ids of each of the C candidates.
+
+        Returns:
+            The arrays of the class docstring with these lengths, and
+
+            positions         int32   [T + A]   position of a token in its branch; every candidate starts where the
+                                                last answer started ([T + A, 3] where positions have three axes)
+            segments          int32   [T + A]   0 the record, 1 to C the candidates, -1 padding
         """
         example = self[number]
         encoded, _ = self._cache.get(number, lambda: self._text(self.records[number]))
@@ -106,15 +124,15 @@ class ExampleSource:
         tokens = [np.where(padding, self._preprocessor.tokenizer.pad_token_id, example["tokens"])]
         before = example.get("positions", np.arange(length)[:, None])
         positions, segments, targets, sources = [before], [np.where(padding, -1, 0)], [], []
-        place, following = length, before[start - 1].max() + 1
+        offset, following = length, before[start - 1].max() + 1
         for branch, answer in enumerate(answers, 1):
             count = len(answer)
             tokens.append(np.asarray(answer))
             positions.append(np.broadcast_to(following + np.arange(count)[:, None], (count, before.shape[1])))
             segments.append(np.full(count, branch))
             targets.append(np.asarray([*answer, encoded.token_ids[end]]))
-            sources.append(np.asarray([start - 1, *range(place, place + count)]))
-            place += count
+            sources.append(np.asarray([start - 1, *range(offset, offset + count)]))
+            offset += count
         integers = {
             "tokens": tokens,
             "positions": positions if self._preprocessor.axes > 1 else [part[:, 0] for part in positions],
@@ -122,18 +140,18 @@ class ExampleSource:
             "targets": targets,
             "target_positions": sources,
         }
-        spare = [(0, place - length), (0, 0)]
+        spare = [(0, offset - length), (0, 0)]
         return example | {
             **{name: np.concatenate(parts).astype(np.int32) for name, parts in integers.items()},
-            "target_weights": np.ones(place - length + len(answers), np.float32),
+            "target_weights": np.ones(offset - length + len(answers), np.float32),
             "image_index": np.pad(example["image_index"], spare, constant_values=-1),
             "image_weight": np.pad(example["image_weight"], spare),
         }
 
     def prompt(self, number: int) -> Example:
-        """Record `number` up to its last answer: what the model has read when it is to say the answer's first token.
+        """Record `number` without its last answer: the prompt of generation.
 
-        It is `with_answers` of one answer without tokens, so S = 1: `target_positions` is where the prompt ends.
+        Computed as `with_answers` of one empty candidate, so S = 1, and `target_positions` is the prompt's last token.
         """
         return self.with_answers(number, [()])
 
@@ -144,7 +162,7 @@ class ExampleSource:
             raise DataError(f"{record} needs {needed}, more than {self.shapes}. Plan the shapes with this record.")
         return (encoded, pictures), encoded.token_ids.nbytes + encoded.supervised.nbytes
 
-    def _tiles(self, record: Record) -> tuple[dict[str, NDArray[Any]], int]:
+    def _tiles(self, record: Record) -> tuple[dict[str, np.ndarray], int]:
         try:
             tiles = self._preprocessor.pictures.tiles([load_rgb(path) for path in record.images])
         except OSError as error:
@@ -169,26 +187,26 @@ def _text_example(encoded: Encoded, shapes: Shapes, pad_token_id: int) -> Exampl
 
 
 class _LruCache:
-    """Values by key; those not used for longest are forgotten when all together exceed a number of bytes."""
+    """A cache bounded in bytes, safe in threads; the least recently used values are dropped first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value kept under `key`, else the one of `make()`, which returns (value, bytes)."""
+    def get(self, key: Hashable, make: Callable[[], tuple[ValueT, int]]) -> ValueT:
+        """The cached value of `key`; if absent, that of `make()`, which returns (value, bytes)."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
-                return self._entries[key][0]
+                return cast("ValueT", self._entries[key][0])
         value, size = make()  # unlocked, so that threads encode at the same time
         with self._lock:
             if key not in self._entries:
                 self._entries[key] = value, size
                 self._bytes += size
             while self._bytes > self._max_bytes:
-                _, (_, forgotten) = self._entries.popitem(last=False)
-                self._bytes -= forgotten
+                _, (_, dropped) = self._entries.popitem(last=False)
+                self._bytes -= dropped
         return value

@@ -1,4 +1,4 @@
-"""Picture files to upright 8-bit RGB, whatever their mode, depth and rotation. Nothing here knows of models."""
+"""Decodes picture files to upright 8-bit RGB, independent of any model."""
 
 import io
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _EXIF_ORIENTATION, _EXIF_ROTATED = 0x0112, (5, 6, 7, 8)
 
 @dataclass(frozen=True, slots=True)
 class PictureBytes:
-    """An encoded picture that a file of samples held itself."""
+    """An encoded picture embedded in a file of samples."""
 
     data: bytes
 

@@ -1,7 +1,7 @@
-"""Samples as the model sees them, for people to look at before anything is trained."""
+"""Previews of encoded samples, for inspection before training."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -12,40 +12,50 @@ from mars_jax.data.records import Record
 from mars_jax.data.shapes import Shapes
 
 
-def shown(records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes) -> list[dict[str, Any]]:
-    """Each record's id, its text with the image tokens counted, and the part that is supervised.
+class Preview(TypedDict):
+    """A sample as the model sees it.
 
-    `learned` says where in the text that part is: [start, end) in characters of each answer and its end token.
+    `text` is the decoded sample, each picture's image tokens replaced by their number; `supervised` the part that is
+    trained on; `learned` the [start, end) of that part in `text`, in characters, for each answer with its end token.
     """
+
+    id: str
+    text: str
+    supervised: str
+    learned: list[list[int]]
+
+
+def preview(records: Sequence[Record], preprocessor: Preprocessor, shapes: Shapes) -> list[Preview]:
+    """The preview of each record."""
     source = ExampleSource(records, preprocessor, shapes, cache_bytes=0)
-    return [_shown(record, source[number], preprocessor) for number, record in enumerate(records)]
+    return [_preview_of(record, source[number], preprocessor) for number, record in enumerate(records)]
 
 
-def _shown(record: Record, example: Example, preprocessor: Preprocessor) -> dict[str, Any]:
+def _preview_of(record: Record, example: Example, preprocessor: Preprocessor) -> Preview:
     tokenizer, tokens = preprocessor.tokenizer, example["tokens"]
     sizes = [image_size(path) for path in record.images]
     counts = [len(picture.index) for picture in preprocessor.pictures.tokens(sizes)] if sizes else []
     image = str(tokenizer.decode([preprocessor.image_token_id]))
 
-    # Of each picture's tokens the first is left, to be replaced by their number.
-    places = np.flatnonzero(tokens == preprocessor.image_token_id)
-    firsts = places[np.cumsum([0, *counts])[:-1]] if counts else places
+    # The first image token of each picture is kept, and replaced by their number below.
+    image_positions = np.flatnonzero(tokens == preprocessor.image_token_id)
+    firsts = image_positions[np.cumsum([0, *counts])[:-1]] if counts else image_positions
     used = np.flatnonzero(tokens != tokenizer.pad_token_id)[-1] + 1
-    left = np.setdiff1d(np.arange(used), np.setdiff1d(places, firsts))
+    kept = np.setdiff1d(np.arange(used), np.setdiff1d(image_positions, firsts))
     supervised = np.zeros(len(tokens), bool)
     supervised[example["target_positions"][example["target_weights"] > 0] + 1] = True
 
     def text(stop: int) -> str:
-        """What is decoded of the tokens left up to `stop`."""
-        found = str(tokenizer.decode(tokens[left[:stop]]))
+        """The first `stop` kept tokens, decoded."""
+        decoded = str(tokenizer.decode(tokens[kept[:stop]]))
         for count in counts:
-            found = found.replace(image, f"[{count} image tokens]", 1)
-        return found
+            decoded = decoded.replace(image, f"[{count} image tokens]", 1)
+        return decoded
 
-    borders = np.flatnonzero(np.diff(supervised[left].astype(int), prepend=0, append=0))
+    borders = np.flatnonzero(np.diff(supervised[kept].astype(int), prepend=0, append=0))
     return {
         "id": record.id,
-        "text": text(len(left)),
+        "text": text(len(kept)),
         "supervised": str(tokenizer.decode(tokens[supervised])),
         "learned": np.reshape([len(text(border)) for border in borders.tolist()], (-1, 2)).tolist(),
     }

@@ -1,7 +1,7 @@
-"""Files of samples to checked records. Every fault of a file is found before the first training step.
+"""Reads files of samples into checked records, so that all faults of a file are reported before training starts.
 
-Reading files is for `rows`, their formats for `formats`. Here pictures are opened and conversations checked; tokens
-and tiles are made elsewhere, from the records.
+`rows` reads the files and `formats` the rows. This module opens the pictures and checks the conversations; tokens and
+tiles are computed from the records later.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, FaultError, Format, Turn, draft
+from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, FaultError, Turn
+from mars_jax.data.formats.registry import draft
 from mars_jax.data.images import Picture, PictureBytes, load_rgb, open_picture
 from mars_jax.data.rows import Row, read_rows
 from mars_jax.errors import DataError
@@ -26,16 +27,16 @@ class Record:
     """One checked conversation.
 
     Attributes:
-        id: unique in its file.
-        images: its pictures, in the order of their placeholders: paths, or bytes that the file itself held.
-        turns: an optional system turn, then user and assistant in turn, ending with the assistant.
+        id: identifier, unique in its file.
+        images: pictures in the order of their placeholders: paths, or bytes embedded in the file.
+        turns: an optional system turn, then user and assistant alternating, ending with the assistant.
         source: "file:line" or "file item N", for messages.
-        group: what must not cross splits: "image:SHA256 of the picture's bytes", or "text:ID" without a picture.
-            Records that share pictures, also through others, have the smallest of all their hashes in common.
+        group: records of one group go to the same split. "image:SHA256 of the picture's bytes", or "text:ID" without a
+            picture; records connected by shared pictures have the smallest of their hashes.
         digests: SHA256 of the bytes of each picture.
-        format: that it was read from.
-        options: texts that the last answer is one of; empty where it isn't one of few.
-        tags: kinds of question that it belongs to, as (name, value).
+        format: name of its data format, one of `formats.registry.FORMATS`.
+        options: allowed texts of the last answer; empty for an open question.
+        tags: (name, value) of each category of question that it belongs to.
     """
 
     id: str
@@ -44,7 +45,7 @@ class Record:
     source: str
     group: str
     digests: tuple[str, ...]
-    format: Format = "llava"
+    format: str = "llava"
     options: tuple[str, ...] = ()
     tags: tuple[tuple[str, str], ...] = ()
 
@@ -53,25 +54,29 @@ class Record:
 
 
 def load_records(path: Path, image_root: Path | None = None) -> tuple[Record, ...]:
-    """Reads and checks a whole file or folder, in any of the formats of `formats` and `rows`.
+    """Reads and checks a whole file or folder.
 
-    A record without an id of its own is called "item-N".
+    A record whose row has no id gets the id "item-N".
 
     Args:
-        path: the file, or `folder` or `folder#split`.
-        image_root: folder that paths of pictures are relative to; None: that of the file, or the folder's own.
+        path: a file, `folder` or `folder#split` that `rows` can read, with rows in any of the data formats.
+        image_root: folder that paths of pictures are relative to. Default: the folder of the file, or the picture
+            folder of a data set with a known layout.
+
+    Returns:
+        A record for each row, in the order of the file.
 
     Raises:
         DataError: lists up to ten faults, each with item (and line), id, the value seen and what to do.
     """
-    rows, faults, own_root = read_rows(path)
+    rows, faults, default_root = read_rows(path)
     drafts: list[tuple[Row, Draft]] = []
     for row in rows:
         try:
             drafts.append((row, draft(row.value)))
         except FaultError as error:
             faults.extend(row.fault(what) for what in error.args)
-    checked = _check_pictures([made for _, made in drafts], image_root or own_root)
+    checked = _check_pictures([made for _, made in drafts], image_root or default_root)
     for row, made in drafts:
         pictures = [checked[image] for image in made.images]
         faults.extend(row.fault(picture.fault) for picture in pictures if picture.fault)
@@ -89,11 +94,11 @@ def load_records(path: Path, image_root: Path | None = None) -> tuple[Record, ..
 
 
 def _summary(path: Path, faults: list[str]) -> str:
-    shown = faults[:_MAX_FAULTS_SHOWN]
+    listed = faults[:_MAX_FAULTS_SHOWN]
     count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-    if len(faults) > len(shown):
-        count += f", the first {len(shown)} shown"
-    return f"{path}: {count}. Nothing was trained; mend the file and run again.\n  " + "\n  ".join(shown)
+    if len(faults) > len(listed):
+        count += f", the first {len(listed)} shown"
+    return f"{path}: {count}. Nothing was trained; mend the file and run again.\n  " + "\n  ".join(listed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ def _conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[s
 
 
 def _groups(sets: list[list[str]]) -> dict[str, str]:
-    """Digest -> the smallest digest among all that are connected with it, two being so where a record has both."""
+    """Maps each digest to the smallest of its connected component; digests of one record are connected."""
     parent = {digest: digest for digests in sets for digest in digests}
 
     def root(digest: str) -> str:

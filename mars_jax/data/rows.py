@@ -1,15 +1,15 @@
-"""Files of samples to rows: JSON lists, JSON lines, parquet, and the folders that data sets come in.
+"""Reads files of samples into rows: JSON lists, JSON lines, parquet, and folders of published data sets.
 
-Which split of a folder is meant follows a `#`: `ScienceQA#train`. What a row says is for `formats`.
+The split of a folder follows a `#`: `ScienceQA#train`. `formats` interprets the rows.
 
-A folder holds parquet files that begin with the name of a split (as the Hugging Face hub has them), or is that of
-ScienceQA (problems.json, pid_splits.json, images/), or of LLaVA-Bench (questions and GPT-4's answers, images/).
+A folder holds parquet files whose names begin with that of a split (as on the Hugging Face hub), or the files of
+ScienceQA (problems.json, pid_splits.json, images/) or LLaVA-Bench (questions and GPT-4's answers, images/).
 """
 
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mars_jax.errors import DataError
 from mars_jax.hub.paths import local
@@ -23,23 +23,24 @@ class Row:
     """A parsed but unchecked entry.
 
     Attributes:
-        number: among those of its file, from 0.
+        number: index among the rows of its file, from 0.
         source: "file:line" or "file item N", for messages.
-        value: what was parsed.
+        value: the parsed value; only a JSON object can become a record.
     """
 
     number: int
     source: str
-    value: Any
+    value: object
 
     @property
     def id(self) -> str:
-        """Its own, whatever it is called, or "item-N"."""
-        given = (self.value.get(key) for key in ("id", "question_id", "index")) if isinstance(self.value, dict) else ()
-        return next((str(value) for value in given if value is not None), f"item-{self.number}")
+        """Its `id`, `question_id` or `index`, else "item-N"."""
+        row = self.value if isinstance(self.value, dict) else {}
+        ids = (row.get(key) for key in ("id", "question_id", "index"))
+        return next((str(value) for value in ids if value is not None), f"item-{self.number}")
 
     def fault(self, what: str) -> str:
-        """A line on what is wrong with it."""
+        """A message that names the row and its fault."""
         return f"{self.source} (id {self.id!r}): {what}"
 
 
@@ -47,15 +48,15 @@ def read_rows(path: Path) -> tuple[list[Row], list[str], Path]:
     """Reads a file or a folder.
 
     Args:
-        path: the file, or `folder` or `folder#split`; also an address on the hub, see `hubfiles`.
+        path: a file, `folder` or `folder#split`; or an address on the hub, see `hub.paths`.
 
     Returns:
-        The rows that parse, a fault for each line that doesn't, and the folder that paths of pictures start from.
+        The rows that parse, a fault for each line that does not, and the folder that picture paths are relative to.
 
     Raises:
-        DataError: nothing there, nothing readable, or a split that there isn't.
+        DataError: the file does not exist or cannot be read, or the folder has no such split.
     """
-    path, split = _place(path)
+    path, split = _path_and_split(path)
     if path.is_dir():
         return _folder(path, split)
     if split:
@@ -67,8 +68,8 @@ def read_rows(path: Path) -> tuple[list[Row], list[str], Path]:
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files that `read_rows` would read, those that are there; pictures aren't among them."""
-    path, split = _place(path)
+    """The existing files that `read_rows` reads, pictures excluded."""
+    path, split = _path_and_split(path)
     if not path.is_dir():
         files = [path]
     elif (path / "problems.json").is_file():
@@ -79,8 +80,8 @@ def source_files(path: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _place(path: Path) -> tuple[Path, str]:
-    """A path of this machine, and the split after its `#`."""
+def _path_and_split(path: Path) -> tuple[Path, str]:
+    """The local path, and the split after its `#`, or ""."""
     path = local(path)
     if "#" not in path.name or path.exists():
         return path, ""
@@ -99,7 +100,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
 
 
-def _json(path: Path, text: str) -> Any:
+def _json(path: Path, text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -171,35 +172,49 @@ def _split(path: Path, split: str, splits: list[str]) -> str:
     if not split and len(splits) == 1:
         return splits[0]
     if split not in splits:
-        asked = f"there is no split {split!r}" if split else "which split is meant isn't said"
-        raise DataError(f"{path}: {asked}. Write one of {', '.join(f'{path.name}#{name}' for name in splits)}.")
+        problem = f"there is no split {split!r}" if split else "the split is not given"
+        raise DataError(f"{path}: {problem}. Write one of {', '.join(f'{path.name}#{name}' for name in splits)}.")
     return split
 
 
 def _scienceqa(path: Path, split: str) -> list[Row]:
     """The original files: problems by number, and the numbers of each split."""
-    problems, splits = (_json(path / name, _text(path / name)) for name in ("problems.json", "pid_splits.json"))
+    problems, splits = (_object(path / name) for name in ("problems.json", "pid_splits.json"))
     numbers = splits[_split(path, split, sorted(splits))]
-    absent = [number for number in numbers if number not in problems]
+    if not isinstance(numbers, list):
+        raise DataError(
+            f"{path}: a split of pid_splits.json is {reprlib.repr(numbers)}; a list of problems' numbers is expected. "
+            "Fetch both."
+        )
+    absent = [str(number) for number in numbers if number not in problems]
     if absent:
         raise DataError(
             f"{path}: problems.json has no {', '.join(absent[:5])}, which pid_splits.json lists. Fetch both."
         )
     rows = []
-    for place, number in enumerate(numbers):
+    for index, number in enumerate(numbers):
         problem = problems[number]
-        image = problem.get("image") and f"{problem.get('split', split)}/{number}/{problem['image']}"
-        rows.append(Row(place, f"problems.json {number}", {**problem, "id": number, "image": image}))
+        if isinstance(problem, dict):
+            image = problem.get("image") and f"{problem.get('split', split)}/{number}/{problem['image']}"
+            problem = {**problem, "id": number, "image": image}
+        rows.append(Row(index, f"problems.json {number}", problem))
     return rows
+
+
+def _object(path: Path) -> dict[str, object]:
+    document = _json(path, _text(path))
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: the file holds a JSON {type(document).__name__}; an object is expected. Fetch both.")
+    return document
 
 
 def _bench(questions: Path, answers: Path) -> tuple[list[Row], list[str]]:
     """Questions joined with their reference answers, as LLaVA's rows."""
-    asked, faults = _lines(questions, _text(questions))
+    question_rows, faults = _lines(questions, _text(questions))
     replies, more = _lines(answers, _text(answers))
     by_id = {row.id: row.value.get("text") for row in replies if isinstance(row.value, dict)}
     rows = []
-    for row in asked:
+    for row in question_rows:
         reply = by_id.get(row.id)
         if not (isinstance(reply, str) and isinstance(row.value, dict)):
             faults.append(row.fault(f"{answers.name} has no answer to it. Fetch both files again."))

@@ -1,20 +1,17 @@
-"""Static shapes of a data set, planned from picture sizes and tokenised text."""
+"""Plans the static shapes of a data set from picture sizes and tokenised text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mars_jax.data.images import image_size
+from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.template import Encoded, encode
 from mars_jax.errors import DataError
 from mars_jax.models.families.pictures import ImageTokens
-
-if TYPE_CHECKING:
-    pass
-from mars_jax.data.preprocessor import Preprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class Shapes:
         max_tokens: T, text and image tokens together.
         max_tiles: N, at least 1.
         max_supervised: S, tokens to predict.
-        corners: C, 4 when the features of some picture are scaled down, else 1.
+        corners: C, 4 if the features of any picture are scaled down, else 1.
     """
 
     max_tokens: int
@@ -44,7 +41,7 @@ class Shapes:
 
 
 class Size(NamedTuple):
-    """What a sample needs by itself: tokens up to the last that predicts one, tiles, tokens to predict."""
+    """Size of one sample: tokens up to the last that predicts a target, tiles, and tokens to predict."""
 
     tokens: int
     tiles: int
@@ -53,13 +50,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The records that fit, their shapes, and the rest with its number of tokens (for the caller to log).
+    """The records that fit a limit of tokens, with their shapes, and the records that do not.
 
     Attributes:
-        shapes: of a batch of those that fit.
-        kept: those that fit.
-        sizes: what each of them needs.
-        dropped: the others, with their numbers of tokens.
+        shapes: static sizes of a batch of the kept records.
+        kept: records that fit.
+        sizes: size of each kept record.
+        dropped: records that do not fit, with their numbers of tokens.
     """
 
     shapes: Shapes
@@ -69,9 +66,14 @@ class ShapePlan:
 
 
 def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int) -> ShapePlan:
-    """Works out the static shapes from picture sizes and tokenised text; cuts no tiles.
+    """Plans the static shapes from picture sizes and tokenised text, without decoding pictures.
 
-    A record of more than `max_tokens` tokens is left out whole: cutting it would cut image tokens or the answer.
+    A record of more than `max_tokens` tokens is dropped whole: truncation would cut image tokens or the answer.
+
+    Args:
+        records: the records of a split.
+        preprocessor: of the checkpoint.
+        max_tokens: limit of text and image tokens together.
 
     Raises:
         DataError: a record has nothing to learn or cannot be encoded, or no record fits.
@@ -100,7 +102,7 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
 
 
 def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:
-    """Token ids of a record and the image tokens of its pictures.
+    """The token ids of a record, and the image tokens of its pictures.
 
     Raises:
         DataError: a picture cannot be read, or the record has nothing to learn.

@@ -1,4 +1,7 @@
-"""Train, validation and test sets that share no picture. Search code is handed `SearchData`, which has no test set."""
+"""Train, validation and test splits that share no picture.
+
+Search code receives `SearchData`, which has no test split.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,10 +19,12 @@ _SALT = "mars_jax splits 1:"
 
 @dataclass(frozen=True, slots=True)
 class Fractions:
-    """Shares of the pictures that go to each split: 1 in sum, train positive, the others 0 where a file gives them.
+    """Fractions of the pictures in each split.
+
+    They sum to 1. That of train is positive; the others are 0 where a file gives the split.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: the fractions break these conditions.
     """
 
     train: float = 0.8
@@ -37,7 +42,7 @@ class Fractions:
 
 @dataclass(frozen=True, slots=True)
 class SearchData:
-    """What probes, fits and selection may see."""
+    """The data that probes, fits and strategies may see."""
 
     train: tuple[Record, ...]
     validation: tuple[Record, ...]
@@ -45,7 +50,7 @@ class SearchData:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The three sets. Made by `split_records` or `splits_of_files`, which check them."""
+    """The three splits, as checked by `split_records` or `splits_of_files`."""
 
     train: tuple[Record, ...]
     validation: tuple[Record, ...]
@@ -53,10 +58,11 @@ class Splits:
 
 
 def split_of(record: Record, fractions: Fractions) -> SplitName:
-    """The split of a record: a fixed function of its picture's bytes (or of its id, when text only).
+    """The split of a record: a fixed function of its picture's bytes (or of its id, for text alone).
 
-    Records that share a picture fall together, whatever the file's order and name. Of records with one picture each
-    this doesn't depend on the others; one with several ties the groups of its pictures together, and may move them.
+    Records that share a picture are in one split, independent of the file's order and name. If every record has one
+    picture, a record's split does not depend on the other records; a record with several pictures merges the groups of
+    its pictures, which may move them.
     """
     digest = hashlib.sha256((_SALT + record.group).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
@@ -66,24 +72,24 @@ def split_of(record: Record, fractions: Fractions) -> SplitName:
 
 
 def split_records(records: Sequence[Record], fractions: Fractions) -> Splits:
-    """Splits one data set by hash.
+    """Splits one data set by the hash of its pictures.
 
     Raises:
-        DataError: a split comes out empty.
+        DataError: a split is empty.
     """
     names = [split_of(record, fractions) for record in records]
     parts: dict[SplitName, tuple[Record, ...]] = {
-        wanted: tuple(record for record, name in zip(records, names, strict=True) if name == wanted)
-        for wanted in ("train", "validation", "test")
+        split: tuple(record for record, name in zip(records, names, strict=True) if name == split)
+        for split in ("train", "validation", "test")
     }
     return _checked(Splits(**parts), hint="Give more pictures, larger fractions, or explicit files")
 
 
 def splits_of_files(train: Sequence[Record], validation: Sequence[Record], test: Sequence[Record]) -> Splits:
-    """Takes records of three files as they are.
+    """The splits of three files, each taken whole.
 
     Raises:
-        DataError: one is empty, or two share a picture (compared by the bytes of the file).
+        DataError: a split is empty, or two share a picture (compared by the bytes of the file).
     """
     splits = _checked(Splits(tuple(train), tuple(validation), tuple(test)), hint="Give each split a file with records")
     first_use: dict[str, tuple[str, Record]] = {}

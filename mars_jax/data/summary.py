@@ -1,28 +1,51 @@
-"""What a data set turned out to be, as a document: numbers of samples and pictures, formats, what was left out, shapes.
-
-It only tells; what is read and dropped is decided in `records` and `examples`.
-"""
+"""Summary of a data set: numbers of samples and pictures, formats, dropped samples, shapes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import mean
-from typing import Any
+from typing import TypedDict
 
 from mars_jax.data.shapes import ShapePlan, Shapes
 
 
-def data_summary(plans: Mapping[str, ShapePlan], shapes: Shapes, max_tokens: int | None) -> dict[str, Any]:
-    """The document of data.json but for what the batches are.
+class Dropped(TypedDict):
+    """A dropped sample, and the reason."""
 
-    `tokens_per_sample`, text and image tokens alike, is the mean of the training samples up to their last target.
+    id: str
+    split: str
+    reason: str
+
+
+class DataSummary(TypedDict):
+    """Summary of a data set, as written to data.json.
+
+    `train`, `validation` and `test` count the samples of each split, `images` their distinct pictures. `shapes` are the
+    fields of `Shapes`. `tokens_per_sample` is the mean number of tokens, text and image tokens alike, of the training
+    samples up to their last target.
+    """
+
+    train: int
+    validation: int
+    test: int
+    images: dict[str, int]
+    formats: list[str]
+    dropped: list[Dropped]
+    shapes: dict[str, int]
+    tokens_per_sample: float
+
+
+def data_summary(plans: Mapping[str, ShapePlan], shapes: Shapes, max_tokens: int | None) -> DataSummary:
+    """The contents of data.json, without its part on padding.
 
     Args:
-        plans: of the splits by name.
-        shapes: of training and validation batches.
-        max_tokens: the limit that samples were dropped by.
+        plans: shape plans of `train`, `validation` and `test`.
+        shapes: static sizes of training and validation batches.
+        max_tokens: limit above which samples were dropped, in tokens.
     """
     return {
-        **{name: len(plan.kept) for name, plan in plans.items()},
+        "train": len(plans["train"].kept),
+        "validation": len(plans["validation"].kept),
+        "test": len(plans["test"].kept),
         "images": {name: len({d for r in plan.kept for d in r.digests}) for name, plan in plans.items()},
         "formats": sorted({record.format for plan in plans.values() for record in plan.kept}),
         "dropped": [

@@ -1,6 +1,6 @@
-"""Conversations to token ids with a mask on what the model is to learn: the assistant's text and its end token.
+"""Tokenises conversations, with a mask of the supervised tokens: the assistant's text and its end token.
 
-The text comes from the checkpoint's own chat template. No padding, truncation or pictures here.
+Conversations are rendered by the checkpoint's chat template. Padding and pictures are handled in `examples`.
 """
 
 import json
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+"""A turn as in chat templates: `role`, and `content`, a text or typed parts (which transformers' types lack)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Encoded:
 
     Attributes:
         token_ids: int32 [T].
-        supervised: bool [T], true on the answers and their end tokens.
+        supervised: bool [T], true for the tokens of the answers and for their end tokens.
     """
 
     token_ids: NDArray[np.int32]
@@ -38,10 +39,13 @@ class Encoded:
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Loads a checkpoint's tokenizer with the chat template of its processor, where the folder has one.
+    """Loads a checkpoint's tokenizer, with the chat template of its processor where the folder has one.
+
+    Args:
+        directory: the checkpoint's folder.
 
     Raises:
-        ConfigError: no readable tokenizer, no chat template, or no padding token.
+        ConfigError: the tokenizer cannot be read, or has no chat template or no padding token.
     """
     from transformers import AutoTokenizer
 
@@ -72,19 +76,22 @@ def encode(
 ) -> Encoded:
     """Renders and tokenises a conversation; each `<image>` becomes as many image tokens as its picture needs.
 
-    Prompts and answers are tokenised apart, so no token straddles the border between them, as at inference. Where the
-    tokenizer puts a token before every text and the template doesn't, it comes first; where the template ends no
-    answer, the tokenizer's end token does.
+    Prompts and answers are tokenised separately, as at inference, so that no token spans the border between them. If
+    the tokenizer adds a beginning-of-sequence token and the template does not, it is put first. If the template does
+    not end answers with a special token, the tokenizer's end token is appended.
 
     Args:
         record: the conversation.
-        tokenizer: with a chat template that takes typed content (`{"type": "image"}`) or plain strings.
-        image_token_id: of the checkpoint's config.
-        num_image_tokens: for each picture of the record.
+        tokenizer: tokenizer whose chat template takes typed content (`{"type": "image"}`) or plain strings.
+        image_token_id: id of the token that stands for pictures, from the checkpoint's config.
+        num_image_tokens: number of such tokens of each of the record's P pictures.
+
+    Returns:
+        The T tokens, image tokens included.
 
     Raises:
-        ConfigError: the tokenizer has no token for pictures, or its template does not show them.
-        DataError: this record does not survive the template or the tokenizer.
+        ConfigError: the tokenizer has no token for pictures, or its template does not render them.
+        DataError: the template or the tokenizer changes or refuses this record.
     """
     image_token = _image_token(tokenizer, image_token_id)
     _refuse_special_text(record, tokenizer)
@@ -107,7 +114,7 @@ def encode(
 
 
 def _beginning(record: Record, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token that the tokenizer puts before a text at inference, unless the template writes it."""
+    """The beginning-of-sequence token, if the tokenizer adds it at inference and the template does not."""
     before = tokenizer.bos_token_id
     if before is None or tokenizer.encode("")[:1] != [before]:
         return []
@@ -126,9 +133,9 @@ def _pieces(record: Record, messages: list[Message], tokenizer: "PreTrainedToken
         if not (prompt.startswith(rendered) and whole.startswith(prompt)):
             raise DataError(
                 f"{record}: turn {number}: the chat template of {_name(tokenizer)} renders earlier turns differently "
-                "once later ones are added, so the answer cannot be found. Use a template that only appends."
+                "once later ones are added, so the answer cannot be located. Use a template that only appends."
             )
-        lost = [other for other in range(number) if not _shows(prompt, record.turns[other].text)]
+        lost = [other for other in range(number) if not _contains(prompt, record.turns[other].text)]
         if lost:
             raise DataError(
                 f"{record}: the chat template of {_name(tokenizer)} leaves out the text of turn {lost[0]} "
@@ -140,7 +147,7 @@ def _pieces(record: Record, messages: list[Message], tokenizer: "PreTrainedToken
     return [*pieces, (pending, False)]
 
 
-def _shows(prompt: str, text: str) -> bool:
+def _contains(prompt: str, text: str) -> bool:
     return all(part.strip() in prompt for part in text.split(IMAGE_PLACEHOLDER))
 
 
@@ -149,11 +156,11 @@ def _split_answer(
 ) -> tuple[str, str, str, str]:
     """Cuts a rendered assistant turn into header, answer, end token, and what follows it."""
     body = text.rstrip()
-    shown = next((token for token in tokenizer.all_special_tokens if body.endswith(token)), "")
-    end = shown or str(tokenizer.eos_token or "")
+    end_in_text = next((token for token in tokenizer.all_special_tokens if body.endswith(token)), "")
+    end = end_in_text or str(tokenizer.eos_token or "")
     answer = record.turns[number].text
-    before_end = body.removesuffix(shown)
-    if not before_end.endswith(answer):  # some templates trim
+    before_end = body.removesuffix(end_in_text)
+    if not before_end.endswith(answer):  # some templates strip white space
         answer = answer.strip()
     if not (end and before_end.endswith(answer)):
         raise DataError(
@@ -171,13 +178,13 @@ def _expand_images(
     num_image_tokens: Sequence[int],
 ) -> Encoded:
     repeats = np.ones(len(token_ids), dtype=np.int64)
-    places = np.flatnonzero(token_ids == image_token_id)
-    if len(places) != len(num_image_tokens):
+    image_positions = np.flatnonzero(token_ids == image_token_id)
+    if len(image_positions) != len(num_image_tokens):
         raise DataError(
-            f"{record}: {len(places)} image tokens for {len(num_image_tokens)} pictures. Write {IMAGE_PLACEHOLDER} "
-            "once for each picture, in a user turn."
+            f"{record}: {len(image_positions)} image tokens for {len(num_image_tokens)} pictures. Write "
+            f"{IMAGE_PLACEHOLDER} once for each picture, in a user turn."
         )
-    repeats[places] = num_image_tokens
+    repeats[image_positions] = num_image_tokens
     return Encoded(np.repeat(token_ids, repeats).astype(np.int32), np.repeat(supervised, repeats).astype(bool))
 
 
@@ -195,7 +202,7 @@ def _message(turn: Turn, image_token: str, typed: bool) -> Message:
 
 
 def _takes_typed_content(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> bool:
-    """Whether the template shows typed content; a template for strings either fails on it or prints the list."""
+    """Whether the template renders typed content; one for strings either fails on it or prints the list."""
     probe = Turn("user", f"{IMAGE_PLACEHOLDER}\nPROBE")
     for typed in (True, False):
         try:

@@ -1,4 +1,4 @@
-"""Controls of an evaluation: batches without pictures, or with the pictures of other samples."""
+"""Evaluation controls: batches without pictures, and records with the pictures of other samples."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,24 +11,28 @@ from mars_jax.errors import DataError
 
 
 def image_blind(batch: Batch) -> Batch:
-    """The batch with every picture zero (mean grey): what the model says from the text alone."""
+    """The batch with every picture zero (mean grey), to measure what the model infers from the text alone."""
     return {**batch, "pixels": np.zeros_like(batch["pixels"])}
 
 
 def can_shuffle(records: Sequence[Record]) -> bool:
-    """Whether every picture can give way to one that its record doesn't have."""
+    """Whether every picture can be replaced by one that is not in its record."""
     digests = [set(record.digests) for record in records]
     return len(set().union(*digests)) > max(map(len, digests), default=0) > 0
 
 
 def shuffle_images(records: Sequence[Record], seed: int) -> tuple[Record, ...]:
-    """The records with every picture swapped for one of the set that its record doesn't have; text-only records stay.
+    """The records with every picture replaced by one from another record; text-only records are unchanged.
 
-    The distinct pictures are put in a random ring and each gives way to the next, or the next after that. Pictures of
-    other sizes need other shapes: plan them again.
+    The distinct pictures are put in a random ring, and each is replaced by its predecessor, or the nearest one before
+    that is not in the record. The shapes of the result must be planned again, since picture sizes differ.
+
+    Args:
+        records: the records.
+        seed: seed of the ring's order.
 
     Raises:
-        DataError: no picture is left for some record.
+        DataError: a record has every picture of the data, so none remains to replace one.
     """
     paths = {digest: path for record in records for digest, path in zip(record.digests, record.images, strict=True)}
     if not can_shuffle(records):
@@ -36,12 +40,12 @@ def shuffle_images(records: Sequence[Record], seed: int) -> tuple[Record, ...]:
             "the shuffled-picture control needs more different pictures than any record has, and at least two; the "
             f"data have {len(paths)}. Leave the control out, or evaluate on more data."
         )
-    ring = [sorted(paths)[place] for place in np.random.default_rng(seed).permutation(len(paths))]
-    places = {digest: place for place, digest in enumerate(ring)}
+    ring = [sorted(paths)[index] for index in np.random.default_rng(seed).permutation(len(paths))]
+    indices = {digest: index for index, digest in enumerate(ring)}
 
     def swapped(record: Record) -> Record:
         donors = [
-            next(donor for donor in ring[places[digest] - 1 :: -1] + ring[::-1] if donor not in record.digests)
+            next(donor for donor in ring[indices[digest] - 1 :: -1] + ring[::-1] if donor not in record.digests)
             for digest in record.digests
         ]
         return replace(record, images=tuple(paths[donor] for donor in donors), digests=tuple(donors))

@@ -1,14 +1,14 @@
-"""Scores a model's adapters on held-out records: losses, likeliest answers, and answers that it writes itself.
+"""Scores adapters on held-out records: losses, likeliest candidate answers, and generated answers.
 
-The same records are seen under several conditions: as they are, without pictures, with each other's pictures. What is
-right is told by `scoring`; what is written down, by `evaluate`.
+The records are scored under several conditions: as they are, without pictures, and with the pictures of other records.
+`summary` judges the answers and makes the documents; `run` writes them.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,20 +24,21 @@ from mars_jax.data.shapes import plan_shapes
 from mars_jax.evals.controls import can_shuffle, image_blind, shuffle_images
 from mars_jax.evals.generation import generate
 from mars_jax.evals.stats import share
+from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.sharding import place
 from mars_jax.runtime.trees import Tree
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one condition (a model and a way of showing it pictures) reached.
+    """The scores of one condition: a model, and the pictures it is given.
 
     Attributes:
-        losses: summed -log p of the supervised tokens of each record, nats.
-        tokens: supervised tokens of each record.
-        choices: index of the likeliest candidate answer of each record; empty where accuracy is not scored.
-        correct: whether that is the record's answer.
-        answers: what the model says itself, greedily, to each record; empty where it isn't asked to.
+        losses: float [n], summed -log p of the supervised tokens of each of n records, nats.
+        tokens: [n], number of supervised tokens of each record.
+        choices: int [n], index of the likeliest candidate answer of each record; [0] if accuracy is not scored.
+        correct: bool [n], whether that is the record's answer; [0] likewise.
+        answers: answer generated greedily for each record; empty if none were generated.
     """
 
     losses: np.ndarray
@@ -46,7 +47,7 @@ class Outcome:
     correct: np.ndarray
     answers: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """Loss (nats per token), perplexity, accuracy with its Wilson 95 % interval, supervised tokens."""
         loss = float(self.losses.sum() / self.tokens.sum())
         return {
@@ -58,10 +59,14 @@ class Outcome:
 
 
 def candidate_answers(records: Sequence[Record], most: int) -> tuple[str, ...]:
-    """The answers to choose from: options, and where records have none, their distinct last answers.
+    """The closed set of answers: the options of records, and the distinct last answers of records without options.
+
+    Args:
+        records: the records.
+        most: largest allowed number of answers.
 
     Returns:
-        Most frequent first; empty if more than `most`.
+        Most frequent first; empty if there are more than `most`.
     """
     counts: dict[str, int] = {}
     for record in records:
@@ -72,20 +77,20 @@ def candidate_answers(records: Sequence[Record], most: int) -> tuple[str, ...]:
 
 
 def last_answer(record: Record) -> str:
-    """What the assistant said last: the answer that is scored."""
+    """The text of the last turn: the answer that is scored."""
     return record.turns[-1].text
 
 
-class _Asked(NamedTuple):
-    """The same records as batches [B, ...] for each thing that is measured; None for what isn't."""
+class _Inputs(NamedTuple):
+    """The same B records as a batch [B, ...] for each measurement; None for those that are not made."""
 
-    batch: Batch  # with their own answers, for the loss
+    batch: Batch  # with the reference answers, for the loss
     answers: Batch | None  # with every candidate in place of the last answer
-    prompts: Batch | None  # without it
-    valid: int  # rows that are real
+    prompts: Batch | None  # without the last answer
+    valid: int  # number of rows that hold records
 
-    def blind(self) -> "_Asked":
-        """Without pictures."""
+    def blind(self) -> "_Inputs":
+        """The same inputs without pictures."""
         return self._replace(
             batch=image_blind(self.batch),
             answers=self.answers and image_blind(self.answers),
@@ -93,8 +98,30 @@ class _Asked(NamedTuple):
         )
 
 
+@dataclass(frozen=True)
+class EvaluatorSettings:
+    """What an evaluator measures.
+
+    Attributes:
+        batch_size: B; all candidates follow the record in one sequence.
+        candidates: the closed set of answers, restricted to a record's options if it has any; empty to measure
+            perplexity only.
+        controls: whether to score also without pictures and with shuffled ones.
+        seed: seed of the shuffled pictures.
+        max_new_tokens: limit of tokens of a generated answer; None: no answers are generated.
+        end_tokens: tokens that end a generated answer.
+    """
+
+    batch_size: int
+    candidates: Sequence[str] = ()
+    controls: bool = True
+    seed: int = 0
+    max_new_tokens: int | None = None
+    end_tokens: Sequence[int] = ()
+
+
 class Evaluator:
-    """Scores adapters on records under several conditions with a compiled program for each thing that is measured."""
+    """Scores adapters on records under several conditions, with one compiled program for each measurement."""
 
     def __init__(
         self,
@@ -102,110 +129,107 @@ class Evaluator:
         base: Tree,
         records: Sequence[Record],
         preprocessor: Preprocessor,
-        *,
-        candidates: Sequence[str],
-        batch_size: int,
-        controls: bool,
-        seed: int,
+        settings: EvaluatorSettings,
         rows: NamedSharding | None = None,
-        max_new_tokens: int | None = None,
-        end_tokens: Sequence[int] = (),
     ) -> None:
         """Plans the shapes of every condition.
 
         Args:
-            model: a Linen module whose `apply` returns logits at the supervised positions; one that writes answers has
+            model: a Linen module whose `apply` returns logits at the supervised positions; to generate answers it needs
                 the methods of `Multimodal`.
             base: frozen parameters.
             records: held-out records.
             preprocessor: of the checkpoint.
-            candidates: the closed set of answers, of which a record with options has those alone; empty to measure
-                perplexity only.
-            batch_size: B; all candidates follow the record in one sequence.
-            controls: whether to measure without pictures and with shuffled ones too.
-            seed: of the shuffled pictures.
-            rows: how the samples of a batch are split over the devices that the base lies on.
-            max_new_tokens: of the answers that the model writes greedily; None to ask for none.
-            end_tokens: those that end such an answer.
+            settings: what is measured.
+            rows: sharding of a batch's rows over the devices of the base.
         """
+        batch_size, candidates, controls = settings.batch_size, settings.candidates, settings.controls
+        max_new_tokens = settings.max_new_tokens
         if rows is not None:
             parts = rows.num_devices
             batch_size = parts * -(-batch_size // parts)
         self._base, self._preprocessor, self._batch_size = base, preprocessor, batch_size
-        self._controls, self._rows, self._asks = controls, rows, max_new_tokens is not None
+        self._controls, self._rows, self._generates = controls, rows, max_new_tokens is not None
         self.candidates = tuple(candidates)
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and can_shuffle(records):
-            self._views["shuffled"] = shuffle_images(records, seed)
+            self._views["shuffled"] = shuffle_images(records, settings.seed)
         tokenizer = preprocessor.tokenizer
         self._answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in self.candidates]
         everything = [record for view in self._views.values() for record in view]
         self._shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
-        # Of every target of a batch of answers, which answer it belongs to; the end token is each one's last.
+        # Index of the candidate to which each target of an answer batch belongs; its last target is the end token.
         owners = np.repeat(np.arange(len(self._answers)), [len(answer) + 1 for answer in self._answers])
 
-        def token_losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
-            logits = model.apply({"params": base, "lora": adapters}, batch)
+        def token_losses(base: Tree, adapters: Tree, batch: Mapping[str, jax.Array]) -> jax.Array:
+            logits = model.apply({"params": base, **adapters}, batch)
             per_token = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
             return per_token * batch["target_weights"]
 
-        def candidate_losses(base: Tree, adapters: Tree, batch: Mapping[str, Any]) -> jax.Array:
+        def candidate_losses(base: Tree, adapters: Tree, batch: Mapping[str, jax.Array]) -> jax.Array:
             by_target = token_losses(base, adapters, batch).T
             return jax.ops.segment_sum(by_target, owners, num_segments=len(self._answers))
 
         self._losses = jax.jit(lambda *arguments: token_losses(*arguments).sum(axis=1))
         self._candidate_losses = jax.jit(candidate_losses)
         if max_new_tokens is not None:
-            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_tokens": end_tokens}
-            self._generate = jax.jit(partial(generate, model, pad_token=tokenizer.pad_token_id, **options))
+            self._generate = jax.jit(
+                partial(
+                    generate,
+                    model,
+                    pad_token=tokenizer.pad_token_id,
+                    max_new_tokens=max_new_tokens,
+                    end_tokens=settings.end_tokens,
+                )
+            )
 
     def evaluate(
         self, models: Mapping[str, Tree], advance: Callable[[int, str], None] = lambda records, text: None
     ) -> dict[str, Outcome]:
-        """Scores every model under every condition, reading the records once.
+        """Scores every model under every condition; each condition's records are encoded once.
 
         Args:
-            models: name -> adapters, all of the same shapes; zero `b` gives the base.
-            advance: told of records done.
+            models: name -> adapters by collection, such as {"lora": tree}, all of the same shapes; {} is the base.
+            advance: called after each batch with the number of records scored and the name of the pictures' variant.
 
         Returns:
-            "NAME", "NAME_blind" and, where pictures differ, "NAME_shuffled" -> outcome.
+            "NAME" and, with controls, "NAME_blind" and (if pictures can be shuffled) "NAME_shuffled" -> outcome.
         """
         parts: dict[str, list[tuple[np.ndarray, ...]]] = {}
         for view, records in self._views.items():
-            for asked in self._batches(records):
+            for inputs in self._batches(records):
                 for condition in ("", "blind") if view == "" and self._controls else (view,):
-                    shown = asked.blind() if condition == "blind" else asked
+                    conditioned = inputs.blind() if condition == "blind" else inputs
                     for name, adapters in models.items():
                         key = f"{name}_{condition}" if condition else name
-                        parts.setdefault(key, []).append(self._score(adapters, shown))
-                advance(asked.valid, view)
+                        parts.setdefault(key, []).append(self._score(adapters, conditioned))
+                advance(inputs.valid, view)
         return {key: self._outcome(chunks) for key, chunks in parts.items()}
 
     @property
     def num_reads(self) -> int:
-        """Records that `evaluate` reads, for its progress."""
+        """Number of records that `evaluate` scores for each model, for its progress bar."""
         return sum(len(records) for records in self._views.values())
 
-    def _score(self, adapters: Tree, asked: _Asked) -> tuple[np.ndarray, ...]:
-        """Losses, supervised tokens, losses of candidates [., C] and tokens of answers [., N] of a batch's real rows.
+    def _score(self, adapters: Tree, inputs: _Inputs) -> tuple[np.ndarray, ...]:
+        """Losses, supervised tokens, candidate losses [., C] and generated tokens [., N] of a batch's valid rows.
 
-        C and N are 0 for what isn't measured.
+        C or N is 0 if it is not measured.
         """
-        losses = np.asarray(self._losses(self._base, adapters, self._on_devices(asked.batch)))
-        scores, said = np.zeros((len(losses), 0)), np.zeros((len(losses), 0), np.int32)
-        if asked.answers is not None:
-            scores = np.asarray(self._candidate_losses(self._base, adapters, self._on_devices(asked.answers))).T
-        if asked.prompts is not None:
-            said = np.asarray(self._generate(self._base, adapters, self._on_devices(asked.prompts)))
-        part = losses, asked.batch["target_weights"].sum(axis=1), scores, said
-        return tuple(array[: asked.valid] for array in part)
+        losses = np.asarray(self._losses(self._base, adapters, self._on_devices(inputs.batch)))
+        scores, generated = np.zeros((len(losses), 0)), np.zeros((len(losses), 0), np.int32)
+        if inputs.answers is not None:
+            scores = np.asarray(self._candidate_losses(self._base, adapters, self._on_devices(inputs.answers))).T
+        if inputs.prompts is not None:
+            generated = np.asarray(self._generate(self._base, adapters, self._on_devices(inputs.prompts)))
+        part = losses, inputs.batch["target_weights"].sum(axis=1), scores, generated
+        return tuple(array[: inputs.valid] for array in part)
 
-    def _on_devices(self, batch: Batch) -> Mapping[str, Any]:
+    def _on_devices(self, batch: Batch) -> Mapping[str, jax.Array | np.ndarray]:
         return place(dict(batch), self._rows) if self._rows else batch
 
     def _outcome(self, chunks: Sequence[tuple[np.ndarray, ...]]) -> Outcome:
-        losses, tokens, scores, said = (np.concatenate(column) for column in zip(*chunks, strict=True))
+        losses, tokens, scores, generated = (np.concatenate(column) for column in zip(*chunks, strict=True))
         # Shuffling pictures keeps the order, the options and the answers of the records.
         records = self._views[""]
         choices, correct = np.zeros(0, np.int64), np.zeros(0, bool)
@@ -214,19 +238,19 @@ class Evaluator:
             choices = np.where(allowed, scores, np.inf).argmin(axis=1)
             correct = np.asarray([self.candidates[k] == last_answer(r) for k, r in zip(choices, records, strict=True)])
         decode = partial(self._preprocessor.tokenizer.decode, skip_special_tokens=True)
-        answers = tuple(str(decode(row)).strip() for row in said) if self._asks else ()
+        answers = tuple(str(decode(row)).strip() for row in generated) if self._generates else ()
         return Outcome(losses, tokens, choices, correct, answers)
 
-    def _batches(self, records: Sequence[Record]) -> Iterator[_Asked]:
+    def _batches(self, records: Sequence[Record]) -> Iterator[_Inputs]:
         size = self._batch_size
         source = ExampleSource(records, self._preprocessor, self._shapes)
 
         def stacked(rows: Iterable[Example]) -> Batch:
-            made = list(rows)
-            return {name: np.stack([row[name] for row in made]) for name in made[0]}
+            examples = list(rows)
+            return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
         for start, (batch, valid) in zip(range(0, len(records), size), eval_batches(source, size), strict=True):
-            places = [start + min(row, valid - 1) for row in range(size)]
-            answers = stacked(source.with_answers(n, self._answers) for n in places) if self._answers else None
-            prompts = stacked(source.prompt(n) for n in places) if self._asks else None
-            yield _Asked(batch, answers, prompts, valid)
+            indices = [start + min(row, valid - 1) for row in range(size)]
+            answers = stacked(source.with_answers(n, self._answers) for n in indices) if self._answers else None
+            prompts = stacked(source.prompt(n) for n in indices) if self._generates else None
+            yield _Inputs(batch, answers, prompts, valid)

@@ -1,58 +1,57 @@
-"""Two finished runs, compared sample by sample on the test samples that both have. Nothing is run again here."""
+"""Paired comparison of two evaluated runs on their common test samples, from files alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.evals.stats import mcnemar, share
-from mars_jax.runtime.jsonfiles import read_jsonl
+from mars_jax.runtime.jsonfiles import Document, read_jsonl
 
 _CONDITION = "finetuned"
 
 
-def difference(first: Path, second: Path, warn: Callable[[str], None]) -> dict[str, Any]:
-    """The fine-tuned models of two runs on the same questions.
+def difference(first: Path, second: Path, warn: Callable[[str], None]) -> Document:
+    """Compares the fine-tuned models of two runs on the same samples.
 
     Args:
-        first: its samples, from `RunDirectory.samples_file`.
-        second: those of the other.
-        warn: told of samples that only one of them has.
+        first: samples.jsonl of the first run.
+        second: samples.jsonl of the second run.
+        warn: receives a message about samples that only one run has.
 
     Returns:
-        `loss`: the mean over samples of each (nats a token), and of their differences (second - first) with the 95 %
-        interval of that mean; `accuracy`: a row for each rule that both were scored by, with Wilson intervals and
-        McNemar's exact test.
+        `num_samples`: common samples; `loss`: the mean over samples for each run (nats per token), and the mean
+        difference (second - first) with its 95 % normal interval; `accuracy`: a row for each rule that scored both
+        runs, with Wilson intervals and McNemar's exact test.
 
     Raises:
-        ConfigError: a run isn't evaluated, or the two have no sample in common.
-        DataError: a sample of one id isn't the same question in both.
+        ConfigError: a run is not evaluated, or the two have no sample in common.
+        DataError: samples with the same id differ in prompt or target.
     """
-    ours, theirs = (_samples(path, warn) for path in (first, second))
-    common = [name for name in ours if name in theirs]
+    first_samples, second_samples = (_samples(path, warn) for path in (first, second))
+    common = [name for name in first_samples if name in second_samples]
     if not common:
         raise ConfigError(
             f"{first} and {second} have no sample in common, so nothing can be compared. Evaluate both on the same "
             "test split, with the same evaluate.max_samples and seed."
         )
-    for path, samples in ((first, ours), (second, theirs)):
+    for path, samples in ((first, first_samples), (second, second_samples)):
         if len(samples) > len(common):
             warn(f"{len(samples) - len(common)} of {len(samples)} samples of {path} are not in the other, left out")
     for name in common:
         for what in ("prompt", "target"):
-            if ours[name][what] != theirs[name][what]:
+            if first_samples[name][what] != second_samples[name][what]:
                 raise DataError(
-                    f"sample {name!r} has the {what} {ours[name][what]!r} in {first} and {theirs[name][what]!r} in "
-                    f"{second}. Evaluate both on the same data."
+                    f"sample {name!r} has the {what} {first_samples[name][what]!r} in {first} and "
+                    f"{second_samples[name][what]!r} in {second}. Evaluate both on the same data."
                 )
-    pairs = [(ours[name][_CONDITION], theirs[name][_CONDITION]) for name in common]
+    pairs = [(first_samples[name][_CONDITION], second_samples[name][_CONDITION]) for name in common]
     losses = np.asarray([[one["loss"], other["loss"]] for one, other in pairs])
-    apart = losses[:, 1] - losses[:, 0]
-    half = 1.96 * float(apart.std(ddof=1)) / len(apart) ** 0.5 if len(apart) > 1 else None
-    mean = float(apart.mean())
+    differences = losses[:, 1] - losses[:, 0]
+    half = 1.96 * float(differences.std(ddof=1)) / len(differences) ** 0.5 if len(differences) > 1 else None
+    mean = float(differences.mean())
     rules = [rule for rule in pairs[0][0]["right"] if rule in pairs[0][1]["right"]]
     return {
         "num_samples": len(common),
@@ -66,15 +65,15 @@ def difference(first: Path, second: Path, warn: Callable[[str], None]) -> dict[s
     }
 
 
-def _samples(path: Path, warn: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _samples(path: Path, warn: Callable[[str], None]) -> dict[str, Document]:
     samples = {sample["id"]: sample for sample in read_jsonl(path, warn)}
     if not samples:
         raise ConfigError(f"{path} is missing: run `mars evaluate {path.parent}` first.")
     return samples
 
 
-def _accuracy(rule: str, pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
-    first, second = (np.asarray([pair[place]["right"][rule] for pair in pairs]) for place in (0, 1))
+def _accuracy(rule: str, pairs: list[tuple[Document, Document]]) -> Document:
+    first, second = (np.asarray([pair[index]["right"][rule] for pair in pairs]) for index in (0, 1))
     one, other = share(first), share(second)
     return {
         "rule": rule,

@@ -1,21 +1,74 @@
-"""Rules that read an answer out of generated text, and the statistics of right and wrong. Nothing is generated here.
+"""Rules that extract an answer from generated text.
 
-Published numbers on ScienceQA and MMStar come from different rules, so each has a name and results say which was used:
+Published numbers on ScienceQA and MMStar use different rules, so results name the rule. `RULES` has:
 
 `lmms`     lmms-eval's for ScienceQA: the letter alone, or text that begins "X."
 `llava`    LLaVA's script for ScienceQA: the letter, text that begins "X. ", or exactly one "The answer is X."
-`mmstar`   MMStar's own: the first character, or the one after "(", "option " or "the answer is ", in either case
-`letter`   the one option that stands alone in the text, as "B", "(B)", "B." or "answer is B": the most forgiving
-`exact`    the whole text, but for case and white space: where an answer is no letter
+`mmstar`   MMStar's script: the first character, or the one after "(", "option " or "the answer is ", in either case
+`letter`   the only option letter that is set apart in the text, as "B", "(B)", "B." or "answer is B": the most lenient
+`exact`    the whole text, ignoring case and white space: for answers that are not letters
+
+A data format names the rules for its answers (`Format.answer_rules`). To add a rule, register an `AnswerRule`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from mars_jax.data.formats.base import Format
+from mars_jax.data.formats.registry import FORMATS
+from mars_jax.runtime.registry import Registry
 
-Reader = Callable[[str, Sequence[str]], str | None]
-"""Reads the answer from a text and the options, each of which ends in its letter; None where it finds none."""
+
+def last_letter(option: str) -> str:
+    """The letter that an option ends in: B of "B" and of "The answer is B."."""
+    return option.rstrip(".")[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRule:
+    """A rule that extracts answers from generated text; a text is right if its answer equals the target's.
+
+    Attributes:
+        name: unique among rules; results name it.
+        read: returns the answer in a stripped text, from the text and the options of its question, each ending in its
+            letter; None if the text holds no answer.
+        target: returns the correct answer, from the text of a record's last turn.
+    """
+
+    name: str
+    read: Callable[[str, Sequence[str]], str | None]
+    target: Callable[[str], str] = last_letter
+
+
+RULES: Registry[AnswerRule] = Registry("answer rule", {})
+
+
+def rules_of(formats: Iterable[str]) -> Sequence[str]:
+    """Names of the rules for answers to records of the given formats, the benchmark's rule first.
+
+    Args:
+        formats: the format of each record; if they differ, the only rule is `exact`.
+    """
+    names = set(formats)
+    return FORMATS[names.pop()].answer_rules if len(names) == 1 else ("exact",)
+
+
+def read_answer(rule: str, text: str, options: Sequence[str]) -> str | None:
+    """The answer in a text by a rule of `RULES`, or None.
+
+    Raises:
+        ConfigError: there is no such rule.
+    """
+    return RULES[rule].read(text.strip(), options)
+
+
+def is_right(rule: str, text: str, target: str, options: Sequence[str]) -> bool:
+    """Whether the answer in a text is `target` by a rule of `RULES`; a text without an answer is wrong.
+
+    Raises:
+        ConfigError: there is no such rule.
+    """
+    return read_answer(rule, text, options) == RULES[rule].target(target)
 
 
 def _lmms(text: str, options: Sequence[str]) -> str | None:
@@ -25,60 +78,30 @@ def _lmms(text: str, options: Sequence[str]) -> str | None:
 def _llava(text: str, options: Sequence[str]) -> str | None:
     if re.match(r"[A-E](\. |$)", text):
         return text[0]
-    found = re.findall(r"The answer is ([A-Z])\.", text)
-    return found[0] if len(found) == 1 else None
+    letters = re.findall(r"The answer is ([A-Z])\.", text)
+    return letters[0] if len(letters) == 1 else None
 
 
 def _mmstar(text: str, options: Sequence[str]) -> str | None:
-    found = re.match(r"(?:\(|option |the answer is )?([a-z])", text, re.IGNORECASE)
-    # Its own script compares any first character, so that of "Apple" is an A.
-    return found[1].upper() if found else None
+    match = re.match(r"(?:\(|option |the answer is )?([a-z])", text, re.IGNORECASE)
+    # MMStar's script compares any first character, so "Apple" counts as A.
+    return match[1].upper() if match else None
 
 
 def _letter(text: str, options: Sequence[str]) -> str | None:
-    letter = f"([{''.join(map(_last_letter, options))}])"
-    # A letter within a sentence is a word ("A cat"), unless something sets it apart.
-    alone = re.findall(rf"\({letter}\)|\b{letter}(?=[.):,]|\s*$)|\b(?:is|answer|option):?\s+{letter}\b", text)
-    found = {"".join(groups) for groups in alone}
-    return found.pop() if len(found) == 1 else None
+    letter = f"([{''.join(map(last_letter, options))}])"
+    # A letter within a sentence is a word ("A cat"), unless punctuation or "answer is" sets it apart.
+    matches = re.findall(rf"\({letter}\)|\b{letter}(?=[.):,]|\s*$)|\b(?:is|answer|option):?\s+{letter}\b", text)
+    letters = {"".join(groups) for groups in matches}
+    return letters.pop() if len(letters) == 1 else None
 
 
-def _last_letter(option: str) -> str:
-    """Of "B" as of "The answer is B."."""
-    return option.rstrip(".")[-1]
-
-
-def _exact(text: str, options: Sequence[str]) -> str | None:
+def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-READERS: Mapping[str, Reader] = {
-    "lmms": _lmms,
-    "llava": _llava,
-    "mmstar": _mmstar,
-    "letter": _letter,
-    "exact": _exact,
-}
-
-_RULES: Mapping[Format, Sequence[str]] = {
-    "scienceqa": ("lmms", "llava", "letter"),
-    "llava_scienceqa": ("llava", "lmms", "letter"),
-    "mmstar": ("mmstar", "letter"),
-}
-
-
-def rules_of(formats: Iterable[Format]) -> Sequence[str]:
-    """The rules for answers generated to records of some formats, the one that a benchmark is known by first."""
-    kinds = set(formats)
-    return _RULES.get(kinds.pop(), ("exact",)) if len(kinds) == 1 else ("exact",)
-
-
-def read_answer(rule: str, text: str, options: Sequence[str]) -> str | None:
-    """The answer that a text gives by a rule of `READERS`, None where it gives none."""
-    return READERS[rule](text.strip(), options)
-
-
-def is_right(rule: str, text: str, target: str, options: Sequence[str]) -> bool:
-    """Whether a text gives the answer `target` by a rule; a text that can't be read is wrong."""
-    wanted = _exact(target, options) if rule == "exact" else _last_letter(target)
-    return read_answer(rule, text, options) == wanted
+RULES.register(AnswerRule("lmms", _lmms))
+RULES.register(AnswerRule("llava", _llava))
+RULES.register(AnswerRule("mmstar", _mmstar))
+RULES.register(AnswerRule("letter", _letter))
+RULES.register(AnswerRule("exact", lambda text, options: _normalised(text), target=_normalised))

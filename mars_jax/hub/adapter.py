@@ -7,21 +7,26 @@ it in PyTorch and comparing logits is `verify.py`.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.merge import delta_of
+from mars_jax.adapters.method import AdapterMethod, PeftFormat, leaf_names
+from mars_jax.adapters.targets import Target
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.card import model_card
 from mars_jax.hub.read import read_json, read_tensors
 from mars_jax.hub.write import write_json
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.families.llava.config import LlavaConfig
-from mars_jax.models.families.registry import family_of
-from mars_jax.models.families.tables import Family, Parameter
+from mars_jax.models.families.registry import checkpoint_table
+from mars_jax.models.families.tables import CheckpointTable, Parameter
 from mars_jax.runtime.trees import Tree, flatten, unflatten
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -30,8 +35,13 @@ PROVENANCE_FILE = "mars.json"
 CARD_FILE = "README.md"
 
 PEFT_PREFIX = "base_model.model."
+# What `read_adapter` reads.
+_LORA = LORA.peft()
+_LORA_LEAVES = {tensor.name: leaf for leaf, tensor in _LORA.tensors.items()}
 # A state dict saved as it is has the adapter's name in it, and no prefix where there was no `PeftModel`.
-_LORA_TENSOR = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<linear>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+_LORA_TENSOR = re.compile(
+    rf"({re.escape(PEFT_PREFIX)})?(?P<linear>.+)\.(?P<name>{'|'.join(_LORA_LEAVES)})(\.[^.]+)?\.weight"
+)
 # Settings that PEFT writes and that do not change what the tensors compute, and those that are read by their values.
 _WITHOUT_EFFECT = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
@@ -41,7 +51,7 @@ _WITHOUT_EFFECT = {
 }
 # What the others may be; what isn't here must be off. Other initialisations change the weights of the base.
 _PLAIN_LORA: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
+    "peft_type": (_LORA.peft_type,),
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
@@ -49,12 +59,11 @@ _PLAIN_LORA: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """The trimmed adapter of one linear: a [L, in, r], b [L, r, out] (L = 1 where there are no layers)."""
+    """The trimmed adapter of one linear: PEFT's name -> our leaf [L, ...] (L = 1 where there are no layers)."""
 
     path: str
     module: str
-    a: np.ndarray
-    b: np.ndarray
+    tensors: Mapping[str, np.ndarray]
     scale: float
 
 
@@ -67,6 +76,7 @@ def write_adapter(
     base_name: str,
     base_revision: str | None = None,
     provenance: Mapping[str, Any],
+    method: AdapterMethod = LORA,
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors`, `mars.json` and a model card.
 
@@ -81,14 +91,21 @@ def write_adapter(
         base_name: hub id or path of the base, as PEFT should look it up.
         base_revision: commit of the base.
         provenance: whatever says where the adapter comes from; JSON values.
+        method: the adapter method.
 
     Raises:
-        ConfigError: adapters that do not fit the configuration or the ranks.
+        ConfigError: a method that PEFT has no format for, or adapters that do not fit the configuration or the ranks.
         NoValidResultError: adapters that hold NaN or infinity.
     """
     directory = Path(directory)
-    linears = _trained_linears(adapters, ranks, config)
-    family = family_of(config)
+    peft = method.peft()
+    if peft is None:
+        raise ConfigError(
+            f"export: PEFT has no format for the adapter method {method.name!r}. Write the merged checkpoint instead: "
+            f"`mars export RUN --merged`."
+        )
+    linears = _trained_linears(adapters, ranks, config, method, peft)
+    family = checkpoint_table(config)
     modules = [module for module in family.modules if any(linear.module == module for linear in linears)]
     trained = {module: ranks[module] for module in modules}
     alphas = {module: _number(_scale(linears, module) * ranks[module]) for module in modules}
@@ -100,19 +117,18 @@ def write_adapter(
         "bias": "none",
         "inference_mode": True,
         "lora_alpha": alphas[default],
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
+        "peft_type": peft.peft_type,
         "r": trained[default],
         "rank_pattern": {family.modules[module].pattern_key: trained[module] for module in others},
         "revision": base_revision,
         "target_modules": _target_expression([linear.path for linear in linears], config),
         "task_type": "CAUSAL_LM",
-        "use_rslora": False,
+        **peft.settings,
     }
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor for linear in linears for key, tensor in _peft_tensors(linear, family).items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(directory / ADAPTER_CONFIG_FILE, adapter_config)
+    write_json(directory / ADAPTER_CONFIG_FILE, dict(sorted(adapter_config.items())))
     record = {"ranks": dict(ranks), "alpha": alphas, "base_model": base_name, "base_revision": base_revision}
     write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)})
     card = model_card(
@@ -149,7 +165,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
             f"{file}: no such file; found: {', '.join(found)}. Only safetensors are read: save the adapter again with "
             f"`save_pretrained`, which writes them."
         )
-    family = family_of(config)
+    family = checkpoint_table(config)
     kernels = {parameter.path: parameter for parameter in family.parameters(config)}
     places = {
         key.removesuffix(".weight"): (path, layer)
@@ -171,7 +187,8 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
                 f"{PEFT_PREFIX} and {family.layouts}."
             )
         path, layer = places[key]
-        leaf, kernel = f"{path}/{match['side'].lower()}", kernels[f"{path}/kernel"]
+        name_of_leaf, kernel = _LORA_LEAVES[match["name"]], kernels[f"{path}/kernel"]
+        leaf = f"{path}/{name_of_leaf}"
         other = names.setdefault((leaf, layer), name)
         if other != name:
             raise ConfigError(
@@ -186,8 +203,8 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
                 f"{file}: {name!r} has rank {setting[0]} and scale {setting[1]:g}; other linears of {module!r} have "
                 f"rank {rank} and scale {scale:g}. Give an adapter with one rank and one alpha for each module."
             )
-        d_in, d_out = kernel.shape[-2:]
-        expected = (setting[0], d_in) if match["side"] == "A" else (d_out, setting[0])
+        target = Target(module, None, *kernel.shape[-2:])
+        expected = LORA.leaves(target, setting[0])[name_of_leaf].shape[::-1]
         if tensor.shape != expected:
             raise ConfigError(
                 f"{file}: {name!r} has shape {list(tensor.shape)}; rank {setting[0]}, which {ADAPTER_CONFIG_FILE} "
@@ -201,40 +218,20 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
     return unflatten(flat), {module: rank for module, (rank, _) in modules.items()}
 
 
-def _trained_linears(adapters: Mapping[str, Any], ranks: Mapping[str, int], config: ModelConfig) -> list[_Linear]:
+def _trained_linears(
+    adapters: Mapping[str, Any], ranks: Mapping[str, int], config: ModelConfig, method: AdapterMethod, peft: PeftFormat
+) -> list[_Linear]:
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
-    family = family_of(config)
+    adapted = {path.rpartition("/")[0] for path in flat}
+    family = checkpoint_table(config)
     shapes = {parameter.path: parameter.shape for parameter in family.parameters(config)}
     linears = []
-    for path in (path for path in family.linears if f"{path}/a" in flat):
-        module = path.split("/")[0]
-        rank = ranks.get(module)
-        if rank == 0:
-            continue
-        a, b, scale = (flat[f"{path}/{name}"] for name in ("a", "b", "scale"))
-        if rank is None or not 0 < rank <= a.shape[-1]:
-            raise ConfigError(
-                f"export: the adapter of {path!r} holds {a.shape[-1]} columns, and the rank of {module!r} is {rank}; "
-                f"it must be 0 (left out) to {a.shape[-1]}."
-            )
-        if (*a.shape[:-1], b.shape[-1]) != shapes[f"{path}/kernel"]:
-            raise ConfigError(
-                f"export: the adapter of {path!r} is for a kernel {[*a.shape[:-1], b.shape[-1]]}; the configuration "
-                f"has {list(shapes[f'{path}/kernel'])}. Give the configuration of the base it was trained on."
-            )
-        if a[..., rank:].any() and b[..., rank:, :].any():
-            raise ConfigError(
-                f"export: the adapter of {path!r} is not zero beyond rank {rank}, so cutting it there would change "
-                f"the model. Give the ranks that it was trained with."
-            )
-        if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(scale).all()):
-            raise NoValidResultError(f"export: the adapter of {path!r} holds NaN or infinity: the run diverged.")
-        stacked = a.ndim == 3
-        a, b = (a, b) if stacked else (a[None], b[None])
-        if np.ptp(scale):
-            raise ConfigError(f"export: the scales of {path!r} differ between layers: {scale.min()} to {scale.max()}.")
-        linears.append(_Linear(path, module, a[..., :rank], b[..., :rank, :], float(scale.flat[0])))
-    strays = {path.rpartition("/")[0] for path in flat} - set(family.linears)
+    for path in (path for path in family.linears if path in adapted):
+        rank = ranks.get(path.split("/")[0])
+        if rank != 0:
+            leaves = {name: flat[f"{path}/{name}"] for name in leaf_names(method)}
+            linears.append(_trimmed_linear(path, leaves, rank, shapes[f"{path}/kernel"], method, peft))
+    strays = adapted - set(family.linears)
     bare = [module for module, rank in ranks.items() if rank and not any(x.module == module for x in linears)]
     if strays or bare or not linears:
         raise ConfigError(
@@ -245,6 +242,45 @@ def _trained_linears(adapters: Mapping[str, Any], ranks: Mapping[str, int], conf
     return linears
 
 
+def _trimmed_linear(
+    path: str,
+    leaves: Mapping[str, np.ndarray],
+    rank: int | None,
+    shape: tuple[int, ...],
+    method: AdapterMethod,
+    peft: PeftFormat,
+) -> _Linear:
+    module = path.split("/")[0]
+    columns = min(leaves[leaf].shape[tensor.rank_axis] for leaf, tensor in peft.tensors.items())
+    if rank is None or not 0 < rank <= columns:
+        raise ConfigError(
+            f"export: the adapter of {path!r} holds {columns} columns, and the rank of {module!r} is {rank}; "
+            f"it must be 0 (left out) to {columns}."
+        )
+    update = jax.eval_shape(partial(delta_of, method), jax.ShapeDtypeStruct(shape, np.float32), leaves)
+    if update.shape != shape:
+        raise ConfigError(
+            f"export: the adapter of {path!r} is for a kernel {list(update.shape)}; the configuration "
+            f"has {list(shape)}. Give the configuration of the base it was trained on."
+        )
+    within, beyond = {}, []
+    for leaf, tensor in peft.tensors.items():
+        within[tensor.name], rest = np.split(leaves[leaf], [rank], axis=tensor.rank_axis)
+        beyond.append(rest.any())
+    if all(beyond):
+        raise ConfigError(
+            f"export: the adapter of {path!r} is not zero beyond rank {rank}, so cutting it there would change "
+            f"the model. Give the ranks that it was trained with."
+        )
+    if not all(np.isfinite(leaf).all() for leaf in leaves.values()):
+        raise NoValidResultError(f"export: the adapter of {path!r} holds NaN or infinity: the run diverged.")
+    scale = leaves[peft.scale]
+    if np.ptp(scale):
+        raise ConfigError(f"export: the scales of {path!r} differ between layers: {scale.min()} to {scale.max()}.")
+    stacked = {name: leaf if leaf.ndim == 3 else leaf[None] for name, leaf in within.items()}
+    return _Linear(path, module, stacked, float(scale.flat[0]))
+
+
 def _scale(linears: list[_Linear], module: str) -> float:
     scales = {linear.scale for linear in linears if linear.module == module}
     if len(scales) > 1:
@@ -252,13 +288,13 @@ def _scale(linears: list[_Linear], module: str) -> float:
     return scales.pop()
 
 
-def _peft_tensors(linear: _Linear, family: Family) -> dict[str, np.ndarray]:
+def _peft_tensors(linear: _Linear, family: CheckpointTable[ModelConfig]) -> dict[str, np.ndarray]:
     key = PEFT_PREFIX + family.memory_key(family.linears[linear.path].key.removesuffix(".weight"))
     tensors = {}
-    for layer, (a, b) in enumerate(zip(linear.a, linear.b, strict=True)):
-        # safetensors 0.8.0 writes garbage for transposed views, without a word.
-        tensors[f"{key.format(layer=layer)}.lora_A.weight"] = np.ascontiguousarray(a.T)
-        tensors[f"{key.format(layer=layer)}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    for layer in range(len(next(iter(linear.tensors.values())))):
+        for name, stacked in linear.tensors.items():
+            # safetensors 0.8.0 writes garbage for transposed views, without a word.
+            tensors[f"{key.format(layer=layer)}.{name}.weight"] = np.ascontiguousarray(stacked[layer].T)
     return tensors
 
 
@@ -267,7 +303,7 @@ def _target_expression(paths: list[str], config: ModelConfig) -> str:
     numbers = {"vision": r"\d+", "projector": "", "llm": r"\d+"}
     if config.num_vision_layers_used < config.vision.num_layers:
         numbers["vision"] = f"({'|'.join(map(str, range(config.num_vision_layers_used)))})"
-    branches, family = [], family_of(config)
+    branches, family = [], checkpoint_table(config)
     for module, names in family.modules.items():
         keys = [family.linears[path].key for path in paths if path.split("/")[0] == module]
         ends = [key.removeprefix(names.prefix).removesuffix(".weight") for key in keys]
@@ -283,11 +319,8 @@ def _target_expression(paths: list[str], config: ModelConfig) -> str:
 
 def _check_expression(expression: str, paths: list[str], config: ModelConfig) -> None:
     """Asserts that the expression matches the trained linears and no other part of the model, in both layouts."""
-    family = family_of(config)
-    whole = config
-    if isinstance(config, LlavaConfig):
-        whole = replace(config, vision_feature_layers=(config.vision.num_layers,))
-    for parameter in family.parameters(whole):
+    family = checkpoint_table(config)
+    for parameter in family.parameters(config.with_all_vision_layers()):
         linear = parameter.path.rpartition("/")[0]
         for layer, key in enumerate(parameter.keys):
             reached = not linear.startswith("vision/layers") or layer < config.num_vision_layers_used
@@ -334,18 +367,18 @@ def _stacked(
     flat: dict[str, np.ndarray] = {}
     for path in sorted({leaf.rpartition("/")[0] for leaf in layers}):
         kernel = kernels[f"{path}/kernel"]
-        for side in ("a", "b"):
-            found = layers.get(f"{path}/{side}", {})
+        for name, leaf in _LORA_LEAVES.items():
+            found = layers.get(f"{path}/{leaf}", {})
             missing = sorted(set(range(len(kernel.keys))) - set(found))
             if missing:
                 raise ConfigError(
-                    f"{file}: {path!r} lacks lora_{side.upper()} in layers {missing} of {len(kernel.keys)}; only whole "
+                    f"{file}: {path!r} lacks {name} in layers {missing} of {len(kernel.keys)}; only whole "
                     f"stacks are read. Export the adapter again, or train every layer."
                 )
             stack = np.stack([found[layer] for layer in sorted(found)])
-            flat[f"{path}/{side}"] = stack if kernel.stacked else stack[0]
+            flat[f"{path}/{leaf}"] = stack if kernel.stacked else stack[0]
         scale = np.full(len(kernel.keys), scales[path.split("/")[0]], np.float32)
-        flat[f"{path}/scale"] = scale if kernel.stacked else scale[0]
+        flat[f"{path}/{_LORA.scale}"] = scale if kernel.stacked else scale[0]
     return flat
 
 

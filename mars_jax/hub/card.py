@@ -1,11 +1,12 @@
-"""The model card of an exported adapter: what it is, how to load it, what serves it and how.
+"""Model card of an exported adapter: ranks, loading and serving.
 
-What it says of vLLM was read in the source of vLLM 0.33.0: `config/lora.py`, `lora/` and the classes of the models.
+The statements about vLLM follow the source of vLLM 0.33.0: `config/lora.py`, `lora/` and the model classes.
 """
 
 from collections.abc import Mapping
 
-from mars_jax.models.families.tables import Family
+from mars_jax.models.configs import ModelConfig
+from mars_jax.models.families.tables import CheckpointTable
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -36,8 +37,8 @@ base = {auto_class}.from_pretrained({base!r}{revision_argument})
 model = PeftModel.from_pretrained(base, "PATH/TO/THIS/DIRECTORY")
 ```
 
-Names and patterns fit transformers 4.57 to 5.23 with peft 0.18 or newer. peft only warns when tensors find no place,
-so check once that the outputs differ from the base's; `mars export RUN --verify` does.{loading}
+Names and patterns fit transformers 4.57 to 5.23 with peft 0.18 or newer. peft only warns about tensors that it cannot
+assign, so check once that the outputs differ from the base's, with `mars export RUN --verify`.{loading}
 
 ## Serve
 
@@ -50,23 +51,28 @@ Where the adapter comes from (run, data, settings) is in `mars.json`.
 
 
 def model_card(
-    family: Family, base: str, revision: str | None, ranks: Mapping[str, int], alphas: Mapping[str, float], size: int
+    table: CheckpointTable[ModelConfig],
+    base: str,
+    revision: str | None,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    size: int,
 ) -> str:
     """Markdown for the adapter's README.
 
     Args:
-        family: of the base.
+        table: checkpoint table of the base's family.
         base: hub id or path of the base.
-        revision: its commit.
-        ranks: module -> rank, of the modules that are adapted.
-        alphas: module -> alpha, of the same.
+        revision: commit of the base.
+        ranks: module -> rank, for adapted modules.
+        alphas: module -> alpha, for the same modules.
         size: number of adapter parameters.
     """
     rows = [f"| {module} | {rank} | {alphas[module]:g} | {alphas[module] / rank:g} |" for module, rank in ranks.items()]
     return _TEMPLATE.format(
-        auto_class=family.auto_class,
-        loading=f"\n{family.loading}" if family.loading else "",
-        vllm=_vllm(family, ranks, alphas),
+        auto_class=table.auto_class,
+        loading=f"\n{table.loading}" if table.loading else "",
+        vllm=_vllm(table, ranks, alphas),
         base=base,
         rows="\n".join(rows),
         revision=f" at revision `{revision}`" if revision else "",
@@ -75,19 +81,21 @@ def model_card(
     )
 
 
-def _vllm(family: Family, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
-    """What to tell vLLM about this adapter, and what it would do otherwise."""
-    if family.vllm == "nothing":
+def _vllm(table: CheckpointTable[ModelConfig], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
+    """How to serve this adapter with vLLM, or why vLLM cannot serve it."""
+    if table.vllm == "nothing":
         return (
-            f"vLLM 0.33's `{family.auto_class}` takes no vision encoder of this kind, merged or not: use transformers."
+            f"vLLM 0.33's `{table.auto_class}` takes no vision encoder of this kind, merged or not: use transformers."
         )
-    if family.vllm == "merged" or max(ranks.values()) > _VLLM_RANKS[-1]:
-        why = (
-            f"no LoRA adapter for `{family.auto_class}`"
-            if family.vllm == "merged"
+    if table.vllm == "merged" or max(ranks.values()) > _VLLM_RANKS[-1]:
+        unsupported = (
+            f"no LoRA adapter for `{table.auto_class}`"
+            if table.vllm == "merged"
             else f"no rank above {_VLLM_RANKS[-1]}"
         )
-        return f"vLLM 0.33 takes {why}: serve the merged checkpoint of the same run (`mars export RUN --merged`)."
+        return (
+            f"vLLM 0.33 takes {unsupported}: serve the merged checkpoint of the same run (`mars export RUN --merged`)."
+        )
     needed = next(rank for rank in _VLLM_RANKS if rank >= max(ranks.values()))
     arguments, text = f"enable_lora=True, max_lora_rank={needed}", ""
     switched = " and ".join(module for module in ranks if module != "llm")

@@ -1,14 +1,14 @@
-"""Models and data sets that are named by their address on the Hugging Face hub, as folders of this machine.
+"""Resolves addresses of models and data sets on the Hugging Face hub to local folders.
 
-`hf://OWNER/NAME` is a model and `hf://datasets/OWNER/NAME` a data set; `@REVISION` pins either, and a folder or file of
-it and a `#split` may follow. They are downloaded once, into the hub's own cache; without a network the cache answers.
+`hf://OWNER/NAME` is a model and `hf://datasets/OWNER/NAME` a data set. `@REVISION` pins either; a path within it and a
+`#split` may follow. They are downloaded once into the hub's cache, which also serves them without a network.
 """
 
 from pathlib import Path, PurePosixPath
 
 from mars_jax.errors import ConfigError, DataError
 
-# What of a model's files is read here: not the same weights in other formats.
+# The files of a model that are downloaded: not the same weights in other formats.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -23,34 +23,34 @@ def repository(path: Path) -> str:
 
 
 def local(path: Path) -> Path:
-    """The folder of this machine that holds what an address names; any other path as it is.
+    """The local folder of an address on the hub, downloaded if needed; any other path as it is.
 
     Raises:
-        ConfigError: it isn't an address of a model or data set, or that model can't be had.
-        DataError: that data set can't be had.
+        ConfigError: the address is malformed, or the model cannot be downloaded.
+        DataError: the data set cannot be downloaded.
     """
     if not on_hub(path):
         return path
     from huggingface_hub import snapshot_download
 
     kind, name, revision, within, split = _parse(path)
-    # The pictures that a file names lie beside it.
+    # The pictures of a file are in the same folder.
     folder = PurePosixPath(within).parent if within.endswith((".json", ".jsonl", ".parquet")) else PurePosixPath(within)
     patterns = [f"{folder}/*"] if folder.name else _MODEL_FILES if kind == "model" else None
     try:
-        found = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)) / within
+        target = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)) / within
     except (OSError, ValueError) as error:
-        what = str(error).strip().partition("\n")[0]
-        wrong = ConfigError if kind == "model" else DataError
-        raise wrong(
-            f"{_written(path)}: can't be had from the hub ({what}). Check the name, the network and, for what needs a "
-            "login, `hf auth login`; or download it elsewhere and give the folder."
+        reason = str(error).strip().partition("\n")[0]
+        error_type = ConfigError if kind == "model" else DataError
+        raise error_type(
+            f"{_written(path)}: can't be downloaded from the hub ({reason}). Check the name, the network and, for what "
+            "needs a login, `hf auth login`; or download it elsewhere and give the folder."
         ) from error
-    return found.with_name(f"{found.name}#{split}") if split else found
+    return target.with_name(f"{target.name}#{split}") if split else target
 
 
 def _parse(path: Path) -> tuple[str, str, str | None, str, str]:
-    """Kind, OWNER/NAME, revision, place within it, and split."""
+    """Kind, OWNER/NAME, revision, path within the repository, and split."""
     address, _, split = "/".join(path.parts[1:]).partition("#")
     kind = "dataset" if address.startswith("datasets/") else "model"
     owner, _, rest = address.removeprefix("datasets/").partition("/")
@@ -64,5 +64,5 @@ def _parse(path: Path) -> tuple[str, str, str | None, str, str]:
 
 
 def _written(path: Path) -> str:
-    """An address as people write it: paths have no double slash."""
+    """The address as users write it; `Path` drops one of the two slashes."""
     return "hf://" + "/".join(path.parts[1:])

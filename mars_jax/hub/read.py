@@ -1,7 +1,7 @@
 """Reads a Hugging Face checkpoint directory: `config.json` and safetensors into our configuration and parameters.
 
-It runs on the host, tensor by tensor: each one is cast and placed into its stacked array, so there is never a second
-copy of the model. It doesn't shard, download, or read torch pickles.
+Tensors are read on the host one at a time, each cast and copied into its stacked array, so there is never a second
+copy of the model. Sharding and downloads are not handled here, and torch pickles are not read.
 """
 
 import json
@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families import tables
-from mars_jax.models.families.registry import family_of, model_config
+from mars_jax.models.families.registry import checkpoint_table, model_config
+from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.trees import Tree, unflatten
 
 CONFIG_FILE = "config.json"
@@ -40,36 +40,36 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[ModelConfi
         The configuration, and the parameters as numpy arrays on the host (ready for `jax.device_put`).
 
     Raises:
-        ConfigError: a file that is missing or broken, or tensors that do not fit the configuration one to one.
+        ConfigError: a file is missing or broken, or the tensors do not match the configuration one to one.
     """
     directory = Path(directory)
     config = read_config(directory)
-    family = family_of(config)
-    wanted = {
-        key: (parameter, layer) for parameter in family.parameters(config) for layer, key in enumerate(parameter.keys)
+    table = checkpoint_table(config)
+    targets = {
+        key: (parameter, layer) for parameter in table.parameters(config) for layer, key in enumerate(parameter.keys)
     }
-    arrays = {parameter.path: np.empty(parameter.shape, jnp.dtype(dtype)) for parameter, _ in wanted.values()}
+    arrays = {parameter.path: np.empty(parameter.shape, jnp.dtype(dtype)) for parameter, _ in targets.values()}
     seen: dict[str, str] = {}
     unexpected: list[str] = []
     tied_head = None
     for file in weight_files(directory):
         for name, tensor in read_tensors(file):
-            key = family.hub_key(name)
+            key = table.hub_key(name)
             if key in seen:
                 raise ConfigError(
                     f"{file}: {name!r} and {seen[key]!r} are the same parameter in two key layouts. "
                     f"Keep one of them; a checkpoint holds every parameter once."
                 )
             seen[key] = name
-            if key in wanted:
-                parameter, layer = wanted[key]
-                place = arrays[parameter.path][layer] if parameter.stacked else arrays[parameter.path]
-                place[...] = tables.from_stored(_checked(tensor, parameter, file, name), parameter.transform)
-            elif key == family.head_key and config.text.tie_word_embeddings:
+            if key in targets:
+                parameter, layer = targets[key]
+                array = arrays[parameter.path][layer] if parameter.stacked else arrays[parameter.path]
+                array[...] = tables.from_stored(_checked(tensor, parameter, file, name), parameter.transform)
+            elif key == table.head_key and config.text.tie_word_embeddings:
                 tied_head = (file, name, tensor.astype(jnp.dtype(dtype)))
-            elif not family.unused(key, config):
+            elif not table.unused(key, config):
                 unexpected.append(name)
-    _check_complete(directory, family.layouts, [key for key in wanted if key not in seen], unexpected)
+    _check_complete(directory, table.layouts, [key for key in targets if key not in seen], unexpected)
     if tied_head is not None and not np.array_equal(tied_head[2], arrays[tables.EMBEDDING_PATH]):
         raise ConfigError(
             f"{tied_head[0]}: {CONFIG_FILE} ties the word embeddings, yet {tied_head[1]!r} differs from the embedding. "
@@ -82,7 +82,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Reads `config.json` of a checkpoint directory.
 
     Raises:
-        ConfigError: no such file, bad JSON, or a model that is not supported.
+        ConfigError: the file is missing or not JSON, or the model is not supported.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -93,7 +93,7 @@ def read_config(directory: Path) -> ModelConfig:
     return model_config(read_json(path), str(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Document:
     """Reads a JSON object.
 
     Raises:
@@ -116,16 +116,16 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that the index lists where there is an index, else the single file.
 
     Raises:
-        ConfigError: no weights, a listed shard that is missing, or an index that does not describe its shards.
+        ConfigError: there are no weights, a listed shard is missing, or the index does not match its shards.
     """
     index = directory / INDEX_FILE
     if not index.is_file():
         single = directory / WEIGHTS_FILE
         if single.is_file():
             return [single]
-        found = sorted(path.name for path in directory.iterdir())
+        names = sorted(path.name for path in directory.iterdir())
         raise ConfigError(
-            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; found: {', '.join(found) or 'nothing'}. "
+            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; found: {', '.join(names) or 'nothing'}. "
             f"Only safetensors are read: fetch those files, or save the model again with transformers."
         )
     weight_map = read_json(index).get("weight_map")
@@ -135,7 +135,7 @@ def weight_files(directory: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(
-            f"{index}: lists {len(files)} shards, of which {len(missing)} are not there: {_some(missing)}. "
+            f"{index}: lists {len(files)} shards, of which {len(missing)} are not there: {_listing(missing)}. "
             f"The download is incomplete; fetch them again."
         )
     for file in files:
@@ -144,18 +144,18 @@ def weight_files(directory: Path) -> list[Path]:
             differing = sorted(listed ^ set(tensors.keys()))
         if differing:
             raise ConfigError(
-                f"{index}: does not describe {file.name}; they differ in {len(differing)} tensors: {_some(differing)}. "
-                f"Index and shards come from different downloads; fetch both again."
+                f"{index}: does not describe {file.name}; they differ in {len(differing)} tensors: "
+                f"{_listing(differing)}. Index and shards come from different downloads; fetch both again."
             )
     return files
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file for numpy, reading nothing but its header.
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file for numpy; only its header is read.
 
     Raises:
-        ConfigError: the file is missing, truncated or not safetensors; also while it is read.
+        ConfigError: the file is missing, truncated or not safetensors; raised also during reads.
     """
     try:
         with safe_open(path, framework="numpy") as tensors:
@@ -176,7 +176,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, tables.HostArray]]:
     with open_safetensors(path) as tensors:
         names = deque(tensors.keys())
     while names:
-        # The file is mapped, and what was read of it stays resident until it is closed.
+        # The file is memory-mapped, and pages that were read stay resident until it is closed.
         with open_safetensors(path) as tensors:
             read = 0
             while names and read < _MAPPED_BYTES:
@@ -203,12 +203,12 @@ def _checked(tensor: tables.HostArray, parameter: tables.Parameter, file: Path, 
 def _check_complete(directory: Path, layouts: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
     if missing or unexpected:
         raise ConfigError(
-            f"{directory}: the tensors do not fit {CONFIG_FILE}. Missing {len(missing)}: {_some(missing)}. "
-            f"Not part of the model {len(unexpected)}: {_some(unexpected)}. "
+            f"{directory}: the tensors do not fit {CONFIG_FILE}. Missing {len(missing)}: {_listing(missing)}. "
+            f"Not part of the model {len(unexpected)}: {_listing(unexpected)}. "
             f"Known layouts start with {layouts}; use a checkpoint of the model that {CONFIG_FILE} describes."
         )
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return f"{shown or 'none'}{', ...' if len(names) > _LISTED else ''}"
+def _listing(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_LISTED])
+    return f"{listed or 'none'}{', ...' if len(names) > _LISTED else ''}"

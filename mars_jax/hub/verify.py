@@ -1,12 +1,13 @@
-"""Checks an export in PyTorch: every tensor in its place, logits equal to ours and different from the base's.
+"""Verifies an export in PyTorch: all tensors assigned, logits equal to ours and different from the base's.
 
-It needs the `torch` extra and runs on the CPU in float32. PEFT accepts an adapter that it can't place with no more
-than a warning, so nothing here trusts that loading succeeded.
+It needs the `torch` extra and runs on the CPU in float32. PEFT only warns about tensors that it cannot assign, so the
+loaded tensors are compared one by one.
 """
 
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import numpy as np
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX
 from mars_jax.hub.read import read_config, read_tensors
-from mars_jax.models.families.registry import family_of
-from mars_jax.models.families.tables import Family
+from mars_jax.models.configs import ModelConfig
+from mars_jax.models.families.registry import checkpoint_table
+from mars_jax.models.families.tables import CheckpointTable
+from mars_jax.runtime.jsonfiles import Document
 
 
 def verify_adapter(
@@ -31,40 +34,40 @@ def verify_adapter(
     Args:
         adapter_dir: from `write_adapter`.
         base_dir: the base checkpoint.
-        batch: inputs of the Hugging Face model: input_ids and attention_mask [B, T], and what it takes of pictures.
+        batch: inputs of the Hugging Face model: input_ids and attention_mask [B, T], and its picture inputs.
         our_logits: our logits with the adapter, float32 [B, T, V]; compared where the attention mask is 1.
         base_logits: our logits without it, float32 [B, T, V].
-        tolerance: largest difference of a logit; where the largest logit is above 1, as a share of that, since
-            float32 rounds in shares. The adapter must move a logit by more than it.
+        tolerance: largest allowed difference of a logit, relative to the largest logit if that is above 1, since
+            float32 rounding is relative. The adapter must change a logit by more than `tolerance`.
 
     Returns:
-        `tensors` placed, the largest absolute differences `logits_difference` (theirs and ours, adapted),
-        `base_difference` (theirs and ours, base alone), `moved` (theirs, adapted and base alone), and `largest_logit`
-        (theirs, adapted).
+        `tensors`: number of tensors loaded; the largest absolute differences `logits_difference` (PyTorch and ours,
+        with the adapter), `base_difference` (PyTorch and ours, base alone) and `moved` (PyTorch, with and without the
+        adapter); `largest_logit` (PyTorch, with the adapter).
 
     Raises:
         ConfigError: torch or peft is not installed.
-        NoValidResultError: a tensor that is missing, unexpected or different, logits that are not ours, or logits
-            that the adapter does not move.
+        NoValidResultError: a tensor is missing, unexpected or different, the logits differ from ours, or the adapter
+            does not change them.
     """
     torch, transformers = _imports()
     from peft import PeftModel, get_peft_model_state_dict
 
-    family = family_of(read_config(Path(base_dir)))
-    base = _load(transformers, torch, family, base_dir)[0]
+    table = checkpoint_table(read_config(Path(base_dir)))
+    base = _load(transformers, torch, table, base_dir)[0]
     theirs_base = _logits(base, batch)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
-    # With the default, peft asks the hub whether the embeddings changed size.
+    # By default, peft queries the hub to find out whether the embeddings changed size.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    loaded = {_hub_name(family, name): tensor.numpy() for name, tensor in state.items()}
+    loaded = {_hub_name(table, name): tensor.numpy() for name, tensor in state.items()}
     file = Path(adapter_dir) / ADAPTER_WEIGHTS_FILE
-    stored = {_hub_name(family, name): tensor for name, tensor in read_tensors(file)}
+    stored = {_hub_name(table, name): tensor for name, tensor in read_tensors(file)}
     missing, unexpected = sorted(set(loaded) - set(stored)), sorted(set(stored) - set(loaded))
     different = [name for name in stored if name in loaded and not np.array_equal(stored[name], loaded[name])]
     if missing or unexpected or different:
         placed = len(stored) - len(unexpected) - len(different)
         raise NoValidResultError(
-            f"{adapter_dir}: PEFT placed {placed} of {len(stored)} tensors. Without a place: {unexpected[:5]}; "
+            f"{adapter_dir}: PEFT placed {placed} of {len(stored)} tensors. Not assigned: {unexpected[:5]}; "
             f"left at their initial values: {missing[:5]}; with other values: {different[:5]}. "
             f"Export the adapter again, with transformers 4.57 or newer installed."
         )
@@ -83,7 +86,7 @@ def verify_merged(
 ) -> dict[str, float]:
     """Loads a merged checkpoint and its base with transformers, and compares logits with ours.
 
-    A base stored in float16 or bfloat16 rounds the merged weights: then take `our_logits` from
+    If the base is stored in float16 or bfloat16, the merged weights are rounded: compute `our_logits` from
     `read_checkpoint(merged_dir, "float32")`, which holds the same rounded weights.
 
     Args:
@@ -95,23 +98,25 @@ def verify_merged(
 
     Raises:
         ConfigError: torch is not installed.
-        NoValidResultError: a tensor that is missing or unexpected, logits that are not ours, or logits that did not
-            move from the base's.
+        NoValidResultError: a tensor is missing or unexpected, the logits differ from ours, or they equal those of the
+            base.
     """
     torch, transformers = _imports()
-    family = family_of(read_config(Path(base_dir)))
-    theirs_base = _logits(_load(transformers, torch, family, base_dir)[0], batch)
-    model, info = _load(transformers, torch, family, merged_dir)
-    astray = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if astray:
+    table = checkpoint_table(read_config(Path(base_dir)))
+    theirs_base = _logits(_load(transformers, torch, table, base_dir)[0], batch)
+    model, info = _load(transformers, torch, table, merged_dir)
+    unassigned = {
+        kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+    }
+    if unassigned:
         raise NoValidResultError(
-            f"{merged_dir}: transformers could not place every tensor: {astray}. Merge again from an intact base."
+            f"{merged_dir}: transformers could not assign every tensor: {unassigned}. Merge again from an intact base."
         )
     theirs = _logits(model, batch)
     return _compare(str(merged_dir), batch, theirs, theirs_base, our_logits, base_logits, tolerance)
 
 
-def _imports() -> tuple[Any, Any]:
+def _imports() -> tuple[ModuleType, ModuleType]:
     try:
         import peft  # noqa: F401
         import torch
@@ -124,8 +129,10 @@ def _imports() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def _load(transformers: Any, torch: Any, family: Family, directory: str | Path) -> tuple[Any, dict[str, Any]]:
-    model, info = getattr(transformers, family.auto_class).from_pretrained(
+def _load(
+    transformers: ModuleType, torch: ModuleType, table: CheckpointTable[ModelConfig], directory: str | Path
+) -> tuple[Any, Document]:
+    model, info = getattr(transformers, table.auto_class).from_pretrained(
         str(directory), dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     return model.eval(), info
@@ -135,19 +142,19 @@ def _logits(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     import torch
 
     forward = (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
-    # Not every version asks which tokens are pictures: some find out from the tokens themselves.
-    taken = set(inspect.signature(forward).parameters)
+    # Only some versions take `mm_token_type_ids`; others find the image tokens by their ids.
+    arguments = set(inspect.signature(forward).parameters)
     inputs = {
         name: torch.from_numpy(np.array(value))
         for name, value in batch.items()
-        if name in taken or name != "mm_token_type_ids"
+        if name in arguments or name != "mm_token_type_ids"
     }
     with torch.no_grad():
         return model(**inputs).logits.float().numpy()
 
 
-def _hub_name(family: Family, name: str) -> str:
-    return family.hub_key(name.removeprefix(PEFT_PREFIX))
+def _hub_name(table: CheckpointTable[ModelConfig], name: str) -> str:
+    return table.hub_key(name.removeprefix(PEFT_PREFIX))
 
 
 def _compare(
@@ -172,7 +179,7 @@ def _compare(
     }
     allowed = tolerance * max(1.0, result["largest_logit"])
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in result.items())
-    # Written so that NaN fails too.
+    # The comparisons are negated so that NaN fails too.
     if not result["logits_difference"] <= allowed:
         raise NoValidResultError(
             f"{what}: its logits in PyTorch are not ours: {numbers}, allowed {allowed:.3g}. "

@@ -7,14 +7,19 @@ written by `adapter.py`.
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.merge import delta_of
+from mars_jax.adapters.method import AdapterMethod, leaf_names
 from mars_jax.errors import ConfigError
 from mars_jax.hub.read import (
     CONFIG_FILE,
@@ -27,14 +32,12 @@ from mars_jax.hub.read import (
 )
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families import tables
-from mars_jax.models.families.registry import family_of, model_config
+from mars_jax.models.families.registry import checkpoint_table, model_config
 from mars_jax.runtime.trees import flatten
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")
 _METADATA = {"format": "pt"}
-
-Update = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def write_checkpoint(
@@ -60,24 +63,22 @@ def write_checkpoint(
     """
     directory = Path(directory)
     config = model_config(config_json, "config_json")
-    family = family_of(config)
+    table = checkpoint_table(config)
     if config.num_vision_layers_used != config.vision.num_layers:
-        layers = list(getattr(config, "vision_feature_layers", ()))
+        remedy = " and ".join(f"{key} to {value}" for key, value in config.trimmed_settings.items())
         raise ConfigError(
             f"config_json: has {config.vision.num_layers} vision layers, of which the parameters hold the "
-            f"{config.num_vision_layers_used} in use. Set vision_config.num_hidden_layers to "
-            f"{config.num_vision_layers_used} and vision_feature_layer to {layers if len(layers) > 1 else layers[0]}: "
-            f"it is the same model."
+            f"{config.num_vision_layers_used} in use. Set {remedy}: it is the same model."
         )
     flat = flatten(params)
-    table = family.parameters(config)
-    differing = {parameter.path for parameter in table} ^ set(flat)
+    parameters = table.parameters(config)
+    differing = {parameter.path for parameter in parameters} ^ set(flat)
     if differing:
         raise ConfigError(
             f"{directory}: parameters and config_json differ in {len(differing)} paths: {', '.join(sorted(differing))}."
         )
     tensors = {}
-    for parameter in table:
+    for parameter in parameters:
         array = np.asarray(flat[parameter.path])
         if array.shape != parameter.shape:
             raise ConfigError(
@@ -87,8 +88,8 @@ def write_checkpoint(
         array = array.astype(jnp.dtype(dtype))
         for key, layer in zip(parameter.keys, array if parameter.stacked else [array], strict=True):
             tensors[key] = tables.to_stored(layer, parameter)
-    sizes = family.dimensions(config)
-    for key, (names, value) in family.extra_tensors.items():
+    sizes = table.dimensions(config)
+    for key, (names, value) in table.extra_tensors.items():
         tensors[key] = np.full([sizes[name] for name in names], value, jnp.dtype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, metadata=_METADATA)
@@ -97,8 +98,10 @@ def write_checkpoint(
         shutil.copy(file, directory)
 
 
-def write_merged(directory: str | Path, base_directory: str | Path, adapters: Mapping[str, Any]) -> None:
-    """Writes the base with the adapters added to its weights: W + scale * A B, added in float32.
+def write_merged(
+    directory: str | Path, base_directory: str | Path, adapters: Mapping[str, Any], method: AdapterMethod = LORA
+) -> None:
+    """Writes the base with the adapters added to its weights, in float32.
 
     Tensors keep the dtype, the file and the order they have in the base, and get the hub's names. Configuration,
     tokenizer and processor files are copied. One shard is in memory at a time.
@@ -107,23 +110,27 @@ def write_merged(directory: str | Path, base_directory: str | Path, adapters: Ma
         directory: made if it isn't there; files of the same names are replaced.
         base_directory: the checkpoint that the adapters were trained on.
         adapters: adapter tree; padded ranks are fine.
+        method: the adapter method.
 
     Raises:
-        ConfigError: the two directories are the same, or an adapter that does not fit the base.
+        ConfigError: the two directories are the same, a method that can't be merged, or an adapter that does not fit
+            the base.
     """
     directory, base = Path(directory), Path(base_directory)
     config = read_config(base)
     if directory.resolve() == base.resolve():
         raise ConfigError(f"{directory}: is the base checkpoint itself. Give another directory for the merged one.")
-    updates = _updates_by_key(adapters, config, base)
+    updates = _leaves_by_key(adapters, config, base, method)
     directory.mkdir(parents=True, exist_ok=True)
-    family = family_of(config)
+    table = checkpoint_table(config)
     weight_map: dict[str, str] = {}
     for file in weight_files(base):
         tensors = {}
         for name, tensor in read_tensors(file):
-            key = family.hub_key(name)
-            tensors[key] = _merged(tensor, updates.pop(key), file, name) if key in updates else tensor
+            key = table.hub_key(name)
+            if key in updates:
+                tensor = _merged(tensor, updates.pop(key), method, f"{file}: {name!r}")
+            tensors[key] = tensor
         save_file(tensors, directory / file.name, metadata=_METADATA)
         weight_map |= dict.fromkeys(tensors, file.name)
     if updates:
@@ -143,31 +150,38 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _updates_by_key(adapters: Mapping[str, Any], config: ModelConfig, base: Path) -> dict[str, Update]:
-    """Maps hub keys to the update of one tensor: a [in, R], b [R, out], scale []."""
+def _leaves_by_key(
+    adapters: Mapping[str, Any], config: ModelConfig, base: Path, method: AdapterMethod
+) -> dict[str, Mapping[str, np.ndarray]]:
+    """Maps hub keys to the leaves that update one tensor, without the axis of layers."""
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
-    family = family_of(config)
-    keys, linears = {parameter.path: parameter for parameter in family.parameters(config)}, family.linears
-    updates: dict[str, Update] = {}
+    table = checkpoint_table(config)
+    keys, linears = {parameter.path: parameter for parameter in table.parameters(config)}, table.linears
+    updates: dict[str, Mapping[str, np.ndarray]] = {}
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         parameter = keys.get(f"{path}/kernel")
-        a, b, scale = (flat[f"{path}/{name}"] for name in ("a", "b", "scale"))
-        if not parameter or path not in linears or (parameter.stacked and len(a) != len(parameter.keys)):
+        leaves = {name: flat[f"{path}/{name}"] for name in leaf_names(method)}
+        first = next(iter(leaves.values()))
+        if not parameter or path not in linears or (parameter.stacked and len(first) != len(parameter.keys)):
             raise ConfigError(
-                f"{base}: has no place for the adapter of {path!r} with shape {list(a.shape)}. "
+                f"{base}: has no place for the adapter of {path!r} with shape {list(first.shape)}. "
                 f"Give the checkpoint that the adapters were trained on."
             )
-        layers = zip(a, b, scale, strict=True) if parameter.stacked else [(a, b, scale)]
-        updates |= dict(zip(parameter.keys, layers, strict=True))
+        # Refused before anything is written.
+        jax.eval_shape(partial(delta_of, method), jax.ShapeDtypeStruct(parameter.shape, np.float32), leaves)
+        for layer, key in enumerate(parameter.keys):
+            updates[key] = {name: leaf[layer] if parameter.stacked else leaf for name, leaf in leaves.items()}
     return updates
 
 
-def _merged(tensor: tables.HostArray, update: Update, file: Path, name: str) -> tables.HostArray:
-    a, b, scale = update
-    delta = scale * (a @ b).T
+def _merged(
+    tensor: tables.HostArray, leaves: Mapping[str, np.ndarray], method: AdapterMethod, where: str
+) -> tables.HostArray:
+    stored = tensor.astype(np.float32)
+    delta = np.asarray(delta_of(method, stored.T, leaves)).T
     if delta.shape != tensor.shape:
         raise ConfigError(
-            f"{file}: {name!r} has shape {list(tensor.shape)}, its adapter makes {list(delta.shape)}. "
+            f"{where} has shape {list(tensor.shape)}, its adapter makes {list(delta.shape)}. "
             f"Give the checkpoint that the adapters were trained on."
         )
-    return (tensor.astype(np.float32) + delta).astype(tensor.dtype)
+    return (stored + delta).astype(tensor.dtype)

@@ -1,43 +1,73 @@
-"""What a config asks for that can only be judged against the checkpoint and the data, refused before any step.
+"""Settings that can only be judged against the checkpoint and the data, refused before any step.
 
-What can be judged from the config alone is in `config.schema`.
+Those that can be judged from the config alone are refused in `config.schema`.
 """
 
+from pathlib import Path
+
+from mars_jax.config.load import Config
 from mars_jax.errors import ConfigError
 from mars_jax.hub.read import open_safetensors, weight_files
-from mars_jax.job.workspace import Workspace
+from mars_jax.job.base import JobBase
 
 
-def check_model(workspace: Workspace) -> None:
+def check_model(config: Config, base: JobBase) -> None:
     """Refuses a checkpoint, targets or ranks that can't be used, reading headers only, before the data are read.
 
     Raises:
         ConfigError: no usable checkpoint, a target without a hit, or a rank beyond a width.
     """
-    _ = workspace.targets
-    for file in weight_files(workspace.checkpoint):
+    _ = base.targets
+    for file in weight_files(base.checkpoint):
         with open_safetensors(file):
             pass
-    sizes = workspace.config.probe.num_samples
-    if workspace.config.lora.is_searched and len(sizes) < 2:
+    sizes = config.probe.num_samples
+    if config.lora.is_searched and len(sizes) < 2:
         raise ConfigError(
             f"probe.num_samples is {list(sizes)}; the laws need at least two numbers of samples. Add another."
         )
 
 
-def check_sizes(workspace: Workspace) -> None:
+def check_sizes(config: Config, num_samples: int) -> None:
     """Refuses data sizes that the training split can't give.
+
+    Args:
+        config: of the job.
+        num_samples: training samples.
 
     Raises:
         ConfigError: more samples asked for than there are.
     """
-    config, total = workspace.config, len(workspace.search.train)
-    wanted = {"probe.num_samples": max(config.probe.num_samples)} if config.lora.is_searched else {}
+    asked = {"probe.num_samples": max(config.probe.num_samples)} if config.lora.is_searched else {}
     if config.selection.target_num_samples:
-        wanted["selection.target_num_samples"] = config.selection.target_num_samples
-    for key, value in wanted.items():
-        if value > total:
+        asked["selection.target_num_samples"] = config.selection.target_num_samples
+    for key, value in asked.items():
+        if value > num_samples:
             raise ConfigError(
-                f"{key} asks for {value} training samples, but the training split has {total}. "
-                f"Choose at most {total}, or give more data."
+                f"{key} asks for {value} training samples, but the training split has {num_samples}. "
+                f"Choose at most {num_samples}, or give more data."
             )
+
+
+def check_searched(config: Config) -> None:
+    """Refuses to search where the config gives every module one rank.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if not config.lora.is_searched:
+        ranks = ", ".join(f"{module} {grid[0]}" for module, grid in config.lora.grids.items())
+        raise ConfigError(
+            f"lora.modules gives every module one rank ({ranks}), so there is nothing to search. Give at least one "
+            "module two ranks or more; or fine-tune with these ranks by `mars run`."
+        )
+
+
+def check_there(path: Path, phase: str) -> None:
+    """Refuses to go on without the output of an earlier phase.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: run `mars {phase}` first, or `mars run` for every phase.")

@@ -1,45 +1,119 @@
-"""Shows that PyTorch sees what we see: a run's export loaded with transformers and PEFT, on a few test records.
-
-The comparison itself is `hub.verify`; here its inputs are made.
-"""
+"""The phases that hand a run's result to other tools: PEFT adapter, merged checkpoint, and the check in PyTorch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 
+from mars_jax.adapters.files import read_adapters
+from mars_jax.adapters.registry import METHODS
 from mars_jax.data.examples import ExampleSource
 from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
+from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, write_adapter
+from mars_jax.hub.paths import repository
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import verify_adapter, verify_merged
-from mars_jax.job.directory import RunDirectory
-from mars_jax.job.workspace import Workspace
+from mars_jax.hub.write import write_merged
+from mars_jax.job import files
+from mars_jax.job.checks import check_there
+from mars_jax.job.job import Job
+from mars_jax.job.phase import Inputs, Phase
+from mars_jax.job.pick import picked_ranks
+from mars_jax.runtime.jsonfiles import Document, read_json
+from mars_jax.runtime.trees import Tree
 
 _RECORDS = 4
 
 
-def verify_run(workspace: Workspace, adapters: Any, directory: RunDirectory, merged: bool) -> dict[str, Any]:
-    """Loads the export in PyTorch and compares logits on a few test samples."""
-    records = workspace.test_records[:_RECORDS]
-    source = ExampleSource(records, workspace.preprocessor, plan_shapes(records, workspace.preprocessor, 2**31).shapes)
-    batch = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
-    inputs = torch_inputs(records, batch, workspace.preprocessor)
-    checkpoint = workspace.checkpoint
+def _inputs(job: Job) -> Inputs:
+    check_there(job.directory / files.SUMMARY, "finetune")
+    return (job.directory / files.SUMMARY,)
 
-    def logits(base: Any, lora_tree: Any) -> np.ndarray:
-        variables = {"params": base, "lora": lora_tree}
-        return np.asarray(workspace.model.apply(variables, batch, method="logits"))
+
+def _write_adapter(job: Job) -> Document:
+    directory = job.directory
+    selection = read_json(directory / files.SELECTION)
+    write_adapter(
+        directory / files.ADAPTER,
+        read_adapters(directory / files.ADAPTERS),
+        picked_ranks(job),
+        job.base.model_config,
+        base_name=repository(job.config.model.checkpoint),
+        provenance={
+            "selection": {name: value for name, value in selection.items() if name != "candidates"},
+            "finetune": read_json(directory / files.SUMMARY),
+            "alpha": asdict(job.base.alpha),
+            "versions": directory.book.state()["versions"],
+        },
+        method=job.base.method,
+    )
+    return {"adapter": directory / files.ADAPTER}
+
+
+def _merge(job: Job) -> Document:
+    if not EXPORT.applies(job.config):
+        job.reporter.notice(
+            f"export: PEFT has no format for the adapter method {job.base.method.name}, so only the merged checkpoint "
+            "is written"
+        )
+    adapters = read_adapters(job.directory / files.ADAPTERS)
+    write_merged(job.directory / files.MERGED, job.base.checkpoint, adapters, job.base.method)
+    return {"merged": job.directory / files.MERGED}
+
+
+EXPORT = Phase(
+    "export",
+    _inputs,
+    files.ADAPTER / ADAPTER_WEIGHTS_FILE,
+    _write_adapter,
+    lambda job: {"adapter": job.directory / files.ADAPTER},
+    applies=lambda config: METHODS[config.adapter.method].peft() is not None,
+)
+MERGE = Phase(
+    "merge",
+    _inputs,
+    files.MERGED,
+    _merge,
+    lambda job: {"merged": job.directory / files.MERGED},
+    applies=lambda config: config.export.merged or METHODS[config.adapter.method].peft() is None,
+)
+
+
+def verify_export(job: Job, *, merged: bool) -> Document:
+    """Loads the export in PyTorch and compares logits on a few test samples.
+
+    Args:
+        job: of the run.
+        merged: whether to check the merged checkpoint too.
+
+    Raises:
+        ConfigError: torch or peft is not installed.
+        NoValidResultError: PyTorch sees something else.
+    """
+    preprocessor, checkpoint = job.data.preprocessor, job.base.checkpoint
+    adapters = read_adapters(job.directory / files.ADAPTERS)
+    records = job.data.test_records[:_RECORDS]
+    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+    batch = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
+    inputs = torch_inputs(records, batch, preprocessor)
+
+    def logits(base: Tree, adapted: Tree) -> np.ndarray:
+        variables = {"params": base, job.base.method.name: adapted}
+        return np.asarray(job.base.model.apply(variables, batch, method="logits"))
 
     _, base = read_checkpoint(checkpoint, "float32")
-    ours, plain = logits(base, adapters), logits(base, {})
-    document: dict[str, Any] = {"adapter": verify_adapter(directory.adapter, checkpoint, inputs, ours, plain)}
+    plain = logits(base, {})
+    document: Document = {}
+    if job.base.method.peft():
+        folder = job.directory / files.ADAPTER
+        document["adapter"] = verify_adapter(folder, checkpoint, inputs, logits(base, adapters), plain)
     if merged:
         # The stored dtype may round merged weights: both sides start from the file.
-        rounded = logits(read_checkpoint(directory.merged, "float32")[1], {})
-        document["merged"] = verify_merged(directory.merged, checkpoint, inputs, rounded, plain)
+        rounded = logits(read_checkpoint(job.directory / files.MERGED, "float32")[1], {})
+        document["merged"] = verify_merged(job.directory / files.MERGED, checkpoint, inputs, rounded, plain)
     return document
 
 

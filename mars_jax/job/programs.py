@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mars_jax.job.prices import compile_flops, step_flops
-from mars_jax.job.workspace import Workspace
+from mars_jax.job.job import Job
+from mars_jax.job.prices import compile_flops
 from mars_jax.lanes.buckets import Bucket, plan_buckets
-from mars_jax.lanes.engine import Engine
+from mars_jax.lanes.engine import Engine, EngineShape
 from mars_jax.lanes.lane import Lane, Ranks
 from mars_jax.runtime.devices import physical_memory_bytes
 from mars_jax.runtime.sharding import share_cores
@@ -31,28 +31,28 @@ class Program:
     engine: Engine
 
 
-def probe_programs(workspace: Workspace, lanes: Sequence[Lane], lane_block: int) -> tuple[Program, ...]:
+def probe_programs(job: Job, lanes: Sequence[Lane], lane_block: int) -> tuple[Program, ...]:
     """The programs of the probe phase.
 
     Args:
-        workspace: of the run.
+        job: of the run.
         lanes: all lanes.
         lane_block: lanes in one vectorised step, at most.
     """
-    settings = workspace.config.probe
+    settings = job.config.probe
 
     def lane_flops(ranks: Ranks, cached: bool) -> float:
-        return settings.horizon * step_flops(workspace, ranks, cached_encoder=cached)
+        return settings.horizon * job.prices.step(ranks, cached_encoder=cached)
 
-    buckets = plan_buckets(lanes, lane_flops, compile_flops(), cacheable=_features_fit(workspace))
-    devices = workspace.mesh.shape["lane"]
+    buckets = plan_buckets(lanes, lane_flops, compile_flops(), cacheable=_features_fit(job))
+    devices = job.base.mesh.shape["lane"]
     programs = []
     for bucket in buckets:
         groups = lane_groups(bucket.lanes, settings.lanes_per_program)
         slots = devices * -(-max(map(len, groups)) // devices)
         block = min(lane_block, slots // devices)
-        engine = workspace.engine(bucket.padded_ranks, slots, block, cached_encoder=bucket.cached_encoder)
-        programs.append(Program(bucket, groups, engine))
+        shape = EngineShape(bucket.padded_ranks, slots, block, cached_encoder=bucket.cached_encoder)
+        programs.append(Program(bucket, groups, job.engines.engine(shape)))
     return tuple(programs)
 
 
@@ -68,13 +68,11 @@ def lane_groups(lanes: Sequence[Lane], most: int) -> tuple[tuple[Lane, ...], ...
     return tuple(groups)
 
 
-def covering_engine(
-    workspace: Workspace, programs: Sequence[Program], rank_vectors: Sequence[Ranks], steps: int
-) -> Engine:
+def covering_engine(job: Job, programs: Sequence[Program], rank_vectors: Sequence[Ranks], steps: int) -> Engine:
     """The engine that runs some lanes for less: one of the probe phase, or their own and its compile.
 
     Args:
-        workspace: of the run.
+        job: of the run.
         programs: of the probe phase.
         rank_vectors: ranks of the lanes, which will run together.
         steps: of each of them, on average.
@@ -82,27 +80,26 @@ def covering_engine(
     needed = {module: max(ranks[module] for ranks in rank_vectors) for module in rank_vectors[0]}
     count = len(rank_vectors)
     # One lane can't be split over lane devices: its samples are, and on a CPU its products.
-    mesh = workspace.mesh if count > 1 else workspace.single_lane_mesh
+    mesh = job.base.mesh if count > 1 else job.base.single_lane_mesh
     devices = mesh.shape["lane"]
     slots = devices * -(-count // devices)
-    block = min(workspace.default_lane_block, slots // devices)
-    best = steps * count * step_flops(workspace, needed) + compile_flops()
+    block = min(job.engines.default_lane_block, slots // devices)
+    best = steps * count * job.prices.step(needed) + compile_flops()
     chosen = None
     for program in programs:
         engine, padded = program.engine, program.bucket.padded_ranks
         fits = engine.num_slots >= count and not engine.cached_encoder
         fits &= engine.mesh == mesh or share_cores(engine.mesh)
         if fits and all(padded[module] >= rank for module, rank in needed.items()):
-            cost = steps * engine.places(count) * step_flops(workspace, padded)
+            cost = steps * engine.places(count) * job.prices.step(padded)
             if cost <= best:
                 best, chosen = cost, engine
-    return chosen or workspace.engine(needed, slots, block, mesh=mesh)
+    return chosen or job.engines.engine(EngineShape(needed, slots, block, cached_encoder=False), mesh)
 
 
-def _features_fit(workspace: Workspace) -> bool:
+def _features_fit(job: Job) -> bool:
     """Whether the encoder's output for the largest D takes at most a quarter of this machine's memory."""
-    config = workspace.model_config
-    vision, states = config.vision, len(getattr(config, "vision_feature_layers", (0,)))
-    samples = max(workspace.config.probe.num_samples)
-    count = samples * workspace.shapes.max_tiles * vision.num_positions * vision.hidden_size * states
+    config = job.base.model_config
+    samples = max(job.config.probe.num_samples)
+    count = samples * job.data.shapes.max_tiles * config.vision.num_positions * config.feature_width
     return count * 4 <= physical_memory_bytes() / 4

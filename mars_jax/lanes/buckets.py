@@ -1,6 +1,6 @@
 """Which lanes share a compiled program: buckets of padded ranks, as many as are worth their compile time.
 
-Pure: what a lane-step and a compile cost is told by the caller.
+Pure: what a lane-step and a compile cost is given by the caller.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Which calls of the compiled chunk a group of lanes needs, and their batches, made while the call before runs.
 
-No state of a lane is here, and no decision on who runs: that is `lanes.loop`.
+It holds no state of a lane and does not decide which lanes run: `loop` does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,30 +26,30 @@ class Stream(Protocol):
         ...
 
 
-class Piece(NamedTuple):
-    """One call of the chunk: steps `start` to `stop`, then perhaps a look."""
+class Call(NamedTuple):
+    """One call of the chunk: steps `start` to `stop`, then perhaps an eval point."""
 
     start: int
     stop: int
-    look: bool
+    evaluate: bool
 
 
-def pieces(looks: Sequence[int], chunk_steps: int, done: int) -> Iterator[Piece]:
-    """The calls up to each of the looks that remain after `done` steps, of at most `chunk_steps` steps each."""
-    for look in looks:
+def chunk_calls(eval_steps: Sequence[int], chunk_steps: int, done: int) -> Iterator[Call]:
+    """The calls up to each eval point that remains after `done` steps, of at most `chunk_steps` steps each."""
+    for step in eval_steps:
         start = max(done, 0)
-        while done < look:
-            stop = min(start + chunk_steps, look)
-            yield Piece(start, stop, stop == look)
+        while done < step:
+            stop = min(start + chunk_steps, step)
+            yield Call(start, stop, stop == step)
             done = start = stop
 
 
-def feed(stream: Stream, calls: Iterator[Piece], length: int, mesh: Mesh) -> Iterator[tuple[Piece, Batch]]:
-    """Pieces with their batches [length, B, ...] on the devices, made in threads while the piece before runs."""
+def feed(stream: Stream, calls: Iterator[Call], length: int, mesh: Mesh) -> Iterator[tuple[Call, Batch]]:
+    """Calls with their batches [length, B, ...] on the devices, made in threads while the call before runs."""
 
-    def load(piece: Piece) -> Batch:
-        # A look without steps still needs batches of the right shape; so do places past the last step.
-        steps = [min(step, max(piece.stop - 1, 0)) for step in range(piece.start, piece.start + length)]
+    def load(call: Call) -> Batch:
+        # An eval point without steps still needs batches of the right shape; so do places past the last step.
+        steps = [min(step, max(call.stop - 1, 0)) for step in range(call.start, call.start + length)]
         different = list(dict.fromkeys(steps))
         rows = dict(zip(different, readers.map(stream.__getitem__, different), strict=True))
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[rows[step] for step in steps])
@@ -57,8 +57,8 @@ def feed(stream: Stream, calls: Iterator[Piece], length: int, mesh: Mesh) -> Ite
 
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as thread:
         waiting = None
-        for piece in calls:
-            loading = piece, thread.submit(load, piece)
+        for call in calls:
+            loading = call, thread.submit(load, call)
             if waiting:
                 yield waiting[0], waiting[1].result()
             waiting = loading

@@ -1,15 +1,14 @@
-"""The host loop over a group of lanes: feeds the compiled chunk, looks at the lanes, lets them leave, checkpoints.
+"""The host loop over a group of lanes: feeds the compiled chunk, records eval points, stops lanes, checkpoints.
 
 The lanes of a group read the same data, so those that run are always at the same step. A lane is a pure function of
-(base, ranks, seed, data) and leaves by what its own rows say, so a run that goes on from a checkpoint ends where an
+(base, ranks, seed, data) and stops by its own eval points, so a run that goes on from a checkpoint ends where an
 uninterrupted one does.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -17,54 +16,39 @@ import numpy as np
 from mars_jax.data.batches import Batch
 from mars_jax.errors import ConfigError, Interrupted, NoValidResultError
 from mars_jax.lanes.engine import Engine
-from mars_jax.lanes.feed import Piece, Stream, feed, pieces
+from mars_jax.lanes.eval_points import EvalPoint
+from mars_jax.lanes.feed import Call, chunk_calls, feed
+from mars_jax.lanes.inputs import NO_HOOKS, Hooks, LaneInputs
 from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.result import GroupResult, Progress, Rates, Row
-from mars_jax.lanes.schedule import Schedule, has_half
-from mars_jax.lanes.snapshots import Snapshots
-from mars_jax.lanes.state import LaneState, Look, Work
+from mars_jax.lanes.result import GroupResult, Progress
+from mars_jax.lanes.schedule import Schedule
+from mars_jax.lanes.state import EvalOutput, LaneState, Work
+from mars_jax.lanes.stopping import divergence
 from mars_jax.runtime.checkpoint import Checkpoints
-from mars_jax.runtime.interrupts import Interrupts
+from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.sharding import lane_sharding, place, place_batches
 
 
 def run_group(
     lanes: Sequence[Lane],
     engine: Engine,
-    base: Any,
-    stream: Stream,
-    validation: Batch,
-    learning_rates: Rates | Sequence[Rates],
+    inputs: LaneInputs,
     schedule: Schedule,
-    *,
-    look_batches: int | None = None,
-    checkpoints: Checkpoints | None = None,
-    snapshots: Snapshots | None = None,
+    hooks: Hooks = NO_HOOKS,
     start: GroupResult | None = None,
-    initial: Mapping[int, np.ndarray] | None = None,
-    interrupts: Interrupts | None = None,
-    advance: Callable[[Progress], None] = lambda progress: None,
 ) -> GroupResult:
-    """Runs lanes together, each until it leaves or to the schedule's horizon.
+    """Runs lanes together, each until it stops or to the schedule's horizon.
 
     Args:
-        lanes: at most `engine.num_slots` lanes.
+        lanes: K lanes, at most `engine.num_slots`.
         engine: compiled functions; what they compile doesn't depend on the number of lanes.
-        base: frozen parameters, on the engine's mesh.
-        stream: the batches that every lane reads.
-        validation: batches [V, B, ...] for looks.
-        learning_rates: module -> learning rate, for all lanes or for each.
-        schedule: steps, looks and factors.
-        look_batches: how many of the validation batches a look reads, from the first; None: all.
-        checkpoints: where to save and resume; None for neither.
-        snapshots: where to keep the adapters of every look; None for nowhere.
-        start: go on from here, in place of a fresh state or a checkpoint; used up.
-        initial: lane -> adapters [P] that it starts from, if fresh, in place of its own draw.
-        interrupts: looked at after every chunk.
-        advance: told how it stands after every chunk.
+        inputs: base, batches and rates.
+        schedule: steps, eval points and factors.
+        hooks: checkpoints, snapshots, interrupts and progress.
+        start: result to go on from, in place of a fresh state or a checkpoint; used up.
 
     Returns:
-        The rows of every look and the final state.
+        The eval points of every lane and the final state.
 
     Raises:
         ConfigError: the checkpoints are of other lanes.
@@ -72,137 +56,150 @@ def run_group(
         Interrupted: a signal asked to stop; a checkpoint was saved where there is a place for it.
     """
     slots = lane_slots(len(lanes), engine)
-    look_batches = look_batches or len(jax.tree.leaves(validation)[0])
-    validation = place_batches(validation, engine.mesh)
-    told = 0
-    if start is None:
-        state, group = _start(lanes, slots, engine, learning_rates, checkpoints, initial)
-    else:
-        state = start.state
-        rows, lane_steps = start.rows, [start.useful_steps, start.executed_steps]
-        group = _Group(max(lane_rows[-1]["step"] for lane_rows in rows), rows, [[] for _ in rows], lane_steps)
-        told = group.lane_steps_done(schedule)
+    validation = place_batches(inputs.validation, engine.mesh)
+    state, group = _resumed(start) if start else _start(lanes, slots, engine, inputs, hooks.checkpoints)
+    reported = group.lane_steps_done(schedule) if start else 0
 
-    def tell() -> int:
+    def report() -> int:
         done = group.lane_steps_done(schedule)
-        if done > told or group.step < 0:
-            losses = [rows[-1]["validation_loss"] for rows in group.rows if rows and rows[-1]["alive"]]
-            running = len(schedule.leaving.running(group.rows))
-            advance(Progress(done - told, max(group.step, 0), running, min(losses, default=math.nan)))
+        if done > reported or group.step < 0:
+            hooks.advance(group.progress(done - reported, schedule))
         return done
 
-    told = tell()
+    reported = report()
     last_save = time.monotonic()
-    calls = pieces(schedule.looks, schedule.chunk_steps, group.step)
-    for piece, batches in feed(stream, calls, schedule.chunk_steps, engine.mesh):
-        active = schedule.leaving.running(group.rows)
+    calls = chunk_calls(schedule.eval_steps, schedule.chunk_steps, group.step)
+    for call, batches in feed(inputs.stream, calls, schedule.chunk_steps, engine.mesh):
+        active = schedule.stopping.running(group.points)
         if not active:
             break
-        # Where lanes start from, all compute the same: the base.
-        shown = active if piece.stop else active[:1]
-        places = [slots[k] for k in shown]
-        work = chunk_work(engine, places, batches, piece, schedule, look_batches)
-        state, *results = engine.chunk(state, base, validation, work)
-        losses, seen = jax.device_get(results)
-        group.take_steps(active, losses[places], piece, work, engine)
-        if piece.look:
+        # At step 0 all lanes compute the same, the base: one evaluation serves them all.
+        computed = active if call.stop else active[:1]
+        places = [slots[k] for k in computed]
+        work = chunk_work(engine, places, batches, call, schedule, inputs.num_eval_batches)
+        state, *results = engine.chunk(state, inputs.base, validation, work)
+        losses, output = jax.device_get(results)
+        group.take_steps(active, losses[places], call, work, engine)
+        if call.evaluate:
             for k in active:
-                group.look(k, seen, slots[k] if piece.stop else places[0], schedule)
-            if snapshots:
+                group.add_point(k, output, slots[k] if call.stop else places[0], schedule.ceiling)
+            if hooks.snapshots:
                 vectors = np.asarray(state.average)
                 for k in active:
-                    snapshots.write(piece.stop, k, vectors[slots[k]])
-        if not piece.stop:
-            state = _with_first_loss(state, group.rows[0][0], engine)
-        told = tell()
-        stop = interrupts.requested if interrupts else None
+                    hooks.snapshots.write(call.stop, k, vectors[slots[k]])
+        if not call.stop:
+            state = _with_first_loss(state, group.points[0][0].validation_loss, engine)
+        reported = report()
+        stop = hooks.interrupts.requested if hooks.interrupts else None
         due = time.monotonic() - last_save >= schedule.checkpoint_seconds
-        if checkpoints and piece.stop < schedule.horizon and (due or stop):
-            if snapshots:
-                snapshots.flush()
+        if hooks.checkpoints and call.stop < schedule.horizon and (due or stop):
+            if hooks.snapshots:
+                hooks.snapshots.flush()
             by_lane = jax.tree.map(lambda leaf: np.asarray(leaf)[slots], state)
-            checkpoints.save(piece.stop, by_lane, {"lanes": _names(lanes), **asdict(group)})
+            hooks.checkpoints.save(call.stop, by_lane, {"lanes": _names(lanes), **group.to_json()})
             last_save = time.monotonic()
         if stop:
-            where = f"a checkpoint of step {piece.stop} was saved; " if checkpoints else ""
+            where = f"a checkpoint of step {call.stop} was saved; " if hooks.checkpoints else ""
             raise Interrupted(f"stopped by {stop.name}: {where}run the same command again to go on")
-    return GroupResult(group.rows, state, slots, *group.lane_steps)
+    return GroupResult(group.points, state, slots, *group.lane_steps)
 
 
 @dataclass
 class _Group:
-    """Where a group is: all but the device state, in JSON types.
+    """State of a group on the host.
 
     Attributes:
-        step: steps done by the running lanes; -1 before the look at step 0.
-        rows: see `GroupResult`.
-        train_losses: of each lane, since its last look.
+        step: steps done by the running lanes; -1 before the eval point at step 0.
+        points: eval points of each lane.
+        train_losses: of each lane, since its last eval point.
         lane_steps: useful and executed, see `GroupResult`.
     """
 
     step: int
-    rows: list[list[Row]]
+    points: list[list[EvalPoint]]
     train_losses: list[list[float]]
     lane_steps: list[int]
 
-    def lane_steps_done(self, schedule: Schedule) -> int:
-        """Steps of all lanes, those saved by leaving included."""
-        running = len(schedule.leaving.running(self.rows))
-        return running * max(self.step, 0) + (len(self.rows) - running) * schedule.horizon
+    def to_json(self) -> Document:
+        """The document of a checkpoint."""
+        points = [[point.to_json() for point in of_lane] for of_lane in self.points]
+        return {
+            "step": self.step,
+            "points": points,
+            "train_losses": [list(losses) for losses in self.train_losses],
+            "lane_steps": self.lane_steps,
+        }
 
-    def take_steps(self, active: list[int], losses: np.ndarray, piece: Piece, work: Work, engine: Engine) -> None:
+    @classmethod
+    def from_json(cls, document: Document) -> "_Group":
+        points = [[EvalPoint.from_json(point) for point in of_lane] for of_lane in document["points"]]
+        return cls(document["step"], points, document["train_losses"], document["lane_steps"])
+
+    def lane_steps_done(self, schedule: Schedule) -> int:
+        """Steps of all lanes, those saved by stopping early included."""
+        running = len(schedule.stopping.running(self.points))
+        return running * max(self.step, 0) + (len(self.points) - running) * schedule.horizon
+
+    def progress(self, lane_steps: int, schedule: Schedule) -> Progress:
+        """The progress after some lane-steps more."""
+        losses = [points[-1].validation_loss for points in self.points if points and points[-1].alive]
+        running = len(schedule.stopping.running(self.points))
+        return Progress(lane_steps, max(self.step, 0), running, min(losses, default=math.nan))
+
+    def take_steps(self, active: list[int], losses: np.ndarray, call: Call, work: Work, engine: Engine) -> None:
         """Counts the steps of a chunk and keeps their losses [lanes, C]."""
-        self.step = piece.stop
-        steps = piece.stop - piece.start
+        self.step = call.stop
+        steps = call.stop - call.start
         for k, lane_losses in zip(active, losses, strict=False):
             self.train_losses[k] += map(float, lane_losses[:steps])
         room = int(work.num_blocks.sum()) * engine.lane_block
         self.lane_steps = [self.lane_steps[0] + steps * len(active), self.lane_steps[1] + steps * room]
 
-    def look(self, k: int, seen: Look, place: int, schedule: Schedule) -> None:
-        """Adds the row of lane k, whose look is at `place`."""
-        loss, alive = float(seen.validation_loss[place]), bool(seen.alive[place])
-        before = self.rows[k][-1]["step"] if self.rows[k] else 0
-        reason = schedule.leaving.divergence(self.rows[k][0]["validation_loss"], loss) if self.rows[k] else None
+    def add_point(self, k: int, output: EvalOutput, place: int, ceiling: float) -> None:
+        """Adds an eval point to lane k, which was evaluated at `place`."""
+        loss, alive = float(output.validation_loss[place]), bool(output.alive[place])
+        before = self.points[k][-1].step if self.points[k] else 0
+        reason = divergence(self.points[k][0].validation_loss, loss, ceiling) if self.points[k] else None
         if not alive:
             reason = f"the loss was not finite between steps {before} and {self.step}"
         train_losses, self.train_losses[k] = self.train_losses[k], []
-        self.rows[k].append(
-            {
-                "step": self.step,
-                "train_loss": float(np.mean(train_losses)) if train_losses else None,
-                "validation_loss": loss,
-                "update_norm": {module: float(norm[place]) for module, norm in seen.update_norm.items()},
-                "drift": {module: float(drift[place]) for module, drift in seen.drift.items()},
-                "alive": reason is None,
-                "reason": reason,
-            }
+        self.points[k].append(
+            EvalPoint(
+                step=self.step,
+                train_loss=float(np.mean(train_losses)) if train_losses else None,
+                validation_loss=loss,
+                update_norm={module: float(norm[place]) for module, norm in output.update_norm.items()},
+                drift={module: float(drift[place]) for module, drift in output.drift.items()},
+                alive=reason is None,
+                reason=reason,
+            )
         )
 
 
+def _resumed(result: GroupResult) -> tuple[LaneState, _Group]:
+    step = max(points[-1].step for points in result.points)
+    lane_steps = [result.useful_steps, result.executed_steps]
+    return result.state, _Group(step, result.points, [[] for _ in result.points], lane_steps)
+
+
 def _start(
-    lanes: Sequence[Lane],
-    slots: Sequence[int],
-    engine: Engine,
-    learning_rates: Rates | Sequence[Rates],
-    checkpoints: Checkpoints | None,
-    initial: Mapping[int, np.ndarray] | None,
+    lanes: Sequence[Lane], slots: Sequence[int], engine: Engine, inputs: LaneInputs, checkpoints: Checkpoints | None
 ) -> tuple[LaneState, _Group]:
     """The newest checkpoint of these lanes, or a fresh state; slots without a lane hold a copy of the last one."""
+    engine.check_padding(lanes)
     by_slot = dict(zip(slots, range(len(lanes)), strict=True))
-    filled = [lanes[by_slot.get(slot, -1)] for slot in range(engine.num_slots)]
-    of_lanes = [learning_rates] * len(lanes) if isinstance(learning_rates, Mapping) else learning_rates
-    rates = [of_lanes[by_slot.get(slot, -1)] for slot in range(engine.num_slots)]
+    in_slot = [by_slot.get(slot, len(lanes) - 1) for slot in range(engine.num_slots)]
     state = engine.init(
-        np.asarray([lane.seed for lane in filled], np.int32),
-        {m: np.asarray([lane.ranks[m] for lane in filled], np.int32) for m in lanes[0].ranks},
-        {m: np.asarray([lane_rates[m] for lane_rates in rates], np.float32) for m in lanes[0].ranks},
+        inputs.base,
+        np.asarray([lanes[k].seed for k in in_slot], np.int32),
+        {m: np.asarray([lanes[k].ranks[m] for k in in_slot], np.int32) for m in lanes[0].ranks},
+        {m: np.asarray([inputs.rates_of(k)[m] for k in in_slot], np.float32) for m in lanes[0].ranks},
     )
-    if initial:
+    if inputs.initial:
         vectors, snapshots = np.array(state.trainable), np.array(state.snapshots)
         for slot, k in by_slot.items():
-            if k in initial:
-                vectors[slot] = snapshots[slot, -1] = initial[k]
+            if k in inputs.initial:
+                vectors[slot] = snapshots[slot, -1] = inputs.initial[k]
         # A copy each: the chunk takes over every buffer that it is given.
         copies = {name: vectors.copy() for name in ("trainable", "average", "best")} | {"snapshots": snapshots}
         state = state._replace(**place(copies, lane_sharding(engine.mesh)))
@@ -214,12 +211,11 @@ def _start(
             _, by_lane, document = found
             order = [slots.index(slot) if slot in by_slot else -1 for slot in range(engine.num_slots)]
             restored = jax.tree.map(lambda leaf: np.asarray(leaf)[order], by_lane)
-            restored = place(restored, lane_sharding(engine.mesh))
-            return restored, _Group(*[document[name] for name in ("step", "rows", "train_losses", "lane_steps")])
+            return place(restored, lane_sharding(engine.mesh)), _Group.from_json(document)
     return state, _Group(-1, [[] for _ in lanes], [[] for _ in lanes], [0, 0])
 
 
-def _check_lanes(checkpoints: Checkpoints, document: Mapping[str, Any], lanes: Sequence[Lane]) -> None:
+def _check_lanes(checkpoints: Checkpoints, document: Document, lanes: Sequence[Lane]) -> None:
     """Refuses to go on from another group's state."""
     if document["lanes"] != _names(lanes):
         raise ConfigError(
@@ -232,9 +228,8 @@ def _names(lanes: Sequence[Lane]) -> list[str]:
     return [lane.name for lane in lanes]
 
 
-def _with_first_loss(state: LaneState, row: Row, engine: Engine) -> LaneState:
-    """Gives every lane the validation loss of step 0, which one of them was looked at for."""
-    loss = row["validation_loss"]
+def _with_first_loss(state: LaneState, loss: float, engine: Engine) -> LaneState:
+    """Gives every lane the validation loss of step 0, for which one of them was evaluated."""
     if not math.isfinite(loss):
         raise NoValidResultError(
             f"the validation loss before the first step is {loss}, so nothing can be learned from it. Check the "
@@ -253,7 +248,7 @@ def lane_slots(lanes: int, engine: Engine) -> list[int]:
 
 
 def chunk_work(
-    engine: Engine, slots: Sequence[int], batches: Batch, piece: Piece, schedule: Schedule, look_batches: int
+    engine: Engine, slots: Sequence[int], batches: Batch, call: Call, schedule: Schedule, eval_batches: int
 ) -> Work:
     """The arguments of one call of the chunk, for the lanes in some slots."""
     devices, block = engine.lane_devices, engine.lane_block
@@ -265,17 +260,17 @@ def chunk_work(
         lists[device, counts[device]] = slot % local
         counts[device] += 1
     multipliers, newest_share = np.zeros((2, schedule.chunk_steps), np.float32)
-    multipliers[: piece.stop - piece.start] = schedule.multipliers[piece.start : piece.stop]
-    newest_share[: piece.stop - piece.start] = schedule.newest_share(np.arange(piece.start, piece.stop) + 1)
+    multipliers[: call.stop - call.start] = schedule.multipliers[call.start : call.stop]
+    newest_share[: call.stop - call.start] = schedule.newest_share(np.arange(call.start, call.stop) + 1)
     return Work(
         slots=lists.reshape(-1),
         num_blocks=np.asarray(engine.blocks(counts.tolist()), np.int32),
         batches=batches,
         multipliers=multipliers,
         newest_share=newest_share,
-        num_steps=np.int32(piece.stop - piece.start),
-        look=np.bool_(piece.look),
-        step=np.int32(piece.stop),
-        half=np.bool_(piece.look and has_half(schedule, piece.stop)),
-        look_batches=np.int32(look_batches),
+        num_steps=np.int32(call.stop - call.start),
+        evaluate=np.bool_(call.evaluate),
+        step=np.int32(call.stop),
+        half=np.bool_(call.evaluate and schedule.has_half(call.stop)),
+        eval_batches=np.int32(eval_batches),
     )

@@ -1,20 +1,18 @@
-"""Results of a group of lanes."""
+"""Results of a group of lanes, and its progress on the way."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from mars_jax.adapters import lora
+from mars_jax.adapters.tree import trim
 from mars_jax.lanes.engine import Engine
+from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.state import LaneState
-
-Row = dict[str, Any]
-Rates = Mapping[str, float]
+from mars_jax.runtime.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -22,15 +20,14 @@ class GroupResult:
     """What a group of lanes leaves.
 
     Attributes:
-        rows: by lane, one row a look: step, train_loss (mean since the look before; None at step 0), validation_loss,
-            update_norm, drift, alive, and reason (why it isn't alive, else None).
+        points: eval points of each lane.
         state: the final state, leading axis N slots.
         slots: the slot of each lane.
         useful_steps: steps of lanes that were run.
         executed_steps: steps that the calls' blocks had room for.
     """
 
-    rows: list[list[Row]]
+    points: list[list[EvalPoint]]
     state: LaneState
     slots: list[int]
     useful_steps: int
@@ -41,20 +38,21 @@ class GroupResult:
         return jax.tree.map(lambda leaf: np.asarray(leaf)[self.slots[k]], self.state)
 
 
-def best_adapters(engine: Engine, result: GroupResult, k: int, lane: Lane) -> Any:
+def best_adapters(engine: Engine, result: GroupResult, k: int, lane: Lane) -> Tree:
     """The adapters of lane k at its lowest validation loss, unpadded."""
-    state = result.lane_state(k)
-    return lora.trim(engine.layout.adapters(state.best, state.scales), engine.layout.targets, lane.ranks)
+    state, layout = result.lane_state(k), engine.layout
+    return trim(layout.adapters(state.best, state.fixed), layout.targets, lane.ranks, layout.method)
 
 
 class Progress(NamedTuple):
-    """How a group stands after a chunk.
+    """State of a group after a chunk.
 
     Attributes:
-        lane_steps: done, or saved by lanes that left, since the last word; the first time, those of the checkpoint.
+        lane_steps: done, or saved by lanes that stopped early, since the last report; the first time, those of the
+            checkpoint.
         step: steps done by the running lanes.
         running: lanes that go on.
-        loss: the lowest validation loss at the last look, nats; NaN if there is none.
+        loss: the lowest validation loss at the last eval point, nats; NaN if there is none.
     """
 
     lane_steps: int

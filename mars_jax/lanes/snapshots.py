@@ -1,4 +1,4 @@
-"""The adapters of every lane at every look, on disk: what the splice compares is known only once a group has ended.
+"""Adapters of every lane at every eval point, on disk: which of them module swaps need is known only at the end.
 
 A file of fixed places, so that a run that goes on from a checkpoint writes what it repeats to where it was.
 """
@@ -15,31 +15,31 @@ from mars_jax.errors import DataError
 from mars_jax.runtime.jsonfiles import naming
 
 
-def snapshot_bytes(lanes: int, looks: int, parameters: int) -> int:
-    """Size of the file of K lanes at N looks, with P padded parameters each."""
-    return 4 * lanes * looks * parameters
+def snapshot_bytes(lanes: int, points: int, parameters: int) -> int:
+    """Size of the file of K lanes at N eval points, with P padded parameters each."""
+    return 4 * lanes * points * parameters
 
 
 class Snapshots:
-    """Vectors [P] of K lanes at N looks, float32; a context manager that closes the file, which stays."""
+    """Vectors [P] of K lanes at N eval points, float32; a context manager that closes the file, which stays."""
 
-    def __init__(self, path: Path, looks: Sequence[int], lanes: int, size: int) -> None:
+    def __init__(self, path: Path, eval_steps: Sequence[int], lanes: int, size: int) -> None:
         """Opens or makes the file.
 
         Args:
             path: of the file.
-            looks: steps of the looks.
+            eval_steps: steps of the eval points.
             lanes: K.
             size: P.
         """
         self.path = path
-        self._places = {look: i for i, look in enumerate(looks)}
+        self._places = {step: i for i, step in enumerate(eval_steps)}
         self._lanes, self._size = lanes, size
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def write(self, step: int, lane: int, vector: np.ndarray) -> None:
-        """Keeps the adapters [P] of a lane at the look at a step."""
+        """Keeps the adapters [P] of a lane at the eval point of a step."""
         content = np.ascontiguousarray(vector, np.float32).tobytes()
         place = self._place(step, lane)
         with naming(self.path):
@@ -48,12 +48,12 @@ class Snapshots:
                 content, place = content[written:], place + written
 
     def flush(self) -> None:
-        """Has what was written on the disk, before a checkpoint says that these looks are done."""
+        """Has what was written on the disk, before a checkpoint says that these eval points are done."""
         with naming(self.path):
             os.fsync(self._file)
 
     def read(self, step: int, lane: int) -> np.ndarray:
-        """The adapters [P] of a lane at the look at a step.
+        """The adapters [P] of a lane at the eval point of a step.
 
         Raises:
             DataError: they were never written: the file is not the one that the checkpoints beside it were saved with.

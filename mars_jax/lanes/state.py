@@ -7,29 +7,30 @@ import optax
 from jax import Array
 
 from mars_jax.adapters.targets import Targets
+from mars_jax.adapters.vector import Fixed
 
 
 class LaneState(NamedTuple):
     """What a lane carries from step to step; every leaf gains a leading axis of N slots when lanes run together."""
 
-    trainable: Array  # float32 [P]: a and b of every adapter, padded to the bucket's ranks
-    average: Array  # float32 [P]: of `trainable` over the steps, see `Work.newest_share`; what looks read
-    scales: dict[str, Array]  # module -> float32 []
+    trainable: Array  # float32 [P]: the trained leaves of every adapter, padded to the bucket's ranks
+    average: Array  # float32 [P]: of `trainable` over the steps, see `Work.newest_share`; what evaluations read
+    fixed: Fixed  # the leaves that the optimizer doesn't train
     optimizer: optax.OptState
-    snapshots: Array  # float32 [n, P]: `average` at the last n looks, oldest first
-    best: Array  # float32 [P]: `average` at the look with the lowest validation loss
+    snapshots: Array  # float32 [n, P]: `average` at the last n eval points, oldest first
+    best: Array  # float32 [P]: `average` at the eval point with the lowest validation loss
     best_loss: Array  # float32 []
     best_step: Array  # int32 []
     alive: Array  # bool []; False once the loss was not finite: the lane is frozen from then on
     learning_rates: dict[str, Array]  # module -> float32 []
 
 
-class Look(NamedTuple):
-    """What one look at a lane shows; every leaf gains a leading axis of N slots, NaN for slots not looked at."""
+class EvalOutput(NamedTuple):
+    """What one evaluation of a lane finds; every leaf gains a leading axis of N slots, NaN for slots not evaluated."""
 
     validation_loss: Array  # float32 [], nats per supervised token
-    update_norm: dict[str, Array]  # ||scale A B||_F by module
-    drift: dict[str, Array]  # relative change of scale A B since the look n places before
+    update_norm: dict[str, Array]  # Frobenius norm of the update by module
+    drift: dict[str, Array]  # relative change of the update since the eval point n places before
     alive: Array  # bool []
 
 
@@ -45,14 +46,14 @@ class Work(NamedTuple):
     multipliers: Any  # float32 [C], factor on the learning rates
     newest_share: Any  # float32 [C], share of a step's adapters in the average after it; 1 for no average
     num_steps: Any  # int32 []
-    look: Any  # bool []: whether to look at the lanes after these steps
+    evaluate: Any  # bool []: whether to evaluate the lanes after these steps
     step: Any  # int32 []: the step after these
     half: Any  # bool []: whether the oldest snapshot is the one of `step` / 2
-    look_batches: Any  # int32 []: validation batches that a look reads, from the first
+    eval_batches: Any  # int32 []: validation batches that an evaluation reads, from the first
 
 
-def not_evaluated(targets: Targets, slots: int) -> Look:
-    """The look of slots that were not looked at."""
+def not_evaluated(targets: Targets, slots: int) -> EvalOutput:
+    """The output of slots that were not evaluated."""
     nothing = jnp.full(slots, jnp.nan, jnp.float32)
     modules = dict.fromkeys((target.module for target in targets.values()), nothing)
-    return Look(nothing, modules, modules, jnp.zeros(slots, bool))
+    return EvalOutput(nothing, modules, modules, jnp.zeros(slots, bool))

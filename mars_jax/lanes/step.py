@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,47 +10,60 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from mars_jax.adapters.vector import Layout
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.method import AdapterMethod
+from mars_jax.adapters.vector import VectorLayout
 from mars_jax.lanes.state import LaneState
 from mars_jax.models.multimodal import Batch
 from mars_jax.runtime.trees import Tree
 
 
-def mean_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch) -> Array:
+def mean_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch, method: AdapterMethod = LORA) -> Array:
     """Mean cross-entropy over the supervised tokens of a batch, nats, float32 []; the base gets no gradient."""
-    return _mean(*summed_loss(model, base, adapters, batch))
+    return _mean(*summed_loss(model, base, adapters, batch, method))
 
 
 def _mean(total: Array, count: Array) -> Array:
     return total / jnp.maximum(count, 1.0)
 
 
-def summed_loss(model: nn.Module, base: Tree, adapters: Tree, batch: Batch) -> tuple[Array, Array]:
+def summed_loss(
+    model: nn.Module, base: Tree, adapters: Tree, batch: Batch, method: AdapterMethod = LORA
+) -> tuple[Array, Array]:
     """Summed cross-entropy over the supervised tokens of a batch, nats, float32 [], and their number."""
-    return model.apply({"params": base, "lora": adapters}, batch, method="loss")  # type: ignore[return-value]
+    return model.apply({"params": base, method.name: adapters}, batch, method="loss")  # type: ignore[return-value]
+
+
+class StepInputs(NamedTuple):
+    """What the lanes of a group share in a step."""
+
+    batch: Batch  # [B, ...], or a packed one
+    multiplier: Array  # float32 [], factor on the learning rates
+    newest_share: Array  # float32 []: see `Work.newest_share`
+    number: Array  # int32 [], of the step; the first is 1
 
 
 def make_step(
-    model: nn.Module, layout: Layout, transform: optax.GradientTransformation
-) -> Callable[[LaneState, Tree, Batch, Array, Array], tuple[LaneState, Array]]:
-    """One step of one lane: (state, base, batch [B, ...], multiplier [], newest_share []) -> (state, loss []).
+    model: nn.Module, layout: VectorLayout, transform: optax.GradientTransformation
+) -> Callable[[LaneState, Tree, StepInputs], tuple[LaneState, Array]]:
+    """One step of one lane: (state, base, inputs) -> (state, loss [])."""
+    method = layout.method
 
-    The batch may be a packed one.
-    """
-
-    def step(
-        state: LaneState, base: Tree, batch: Batch, multiplier: Array, newest_share: Array
-    ) -> tuple[LaneState, Array]:
+    def step(state: LaneState, base: Tree, inputs: StepInputs) -> tuple[LaneState, Array]:
         def summed(leaves: Tree, rows: Batch) -> tuple[Array, Array]:
             # Derived by leaf: the derivative of slicing a vector would be as many vectors, added up.
-            return summed_loss(model, base, layout.with_scales(leaves, state.scales), rows)
+            return summed_loss(model, base, layout.with_fixed(leaves, state.fixed), rows, method)
 
-        value, gradients = loss_and_gradients(summed, layout.unravel(state.trainable), batch)
+        value, gradients = loss_and_gradients(summed, layout.unravel(state.trainable), inputs.batch)
         updates, optimizer = transform.update(layout.ravel(gradients), state.optimizer, state.trainable)
-        rates = multiplier * layout.by_module(state.learning_rates)
-        trainable = state.trainable - rates * updates
-        average = (1.0 - newest_share) * state.average + newest_share * trainable
-        stepped = state._replace(trainable=trainable, average=average, optimizer=optimizer)
+        rates = inputs.multiplier * layout.by_module(state.learning_rates)
+        trainable, fixed = state.trainable - rates * updates, state.fixed
+        adapters = layout.adapters(trainable, fixed)
+        changed = method.between_steps(adapters, gradients, inputs.number)
+        if changed is not adapters:
+            trainable, fixed = layout.ravel(changed), layout.fixed_after(changed, fixed)
+        average = (1.0 - inputs.newest_share) * state.average + inputs.newest_share * trainable
+        stepped = state._replace(trainable=trainable, average=average, fixed=fixed, optimizer=optimizer)
         alive = state.alive & jnp.isfinite(value)
         kept = jax.tree.map(partial(jnp.where, alive), stepped, state)
         return kept._replace(alive=alive), value

@@ -1,1 +1,1 @@
-"""Law-C and Law-P: fits, balance, convergence rules. Stands alone."""
+"""Law-C and Law-P: fits, balance and convergence rules. Usable without the rest of the package."""

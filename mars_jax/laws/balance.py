@@ -1,7 +1,4 @@
-"""Which rank makes one module converge when another does, by their laws: on a grid, and in closed form.
-
-Pure functions of two laws; which pairs are picked is decided in `selection`.
-"""
+"""The rank at which one module converges together with another, by their Law-C: on a grid, and in closed form."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +11,19 @@ from mars_jax.laws.law_c import ConvergenceLaw
 def balanced_rank(
     pivot: ConvergenceLaw, other: ConvergenceLaw, rank: int, num_samples: float, grid: Sequence[int]
 ) -> int:
-    """The rank of `grid` at which `other` converges most nearly when `pivot` does at `rank`; real for any law.
+    """Rank of a grid at which `other` converges closest, in log steps, to `pivot` at `rank`.
 
-    Where `other` is too slow at every rank (its offset exceeds the pivot's time) this is its fastest rank.
+    Where `other` is slower than the pivot at every rank, this is its fastest rank.
+
+    Args:
+        pivot: Law-C of the module whose rank is fixed.
+        other: Law-C of the module whose rank is balanced.
+        rank: rank of the pivot.
+        num_samples: D.
+        grid: ranks of the other module.
+
+    Returns:
+        A rank of the grid.
     """
     grid = sorted(grid)
     gaps = np.abs(other.log_steps(grid, num_samples) - pivot.log_steps(rank, num_samples))
@@ -26,12 +33,12 @@ def balanced_rank(
 def balanced_rank_continuous(
     pivot: ConvergenceLaw, other: ConvergenceLaw, rank: float, num_samples: float
 ) -> float | None:
-    """The closed form of the balanced rank (Cho et al., arXiv 2603.00720, Eq. 3, as reconstructed), off the grid.
+    """Balanced rank in closed form, off the grid (Cho et al., arXiv 2603.00720, Eq. 3, as reconstructed).
 
     r_o = [(k_p r_p**gamma_p D**delta_p + E_p - E_o) / (k_o D**delta_o)]**(1/gamma_o)
 
     Returns:
-      The rank, or None where the bracket is not positive, gamma_o is 0 or the result overflows: no rank balances then.
+        The rank, or None where no rank balances: the bracket is not positive, gamma_o is 0 or the result overflows.
     """
     bracket = math.exp(min(float(pivot.log_steps(rank, num_samples)), 700.0)) - other.E
     if bracket <= 0 or other.gamma == 0:

@@ -1,13 +1,11 @@
-"""From the records of the probe lanes to the two laws, with coherent bootstrap draws, and to laws.json and back.
+"""Fits both laws to the records of the probe lanes, with joint bootstrap draws; reads and writes laws.json.
 
-The laws themselves and their fits are in `convergence_law.py` (one module at a time) and `performance_law.py`. Nothing
-is chosen here: `selection.py` reads a `Laws`.
+Law-C of one module is fitted in `law_c`, Law-P in `law_p`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,25 +13,25 @@ import numpy as np
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.laws.law_c import NAMES, ConvergenceLaw, check_design, fit_convergence_law
 from mars_jax.laws.law_p import PerformanceLaw, can_fit, choose_form, fit_performance_law, parameter_names
+from mars_jax.laws.records import Document, LaneRecord
 
-_NEEDED_KEYS = ("lane", "ranks", "num_samples", "steps", "convergence_steps", "censored", "best_loss", "status")
 _FEWEST_DRAWS, _MOST_DRAWS_IN_JSON = 20, 200
-_Design = tuple[np.ndarray, Sequence[np.ndarray]]  # lanes used [N], and columns [N] of a law
-# Spread of log t between seeds where no cell has two of them, and the least that is believed where some have.
+_Design = tuple[np.ndarray, Sequence[np.ndarray]]  # which lanes a law uses [N], and its columns [N]
+# Spread of log t between seeds: assumed where no cell has two seeds, and the least where some have.
 _USUAL_SEED_SPREAD, _LEAST_SEED_SPREAD = 0.1, 0.01
 
 
 @dataclass(frozen=True)
 class Laws:
-    """What the probes say.
+    """The fitted laws of a run.
 
     Attributes:
-      convergence: Law-C of each searched module (more than one rank among the lanes) whose times determine it.
-      untimed: each other searched module -> why its Law-C is not determined, and what to add; empty where the lanes
-        tell no times at all.
-      performance: Law-P in the form chosen to select with.
-      multiplicative: Law-P in the paper's form; the same object when that form was chosen.
-      diverged: lanes left out because they diverged.
+        convergence: Law-C of each searched module (more than one rank among the lanes) whose times determine it.
+        untimed: each other searched module -> why its Law-C is not determined, and what to add; empty where the lanes
+            have no convergence times.
+        performance: Law-P in the form to select with.
+        multiplicative: Law-P in the paper's form; the same object when `performance` has that form.
+        diverged: number of lanes left out because they diverged.
 
     Row s of every `draws` array comes from the same resampled lanes.
     """
@@ -44,7 +42,7 @@ class Laws:
     multiplicative: PerformanceLaw
     diverged: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """The document laws.json; `draws` holds the first 200 bootstrap draws in full precision."""
         other = None if self.multiplicative is self.performance else self.multiplicative
         return {
@@ -61,11 +59,11 @@ class Laws:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Laws":
-        """The inverse of `to_json`, but for draws beyond the first 200.
+    def from_json(cls, document: Document) -> "Laws":
+        """The inverse of `to_json`, except for draws beyond the first 200.
 
         Raises:
-          DataError: a key is missing.
+            DataError: a key is missing.
         """
         try:
             draws = document["draws"]
@@ -98,7 +96,7 @@ def _rows(columns: Mapping[str, Sequence[float]]) -> np.ndarray:
 
 
 def fit_laws(
-    lanes: Sequence[Mapping[str, Any]],
+    lanes: Sequence[LaneRecord],
     *,
     key: jax.Array,
     num_bootstraps: int = 200,
@@ -107,49 +105,46 @@ def fit_laws(
 ) -> Laws:
     """Fits Law-C of every searched module and Law-P to probe lanes.
 
-    A module is searched when the lanes hold more than one rank of it. Its Law-C takes every lane with a convergence
-    time (or a censored one) for it; Law-P takes the lanes that adapt all modules, so a rank of 0 (frozen) keeps a lane
-    out of it. Lanes that diverged are left out and counted. Points of Law-C are weighted by
-    1 / (sigma_seed**2 + (interval / t)**2 / 12): the spread between seeds and the rounding to the grid of looks.
+    A module is searched when the lanes have more than one rank of it. Its Law-C is fitted to every lane with a
+    convergence time (or a censored one) for it, Law-P to the lanes that adapt all modules, so not to those with a rank
+    of 0 (frozen). Lanes that diverged are left out and counted. Points of Law-C are weighted by
+    1 / (sigma_seed**2 + (interval / t)**2 / 12): the spread between seeds and the rounding to the grid of eval points.
 
     Args:
-      lanes: records of probes/lanes.jsonl. The optional key `eval_interval` gives the steps between looks near t.
-      key: random key of the bootstrap, which resamples (ranks, D) cells with their seeds, separately among lanes that
-        adapt the same modules.
-      num_bootstraps: resamples, at least 20.
-      measuring_interval: steps between looks as a share of t, for lanes without `eval_interval`.
-      huber: relative error of a loss beyond which it pulls Law-P no harder (see `fit_performance_law`); None: none.
+        lanes: records of probes/lanes.jsonl (`read_records`).
+        key: random key of the bootstrap, which resamples (ranks, D) cells with their seeds, separately among lanes that
+            adapt the same modules.
+        num_bootstraps: resamples, at least 20.
+        measuring_interval: steps between eval points as a share of t, for lanes without `eval_interval`.
+        huber: relative error of a loss beyond which Huber's loss is linear (see `fit_performance_law`); None: squares.
 
     Returns:
-      The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes has no Law-C: the
-      losses of those lanes are worth their Law-P all the same.
+        The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes has no Law-C; the
+        losses of those lanes still count for Law-P.
 
     Raises:
-      DataError: a record lacks a key, or has a number of steps or samples that is not above 0.
-      NoValidResultError: the lanes do not determine Law-P, or no law's intervals; the message says what to add.
+        NoValidResultError: the lanes do not determine Law-P, or no law's intervals; the message names what to add.
     """
     if num_bootstraps < _FEWEST_DRAWS:
         raise ConfigError(f"num_bootstraps is {num_bootstraps}; allowed: {_FEWEST_DRAWS} or more.")
     if not measuring_interval > 0:
         raise ConfigError(f"measuring_interval is {measuring_interval}; allowed: a share of t above 0, such as 0.05.")
-    for index, lane in enumerate(lanes):
-        _check_record(index, lane)
-    kept = [lane for lane in lanes if lane["status"] != "diverged"]
-    modules = list(dict.fromkeys(module for lane in kept for module, rank in lane["ranks"].items() if rank > 0))
-    ranks = {module: np.array([lane["ranks"].get(module, 0) for lane in kept]) for module in modules}
+    kept = [lane for lane in lanes if lane.status != "diverged"]
+    modules = list(dict.fromkeys(module for lane in kept for module, rank in lane.ranks.items() if rank > 0))
+    ranks = {module: np.array([lane.ranks.get(module, 0) for lane in kept]) for module in modules}
     searched = [module for module in modules if len(np.unique(ranks[module][ranks[module] > 0])) > 1]
     if not searched:
-        seen = {module: sorted({int(r) for r in ranks[module] if r > 0}) for module in modules}
+        ranks_by_module = {module: sorted({int(r) for r in ranks[module] if r > 0}) for module in modules}
         raise NoValidResultError(
             f"no module has two ranks among the {len(kept)} lanes that did not diverge (of {len(lanes)}; ranks seen: "
-            f"{seen}), so there is nothing to search. Probe at least two ranks of a module."
+            f"{ranks_by_module}), so there is nothing to search. Probe at least two ranks of a module."
         )
 
-    samples = np.array([lane["num_samples"] for lane in kept])
+    samples = np.array([lane.num_samples for lane in kept])
     every_rank = np.stack([ranks[module] for module in modules], axis=1)
     times = {module: _convergence_times(module, kept) for module in searched}
     measured = {module: np.isfinite(time) & ~censored for module, (time, censored) in times.items()}
-    losses = np.array([np.nan if lane["best_loss"] is None else lane["best_loss"] for lane in kept], np.float64)
+    losses = np.array([np.nan if lane.best_loss is None else lane.best_loss for lane in kept], np.float64)
     joint = np.all(every_rank > 0, axis=1) & np.isfinite(losses)
     if not joint.any():
         raise NoValidResultError(
@@ -158,8 +153,8 @@ def fit_laws(
         )
 
     untimed = {}
-    # Without a rule no lane tells a time, and none is missed.
-    timed = searched if any(lane["convergence_steps"] for lane in kept) else []
+    # Without a convergence rule no lane has a time, and no Law-C is missing.
+    timed = searched if any(lane.convergence_steps for lane in kept) else []
     for module in timed:
         time, censored = times[module]
         used = np.isfinite(time)
@@ -168,11 +163,11 @@ def fit_laws(
         except NoValidResultError as error:
             untimed[module] = str(error)
     designs = {module: (measured[module], [ranks[module], samples]) for module in timed if module not in untimed}
-    of_losses = joint, [*(ranks[module] for module in searched), samples]
+    performance_design = joint, [*(ranks[module] for module in searched), samples]
 
     def resample(*designs: _Design) -> np.ndarray | None:
         cells = np.column_stack([every_rank, samples])
-        return _resample(key, cells, every_rank > 0, [*designs, of_losses], num_bootstraps)
+        return _resample(key, cells, every_rank > 0, [*designs, performance_design], num_bootstraps)
 
     counts = resample(*designs.values())
     if counts is None:
@@ -211,49 +206,33 @@ def fit_laws(
     return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
 
 
-def _check_record(index: int, lane: Mapping[str, Any]) -> None:
-    missing = [name for name in _NEEDED_KEYS if name not in lane]
-    if missing:
-        raise DataError(
-            f"lane record {index + 1} (lane {lane.get('lane', '?')}) lacks {', '.join(missing)}; it has "
-            f"{', '.join(sorted(lane))}. Run the probes again, or mend the record."
-        )
-    times = [steps for steps in lane["convergence_steps"].values() if steps is not None]
-    if lane["status"] != "diverged" and min([lane["num_samples"], lane["steps"], *times]) <= 0:
-        raise DataError(
-            f"lane record {index + 1} (lane {lane['lane']}) has num_samples {lane['num_samples']}, steps "
-            f"{lane['steps']} and convergence_steps {lane['convergence_steps']}; all must be above 0 (or null). "
-            "Run the probes again, or mend the record."
-        )
-
-
-def _convergence_times(module: str, lanes: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _convergence_times(module: str, lanes: Sequence[LaneRecord]) -> tuple[np.ndarray, np.ndarray]:
     """[N] steps of the module in each lane (the horizon where censored, NaN where it has none) and [N] censored."""
-    censored = np.array([lane["ranks"].get(module, 0) > 0 and bool(lane["censored"].get(module)) for lane in lanes])
+    censored = np.array([lane.ranks.get(module, 0) > 0 and bool(lane.censored.get(module)) for lane in lanes])
     time = np.full(len(lanes), np.nan)
     for index, lane in enumerate(lanes):
-        steps = lane["convergence_steps"].get(module)
-        if lane["ranks"].get(module, 0) > 0 and (steps is not None or censored[index]):
-            time[index] = lane["steps"] if steps is None else steps
+        steps = lane.convergence_steps.get(module)
+        if lane.ranks.get(module, 0) > 0 and (steps is not None or censored[index]):
+            time[index] = lane.steps if steps is None else steps
     return time, censored
 
 
 def _weights(
-    lanes: Sequence[Mapping[str, Any]],
+    lanes: Sequence[LaneRecord],
     time: np.ndarray,
     measured: np.ndarray,
     ranks: np.ndarray,
     samples: np.ndarray,
     measuring_interval: float,
 ) -> np.ndarray:
-    """[N] inverse variances of log t: pooled variance between seeds of a cell, and a uniform error of one look."""
+    """[N] inverse variances of log t: pooled variance between seeds of a cell, and a uniform error of one interval."""
     _, cells = np.unique(np.column_stack([ranks, samples])[measured], axis=0, return_inverse=True)
     cells, log_time = cells.reshape(-1), np.log(time[measured])
     sizes = np.bincount(cells)
     means = np.bincount(cells, log_time) / sizes
     freedom = len(cells) - len(sizes)
     spread = np.sqrt(np.sum((log_time - means[cells]) ** 2) / freedom) if freedom else _USUAL_SEED_SPREAD
-    relative = np.array([lane.get("eval_interval", np.nan) for lane in lanes], np.float64) / time
+    relative = np.array([np.nan if x.eval_interval is None else x.eval_interval for x in lanes], np.float64) / time
     relative = np.where(np.isfinite(relative), relative, measuring_interval)
     return 1.0 / (max(spread, _LEAST_SEED_SPREAD) ** 2 + relative**2 / 12.0)
 
@@ -267,31 +246,31 @@ def _resample(
 ) -> np.ndarray | None:
     """[number, N] counts of each lane in resamples of whole cells within each set of adapted modules.
 
-    Resamples in which some design (lanes used, columns) no longer determines its exponents are replaced; there are
-    fewer than `number` rows when too few are left, and None when fewer than 20.
+    Resamples in which a design no longer determines its exponents are replaced. There are fewer than `number` rows when
+    too few remain; the result is None when fewer than 20 do.
     """
     _, cell = np.unique(cells, axis=0, return_inverse=True)
     _, group = np.unique(adapted, axis=0, return_inverse=True)
     cell, group = cell.reshape(-1), group.reshape(-1)
     uniform = np.asarray(jax.random.uniform(key, (4 * number, len(cell))))
-    found: list[np.ndarray] = []
-    for tries in np.split(uniform, 4):
-        counts = np.zeros(tries.shape)
+    resamples: list[np.ndarray] = []
+    for block in np.split(uniform, 4):
+        counts = np.zeros(block.shape)
         for index in range(group.max() + 1):
             members = np.flatnonzero(group == index)
             names, position = np.unique(cell[members], return_inverse=True)
-            drawn = np.minimum(tries[:, members[: len(names)]] * len(names), len(names) - 1).astype(int)
-            often = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
-            counts[:, members] = often[:, position]
-        good = np.all([_determines(counts[:, used], columns, used) for used, columns in designs], axis=0)
-        found += list(counts[good])
-        if len(found) >= number:
+            drawn = np.minimum(block[:, members[: len(names)]] * len(names), len(names) - 1).astype(int)
+            multiplicity = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
+            counts[:, members] = multiplicity[:, position]
+        determined = np.all([_determines(counts[:, used], columns, used) for used, columns in designs], axis=0)
+        resamples += list(counts[determined])
+        if len(resamples) >= number:
             break
-    return np.stack(found[:number]) if len(found) >= _FEWEST_DRAWS else None
+    return np.stack(resamples[:number]) if len(resamples) >= _FEWEST_DRAWS else None
 
 
 def _determines(counts: np.ndarray, columns: Sequence[np.ndarray], used: np.ndarray) -> np.ndarray:
-    """[S] bool: whether an intercept and the logs of the columns are linearly independent under the counts."""
+    """[S] whether an intercept and the logs of the columns are linearly independent under the counts."""
     logs = np.log(np.column_stack([column[used] for column in columns]).astype(np.float64))
     total = np.maximum(counts.sum(axis=1), 1.0)
     means = counts @ logs / total[:, None]

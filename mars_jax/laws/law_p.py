@@ -1,19 +1,19 @@
-"""Law-P: the validation loss that ranks and a number of samples lead to. Data class, prediction, fit, choice of form.
+"""Law-P: validation loss from the ranks and the number of samples. Data class, prediction, fit and choice of form.
 
     power:          p(r, D) = A / (prod_m r_m**alpha_m * D**beta) + E     (Cho et al., arXiv 2603.00720, "Law-P")
     power_overfit:  the same + C * prod_m r_m**kappa_m * D**eta
 
-p is a validation loss in nats a token. Residuals are taken relative to it: that is how lanes differ by chance, and
-lanes of few samples, which are still far up, would decide alone otherwise. With alpha >= 0 the first form always
-prefers the largest ranks; the second can have an optimum inside the grid. Which one to trust is decided by
-`choose_form`. Reading lanes and resampling them is in `laws.py`.
+p is a validation loss in nats a token. Residuals are relative to it, as the noise of lanes is; otherwise lanes of few
+samples, whose losses are still high, would dominate the fit. With alpha >= 0 the first form always prefers the largest
+ranks; the second can have an optimum inside the grid. `choose_form` decides between them. Lanes are resampled in
+`laws.fit`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,21 @@ from numpy.typing import ArrayLike
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.laws.law_c import percentile_intervals
 from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
+from mars_jax.laws.records import Document
 
 Form = Literal["power", "power_overfit"]
 
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
 _BOUNDS = {"alpha": (0.0, 1.5), "beta": (0.0, 2.0), "kappa": (0.0, 2.0), "eta": (-1.0, 3.0)}
 _STARTS, _STARTS_OF_RESAMPLES = 511, 63
-# Starts that are polished, and steps of it. A resample begins near its end, at the fit of all points; but what the
-# over-fitting form predicts far out hangs on exponents that its cost hardly feels, so they are followed for longer.
+# (starts that are polished, iterations of each). A resample starts at the fit of all points, near its own optimum; but
+# extrapolations of the over-fitting form depend on exponents that hardly change its cost, so it takes more iterations.
 _POLISH: dict[Form, tuple[int, int]] = {"power": (4, 60), "power_overfit": (8, 120)}
 _POLISH_OF_RESAMPLES: dict[Form, tuple[int, int]] = {"power": (2, 20), "power_overfit": (4, 80)}
-# A relative error that no loss has: least squares.
-_NO_BEND = 1e6
-# Share of the power form's held-out error to which the over-fitting form's must come down.
-_EARNED = 0.9
+# A relative error that no loss has, which makes Huber's loss plain least squares.
+_NO_THRESHOLD = 1e6
+# Largest held-out error of the over-fitting form, as a share of the power form's, at which it is chosen.
+_ERROR_RATIO = 0.9
 
 
 class Overfit(NamedTuple):
@@ -49,21 +50,21 @@ class Overfit(NamedTuple):
 
 @dataclass(frozen=True)
 class PerformanceLaw:
-    """A fitted Law-P, in raw units: ranks as they are, D in samples, losses in nats.
+    """A fitted Law-P in raw units: ranks, D in samples, losses in nats a token.
 
     Attributes:
-      form: which of the two.
-      A: amplitude, >= 0.
-      alpha: exponent of each module's rank, >= 0.
-      beta: exponent of the number of samples, >= 0.
-      E: floor in nats, >= 0.
-      overfit: the added term, or None.
-      ci: 95 % bootstrap interval of each parameter, by name (`parameter_names`).
-      held_out_error: root mean square error, in nats, at the largest D after a fit without it; None when the smaller
-        D do not determine the law.
-      order_tau: Kendall tau between predicted and measured order of the ranks, at that D; None likewise, or with
-        one rank vector there.
-      draws: [S, n] bootstrap draws, columns as `parameter_names`.
+        form: `power` or `power_overfit`.
+        A: amplitude, >= 0.
+        alpha: exponent of each module's rank, >= 0.
+        beta: exponent of the number of samples, >= 0.
+        E: floor in nats, >= 0.
+        overfit: the over-fitting term; None in the power form.
+        ci: 95 % bootstrap interval of each parameter, by name (`parameter_names`).
+        held_out_error: root mean square error, in nats, at the largest D after a fit without it; None when the smaller
+            D do not determine the law.
+        order_tau: Kendall tau between the predicted and measured order of the ranks at that D; None without
+            `held_out_error`, or with one rank vector there.
+        draws: [S, n] bootstrap draws, columns as `parameter_names`.
     """
 
     form: Form
@@ -79,25 +80,25 @@ class PerformanceLaw:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules whose ranks the law takes."""
+        """Modules whose ranks the law depends on."""
         return tuple(self.alpha)
 
     def loss(self, ranks: Sequence[Mapping[str, int]], num_samples: float) -> np.ndarray:
-        """Predicted loss in nats of each of Q rank vectors at D = `num_samples`; [Q]."""
+        """Predicted losses in nats, [Q], of Q rank vectors at D = `num_samples`."""
         columns = [self.A, self.E, self.beta, *self.alpha.values()]
         if self.overfit is not None:
             columns += [self.overfit.C, self.overfit.eta, *self.overfit.kappa.values()]
         return _predict(np.asarray([columns]), self._log_ranks(ranks), math.log(num_samples))[0]
 
     def loss_draws(self, ranks: Sequence[Mapping[str, int]], num_samples: float) -> np.ndarray:
-        """The same for every bootstrap draw; [S, Q]."""
+        """`loss` of every bootstrap draw, [S, Q]."""
         return _predict(self.draws, self._log_ranks(ranks), math.log(num_samples))
 
     def _log_ranks(self, ranks: Sequence[Mapping[str, int]]) -> np.ndarray:
         return np.log(np.asarray([[vector[module] for module in self.modules] for vector in ranks], np.float64))
 
-    def to_json(self) -> dict[str, Any]:
-        """The entry `performance` of laws.json (draws go to a key of their own)."""
+    def to_json(self) -> Document:
+        """The entry `performance` of laws.json, without the draws, which have their own key."""
         return {
             "form": self.form,
             "A": self.A,
@@ -111,8 +112,8 @@ class PerformanceLaw:
         }
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any], draws: np.ndarray) -> "PerformanceLaw":
-        """The inverse of `to_json`, given the draws."""
+    def from_json(cls, entry: Document, draws: np.ndarray) -> "PerformanceLaw":
+        """The inverse of `to_json`, with the draws [S, n]."""
         fields = dict(entry)
         fields["overfit"] = None if entry["overfit"] is None else Overfit(**entry["overfit"])
         fields["ci"] = {name: (float(low), float(high)) for name, (low, high) in entry["ci"].items()}
@@ -120,7 +121,7 @@ class PerformanceLaw:
 
 
 def parameter_names(form: Form, modules: Sequence[str]) -> tuple[str, ...]:
-    """Columns of the draws, and keys of `ci`."""
+    """Names of the parameters: the columns of the draws, and the keys of `ci`."""
     names = ("A", "E", "beta", *(f"alpha/{module}" for module in modules))
     return names if form == "power" else (*names, "C", "eta", *(f"kappa/{module}" for module in modules))
 
@@ -146,27 +147,27 @@ def fit_performance_law(
     counts: ArrayLike | None = None,
     huber: float | None = None,
 ) -> PerformanceLaw:
-    """Fits one form by variable projection, and measures it at the largest D after a fit without it.
+    """Fits one form by variable projection, and tests it at the largest D after a fit without it.
 
-    Least squares of relative errors, or Huber's loss of them (1964), which a few lanes that went wrong don't decide.
-    For fixed exponents the law is linear in A, E (and C), all >= 0, and solved in closed form by squares; a Sobol set
-    over the exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3]) gives the starts, the best
-    of which are polished over all parameters (Golub and Pereyra 1973 for the idea; Levenberg-Marquardt for the polish).
+    Minimises the squares of the relative errors, or their Huber loss (Huber 1964), which limits the influence of
+    outlying lanes. For fixed exponents the law is linear in A, E (and C), all >= 0, and its least squares have a closed
+    form. A Sobol set over the exponents (alpha in [0, 1.5], beta in [0, 2], kappa in [0, 2], eta in [-1, 3]) gives the
+    starts; the best of them are polished over all parameters by Levenberg-Marquardt (Golub and Pereyra 1973).
 
     Args:
-      form: `power` or `power_overfit`.
-      ranks: module -> [N] ranks, >= 1, any number of modules.
-      num_samples: [N] samples D.
-      losses: [N] validation losses in nats, each at the lane's best checkpoint.
-      counts: [S, N] how often each point occurs in each bootstrap resample; no intervals when None.
-      huber: relative error above 0 beyond which a point pulls no harder; None: always by the square.
+        form: `power` or `power_overfit`.
+        ranks: module -> [N] ranks, >= 1, any number of modules.
+        num_samples: [N] samples D.
+        losses: [N] lowest validation losses in nats a token.
+        counts: [S, N] multiplicity of each point in each bootstrap resample; None: no intervals.
+        huber: relative error, above 0, beyond which the Huber loss is linear; None: least squares.
 
     Returns:
-      The law.
+        The law.
 
     Raises:
-      ConfigError: `huber` is not above 0.
-      NoValidResultError: the points do not determine the parameters; the message says what to add.
+        ConfigError: `huber` is not above 0.
+        NoValidResultError: the points do not determine the parameters; the message names what to add.
     """
     if huber is not None and not huber > 0:
         raise ConfigError(f"huber is {huber}; allowed: a relative error above 0, such as 0.02, or None.")
@@ -182,20 +183,20 @@ def fit_performance_law(
     can_hold_out = _number_of_cells(rank[~held_out], samples[~held_out]) >= len(parameter_names(form, modules))
     can_hold_out &= len(np.unique(samples[~held_out])) > 1
     rows = np.stack([np.ones_like(loss), (~held_out if can_hold_out else np.ones_like(held_out)).astype(np.float64)])
-    # Below half of the median loss differences are no longer relative, and one such lane must not outweigh the rest.
+    # Below half of the median loss the noise is no longer relative, and one such lane must not outweigh the rest.
     scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
     rows, resamples = (pad_points(counts.T, 0.0).T for counts in (rows, resamples))
     points = _Points(*(device_column(column) for column in (log_rank, log_samples, loss, 1.0 / scale)))
-    bend = jnp.float32(_NO_BEND if huber is None else huber)
+    threshold = jnp.float32(_NO_THRESHOLD if huber is None else huber)
     starts = _starts(*_exponent_bounds(form, len(modules)))
 
     def fit(polish: tuple[int, int], starts: np.ndarray, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, bend, counts)
+        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, threshold, counts)
 
     fitted, costs = fit(_POLISH[form], starts, jnp.asarray(rows, jnp.float32))
     scaled = np.asarray(fitted, np.float64)
     if len(resamples):
-        # Most resamples end near the fit of all points, the rest where that has its next best starts.
+        # Most resamples have their optimum near the fit of all points, the rest near its next best starts.
         near = starts[np.argsort(costs[0])[:_STARTS_OF_RESAMPLES]]
         near = np.concatenate([scaled[:1, : starts.shape[1]], near]).astype(np.float32)
         draws = in_blocks(lambda counts: fit(_POLISH_OF_RESAMPLES[form], near, counts)[0], resamples)
@@ -216,26 +217,26 @@ def fit_performance_law(
 
 
 def choose_form(power: PerformanceLaw, overfit: PerformanceLaw | None) -> PerformanceLaw:
-    """The form to select ranks with: the power form, unless the over-fitting one has earned its parameters.
+    """The form to select ranks with: the power form, unless the over-fitting form predicts clearly better.
 
-    It has when, fitted without the largest D, it errs there by at most nine tenths of what the power form does, and
-    orders the ranks there at least as well (Kendall tau). Where the two are about as good the one with fewer parameters
-    is the safer: taken for an error smaller by 3 %, the over-fitting form has put the worst ranks of a grid first
-    (docs/evidence.md). So it is only ever taken when the lanes reach a D at which over-fitting shows.
+    It does when, fitted without the largest D, its error there is at most nine tenths of the power form's, and it
+    orders the ranks there at least as well (Kendall tau). Where the two are about equal, the form with fewer parameters
+    is safer: chosen for an error smaller by 3 %, the over-fitting form has ranked the worst ranks of a grid first
+    (docs/evidence.md). So it is only chosen when the lanes reach a D at which over-fitting appears.
     """
     if overfit is None or overfit.held_out_error is None or power.held_out_error is None:
         return power
     if power.order_tau is not None and overfit.order_tau is not None and overfit.order_tau < power.order_tau:
         return power
-    return overfit if overfit.held_out_error <= _EARNED * power.held_out_error else power
+    return overfit if overfit.held_out_error <= _ERROR_RATIO * power.held_out_error else power
 
 
 def can_fit(form: Form, ranks: Mapping[str, ArrayLike], num_samples: ArrayLike) -> bool:
-    """Whether there are more (ranks, D) cells than parameters at the smaller D: enough to hold the largest D out."""
+    """Whether the D below the largest have more (ranks, D) cells than the form has parameters."""
     samples = np.asarray(num_samples)
     rank = np.stack([np.asarray(column) for column in ranks.values()], axis=1)
-    kept = samples < samples.max()
-    return _number_of_cells(rank[kept], samples[kept]) > len(parameter_names(form, tuple(ranks)))
+    smaller = samples < samples.max()
+    return _number_of_cells(rank[smaller], samples[smaller]) > len(parameter_names(form, tuple(ranks)))
 
 
 def _check_design(form: Form, modules: tuple[str, ...], rank: np.ndarray, samples: np.ndarray) -> None:
@@ -263,7 +264,7 @@ def _number_of_cells(rank: np.ndarray, samples: np.ndarray) -> int:
 
 
 def _order_tau(rank: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> float | None:
-    """Kendall tau over pairs of rank vectors, seeds averaged; pairs that tie in the measurement do not count."""
+    """Kendall tau over pairs of rank vectors, averaged over seeds; pairs with equal measurements do not count."""
     cells, index = np.unique(rank, axis=0, return_inverse=True)
     index = index.reshape(-1)
     means = [np.bincount(index, values) / np.bincount(index) for values in (predicted, measured)]
@@ -284,7 +285,7 @@ def _exponent_bounds(form: Form, modules: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _starts(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """A Sobol set of exponents in the box; [_STARTS, n]."""
-    from scipy.stats import qmc  # takes a second to import, and nothing else needs it
+    from scipy.stats import qmc  # takes a second to import, and is used only here
 
     unit = qmc.Sobol(len(lower), scramble=False).random(_STARTS + 1)[1:]
     return (lower + unit * (upper - lower)).astype(np.float32)
@@ -306,7 +307,7 @@ def _raw_units(scaled: np.ndarray, modules: int) -> np.ndarray:
 
 
 def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -> jax.Array:
-    """The columns that multiply A, E (and C): [N, 2 or 3]."""
+    """Columns that multiply A, E (and C), [N, 2 or 3]."""
     modules = log_ranks.shape[1]
 
     def power(exponent: jax.Array) -> jax.Array:
@@ -320,7 +321,7 @@ def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -
 
 
 class _Points(NamedTuple):
-    """Device columns, padded: scaled logs [N, M] and [N], losses in nats, and one over what their errors relate to."""
+    """Padded device columns: scaled logs [N, M] and [N], losses [N] in nats, and inverse scales [N] of their errors."""
 
     log_ranks: jax.Array
     log_samples: jax.Array
@@ -328,10 +329,10 @@ class _Points(NamedTuple):
     inverse_scale: jax.Array
 
 
-def _bent(errors: jax.Array, bend: jax.Array) -> jax.Array:
-    """What squared is twice Huber's loss: the errors, and beyond `bend` the root of 2 bend |error| - bend**2."""
-    beyond = jnp.sqrt(bend * (2.0 * jnp.maximum(jnp.abs(errors), bend) - bend))
-    return jnp.where(jnp.abs(errors) <= bend, errors, jnp.sign(errors) * beyond)
+def _huber_residuals(errors: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Residuals whose squares are twice the Huber loss: beyond the threshold h, the root of 2 h |error| - h**2."""
+    beyond = jnp.sqrt(threshold * (2.0 * jnp.maximum(jnp.abs(errors), threshold) - threshold))
+    return jnp.where(jnp.abs(errors) <= threshold, errors, jnp.sign(errors) * beyond)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -340,10 +341,10 @@ def _fit_rows(
     polish: tuple[int, int],
     starts: jax.Array,
     points: _Points,
-    bend: jax.Array,
+    threshold: jax.Array,
     counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """[S, N] counts -> [S, n] exponents, A, E (and C), in the scaled units; and the costs of the starts, [S, F]."""
+    """[S, N] counts -> ([S, n] exponents, A, E (and C) in scaled units, [S, F] costs of the F starts)."""
     log_ranks, log_samples, losses, inverse_scale = points
     linear, (refined_starts, iterations) = 3 if overfit else 2, polish
     lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
@@ -361,7 +362,7 @@ def _fit_rows(
 
         def residual(theta: jax.Array) -> jax.Array:
             predicted = jnp.sum(_basis(theta[:-linear], log_ranks, log_samples) * theta[None, -linear:], axis=1)
-            return jnp.sqrt(count) * _bent((predicted - losses) * inverse_scale, bend)
+            return jnp.sqrt(count) * _huber_residuals((predicted - losses) * inverse_scale, threshold)
 
         refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
         return refined[jnp.argmin(costs)], start_costs

@@ -1,8 +1,8 @@
-"""Small dense least squares that compile once and batch well: a bounded Levenberg-Marquardt and a non-negative solve.
+"""Batched small least-squares solvers in JAX: a bounded Levenberg-Marquardt and a non-negative solve.
 
-For problems of at most some 100 points and 15 parameters, in float32, inside `jit` and `vmap`. Nothing here knows the
-laws. The factorisations are written out: sums of products keep full float32 on backends whose matrix products do not,
-and under `vmap` they are plain vector code where batched LAPACK calls of such sizes are mostly overhead.
+For problems of at most some 100 points and 15 parameters, in float32, inside `jit` and `vmap`. The factorisations are
+written out: sums of products keep full float32 on backends whose matrix products do not, and under `vmap` they are
+plain vector code where batched LAPACK calls of such sizes are mostly overhead.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ def in_blocks(fit: Callable[[jax.Array], jax.Array], counts: np.ndarray) -> np.n
     """Runs a jitted, batched fit over blocks of rows, all of one shape.
 
     Args:
-      fit: [ROWS_PER_CALL, N] counts -> [ROWS_PER_CALL, n] parameters.
-      counts: [S, N] how often each point counts.
+        fit: [ROWS_PER_CALL, N] counts -> [ROWS_PER_CALL, n] parameters.
+        counts: [S, N] multiplicity of each point in each row.
 
     Returns:
-      [S, n] parameters, float64 holding the float32 results.
+        [S, n] parameters, float64 holding the float32 results.
     """
     rows = len(counts)
     padding = -rows % ROWS_PER_CALL
@@ -36,13 +36,13 @@ def in_blocks(fit: Callable[[jax.Array], jax.Array], counts: np.ndarray) -> np.n
 
 
 def pad_points(values: np.ndarray, fill: float, multiple: int = 32) -> np.ndarray:
-    """Appends `fill` along the first axis up to a multiple of `multiple`: few shapes, so few compilations."""
+    """Pads the first axis with `fill` to a multiple of `multiple`, so that few shapes are compiled."""
     padding = -len(values) % multiple
     return np.concatenate([values, np.full((padding, *values.shape[1:]), fill, values.dtype)])
 
 
 def device_column(column: np.ndarray) -> jax.Array:
-    """Points in float32 on the device, padded with zeros."""
+    """A column [N] in float32 on the device, padded with zeros to a multiple of 32."""
     return jnp.asarray(pad_points(column.astype(np.float32), 0.0))
 
 
@@ -60,14 +60,14 @@ def levenberg_marquardt(
     that sit on a bound with the gradient pointing outwards are held for that step; the rest is clipped to the box.
 
     Args:
-      residual: [n] parameters -> [N] weighted residuals.
-      theta: [n] start.
-      lower: [n] lower bounds.
-      upper: [n] upper bounds.
-      iterations: steps tried.
+        residual: [n] parameters -> [N] weighted residuals.
+        theta: [n] start.
+        lower: [n] lower bounds.
+        upper: [n] upper bounds.
+        iterations: number of steps.
 
     Returns:
-      ([n] parameters, [] sum of squares).
+        ([n] parameters, [] sum of squares).
     """
 
     def step(state: _State, _: None) -> tuple[_State, None]:
@@ -79,11 +79,11 @@ def levenberg_marquardt(
         scale = jnp.sqrt(jnp.maximum(jnp.sum(jacobian**2, axis=0), 1e-12))
         augmented = jnp.concatenate([jacobian, jnp.diag(jnp.sqrt(damping) * scale)])
         target = jnp.concatenate([-value, jnp.zeros_like(theta)])
-        tried = jnp.clip(theta + _gram_schmidt_solve(augmented, target), lower, upper)
-        tried_cost = jnp.sum(residual(tried) ** 2)
-        better = tried_cost < cost
+        candidate = jnp.clip(theta + _gram_schmidt_solve(augmented, target), lower, upper)
+        candidate_cost = jnp.sum(residual(candidate) ** 2)
+        better = candidate_cost < cost
         damping = jnp.clip(jnp.where(better, damping / 5.0, damping * 4.0), 1e-7, 1e7)
-        return (jnp.where(better, tried, theta), damping, jnp.where(better, tried_cost, cost)), None
+        return (jnp.where(better, candidate, theta), damping, jnp.where(better, candidate_cost, cost)), None
 
     theta = jnp.clip(theta, lower, upper)
     start = (theta, jnp.float32(1e-3), jnp.sum(residual(theta) ** 2))
@@ -110,15 +110,15 @@ def _gram_schmidt_solve(matrix: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def nonnegative_solve(basis: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Minimises sum(weights * (basis @ x - target)**2) over x >= 0, exactly, by trying every set of active columns.
+    """Minimises sum(weights * (basis @ x - target)**2) over x >= 0 exactly, by a solve for each set of active columns.
 
     Args:
-      basis: [N, n] columns, n <= 3 or so: the work is 2**n small solves.
-      target: [N].
-      weights: [N], not negative.
+        basis: [N, n] columns; n <= 3 or so, as it takes 2**n small solves.
+        target: [N] values to fit.
+        weights: [N] weights, not negative.
 
     Returns:
-      ([n] coefficients, [] sum of squares).
+        ([n] coefficients, [] sum of squares).
     """
     size = basis.shape[1]
     weighted = basis * weights[:, None]
@@ -129,8 +129,8 @@ def nonnegative_solve(basis: jax.Array, target: jax.Array, weights: jax.Array) -
         both = active[:, None] & active[None, :]
         ridge = jnp.where(active, 1e-6 * jnp.diagonal(gram) + 1e-12, 1.0)
         x = _gram_schmidt_solve(jnp.where(both, gram, 0.0) + jnp.diag(ridge), jnp.where(active, right, 0.0))
-        miss = jnp.sum(basis * x[None, :], axis=1) - target
-        return x, jnp.where(jnp.all(x >= 0), jnp.sum(weights * miss**2), jnp.inf)
+        residuals = jnp.sum(basis * x[None, :], axis=1) - target
+        return x, jnp.where(jnp.all(x >= 0), jnp.sum(weights * residuals**2), jnp.inf)
 
     subsets = jnp.asarray([s for s in product((False, True), repeat=size) if any(s)])
     solutions, costs = jax.vmap(restricted)(subsets)

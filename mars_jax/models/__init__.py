@@ -1,1 +1,1 @@
-"""Flax Linen models: one file per architecture part, and one per family that composes them."""
+"""Flax Linen models: a file for each part of an architecture, and a folder for each family that composes them."""

@@ -1,15 +1,17 @@
-"""Architecture descriptions as frozen dataclasses: what the Flax modules need, nothing of training or sharding.
+"""Architecture configurations as frozen dataclasses, without settings of training or sharding.
 
-`hf_json` reads them from the `config.json` of a checkpoint.
+Families read them from the `config.json` of a checkpoint. `ModelConfig` and `EncoderConfig` are the common interface of
+all families.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """A vision transformer over tiles of one size.
+    """Configuration of a vision transformer over tiles of one size.
 
     `kind` is its `model_type` in transformers. SigLIP has patches alone; CLIP a class token, a norm before the layers
     and patches without a bias; DINOv2 a class token and a learned scale of every residual branch.
@@ -32,7 +34,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
-        """Numbers of a head."""
+        """Size of a head."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -50,13 +52,32 @@ class VisionConfig:
         """Tokens of one tile, P: patches, and the class token where there is one."""
         return self.num_patches + self.class_token
 
+    @property
+    def group(self) -> int:
+        """Tokens that the projector merges into one feature row: 1."""
+        return 1
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the MLP has a gate: False, it is two linears in sequence."""
+        return False
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether attention is always recomputed in the backward pass: False."""
+        return False
+
+    def sequences(self, layer: int, tiles: int) -> tuple[int, int]:
+        """Number and length of attention's sequences: in every layer, each tile is one sequence."""
+        return tiles, self.num_positions
+
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """A decoder of the Llama kind: Qwen2, whose queries, keys and values have biases, or Llama, where nothing has.
+    """Configuration of a decoder: Llama, or Qwen2 with its biases of queries, keys and values (`attention_bias`).
 
-    `mrope_section` says how many of the rotary frequencies turn with each axis of a position (time, row, column), as
-    in Qwen2-VL (arXiv 2409.12191); None where positions have one axis.
+    `mrope_section` is the number of rotary frequencies of each position axis (time, row, column), as in Qwen2-VL
+    (arXiv 2409.12191); None if positions have one axis.
     """
 
     vocab_size: int
@@ -75,7 +96,7 @@ class TextConfig:
 
 
 class EncoderConfig(Protocol):
-    """What planning and layout need of a vision encoder's configuration, whatever its family."""
+    """Configuration of a vision encoder of any family, as planning, prices and sharding read it."""
 
     @property
     def hidden_size(self) -> int:
@@ -88,13 +109,18 @@ class EncoderConfig(Protocol):
         ...
 
     @property
+    def num_layers(self) -> int:
+        """Number of layers in a checkpoint."""
+        ...
+
+    @property
     def num_heads(self) -> int:
-        """Attention heads."""
+        """Number of attention heads, H."""
         ...
 
     @property
     def head_dim(self) -> int:
-        """Numbers of a head."""
+        """Size of a head."""
         ...
 
     @property
@@ -107,15 +133,43 @@ class EncoderConfig(Protocol):
         """Tokens of one tile, P."""
         ...
 
+    @property
+    def group(self) -> int:
+        """Tokens that the projector merges into one feature row."""
+        ...
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the MLP has a gate, and so two input linears."""
+        ...
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether attention is always recomputed in the backward pass, so that no scores are kept."""
+        ...
+
+    def sequences(self, layer: int, tiles: int) -> tuple[int, int]:
+        """Number and length of the sequences of a layer's attention, for the N tiles of a sample.
+
+        Args:
+            layer: index of the layer, from 0.
+            tiles: number of tiles, N.
+
+        Returns:
+            The number of sequences, and the tokens of each; together N * P tokens.
+        """
+        ...
+
 
 class ModelConfig(Protocol):
     """Configuration of a model of any family."""
 
     family: ClassVar[str]
+    """The family's name in `families.registry.FAMILIES`."""
 
     @property
-    def vision(self) -> Any:
-        """The vision encoder's configuration, an `EncoderConfig`."""
+    def vision(self) -> EncoderConfig:
+        """The vision encoder's configuration."""
         ...
 
     @property
@@ -125,10 +179,24 @@ class ModelConfig(Protocol):
 
     @property
     def image_token_id(self) -> int:
-        """The token that stands for a feature of a picture."""
+        """Id of the token that stands for a feature of a picture."""
         ...
 
     @property
     def num_vision_layers_used(self) -> int:
-        """Encoder layers that reach the projector."""
+        """Number of encoder layers whose output reaches the projector."""
+        ...
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the encoder's output: D vision times the number of hidden states in use."""
+        ...
+
+    @property
+    def trimmed_settings(self) -> Mapping[str, object]:
+        """Settings of a `config.json`, by dotted key, that drop encoder layers which never reach the projector."""
+        ...
+
+    def with_all_vision_layers(self) -> Self:
+        """The same architecture with every encoder layer in use, as checkpoints store it."""
         ...

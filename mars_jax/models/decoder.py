@@ -5,6 +5,7 @@ It starts from embeddings, so that a multimodal family can place image features 
 states: head and loss are separate methods, applied to the positions that need logits.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jax.typing import DTypeLike
 from mars_jax.models.attention import attention, causal
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.head import frozen_head_loss
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, RMSNorm, rematerialised, rotate
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, STACKED, Dense, RMSNorm, rematerialised, rotate
+from mars_jax.runtime.trees import Tree
 
 
 class Layout(NamedTuple):
@@ -186,7 +188,7 @@ class Qwen2Decoder(nn.Module):
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=nn.initializers.normal(0.02))
         self.layers = nn.scan(
             DecoderLayer,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes=STACKED,
             in_axes=nn.broadcast,
             split_rngs={"params": True},
             length=config.num_layers,
@@ -212,17 +214,16 @@ class Qwen2Decoder(nn.Module):
         layer = rematerialised(DecoderLayer, self.remat)(self.config, parent=None)
         count = self.config.num_layers
         variables = self.layers.variables
-        base, adapters = variables["params"], variables.get("lora", {})
+        base, adapters = variables["params"], _without_params(variables)
 
-        def body(x: Array, place: tuple[Array, Any]) -> tuple[Array, None]:
+        def body(x: Array, place: tuple[Array, Tree]) -> tuple[Array, None]:
             # Frozen weights are indexed where they lie: a slice of them would be a copy of the base.
             weights = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place[0]], base)
-            return layer.apply({"params": weights, "lora": place[1]}, x, None, layout)  # type: ignore[return-value]
+            return layer.apply({"params": weights, **place[1]}, x, None, layout)  # type: ignore[return-value]
 
         first = jnp.arange(count - 1), jax.tree.map(lambda leaf: leaf[:-1], adapters)
         x, _ = jax.lax.scan(body, embeddings, first, unroll=SCAN_UNROLL)
-        last = {"params": jax.tree.map(lambda leaf: leaf[-1], base), "lora": jax.tree.map(lambda a: a[-1], adapters)}
-        x, _ = layer.apply(last, x, positions, layout)
+        x, _ = layer.apply(jax.tree.map(lambda leaf: leaf[-1], dict(variables)), x, positions, layout)
         return self.norm(x)
 
     def empty_cache(self, segments: Array, dtype: DTypeLike) -> Cache:
@@ -243,13 +244,13 @@ class Qwen2Decoder(nn.Module):
         variables = self.layers.variables
         layout = Layout(positions, cache.segments)
 
-        def body(carry: tuple[Array, Cache], place: tuple[Array, Any, Any]) -> tuple[tuple[Array, Cache], None]:
-            number, base, adapters = place
+        def body(carry: tuple[Array, Cache], place: tuple[Array, Tree]) -> tuple[tuple[Array, Cache], None]:
+            number, of_layer = place
             x, cache = carry
-            extended: Any = layer.apply({"params": base, "lora": adapters}, x, None, layout, cache, number)
+            extended: Any = layer.apply(of_layer, x, None, layout, cache, number)
             return extended, None
 
-        places = jnp.arange(self.config.num_layers), variables["params"], variables.get("lora", {})
+        places = jnp.arange(self.config.num_layers), dict(variables)
         # Not unrolled: on CPU it compiles in half the time, and steps take no longer.
         (x, cache), _ = jax.lax.scan(body, (embeddings, cache), places)
         return self.norm(x), cache._replace(used=cache.used + embeddings.shape[1])
@@ -266,7 +267,12 @@ class Qwen2Decoder(nn.Module):
         """Weighted sum of the cross-entropies of hidden states [N, D] with targets [N], nats, float32 []."""
         if self.config.tie_word_embeddings:
             return frozen_head_loss(hidden, self.embed_tokens.embedding.T, targets, weights)
-        if self.lm_head.has_variable("lora", "a"):
+        if self.lm_head.adapter():
             losses = optax.softmax_cross_entropy_with_integer_labels(self.head(hidden), targets)
             return (losses * weights).sum()
         return frozen_head_loss(hidden, self.lm_head.get_variable("params", "kernel"), targets, weights)
+
+
+def _without_params(variables: Mapping[str, Mapping[str, Any]]) -> Tree:
+    """The collections of adapters."""
+    return {name: tree for name, tree in variables.items() if name != "params"}

@@ -3,15 +3,17 @@
 It counts matrix products, 2 m n k each, and nothing elementwise; no compiler is asked and no time is predicted.
 Counted is what the loss needs: of the last decoder layer its keys and values everywhere, the rest at the supervised
 positions. Attention is full T x T (that half of it is masked saves nothing here), `x A B` is not merged into the
-weight, and nothing is computed twice (no remat).
+weight, and nothing is computed twice (no remat). What adapters cost is their method's to say.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.method import AdapterMethod
 from mars_jax.adapters.targets import Targets
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.families.qwen2_5_vl.config import QwenVisionConfig
 from mars_jax.models.families.registry import parameters
 
 
@@ -24,7 +26,7 @@ class Flops:
         projector: frozen linears of the projector.
         llm: frozen linears of the decoder layers.
         attention: the batched products of attention, encoder and decoder.
-        lora: the low-rank products of every module.
+        adapters: what adapters add to the linears, of every module.
         head: logits, at the supervised positions only, and in training their gradient.
     """
 
@@ -32,7 +34,7 @@ class Flops:
     projector: float = 0.0
     llm: float = 0.0
     attention: float = 0.0
-    lora: float = 0.0
+    adapters: float = 0.0
     head: float = 0.0
 
     @property
@@ -41,18 +43,32 @@ class Flops:
         return sum(asdict(self).values())
 
 
+class BatchShape(NamedTuple):
+    """Sizes of a batch.
+
+    Attributes:
+        batch_size: B, samples.
+        tokens: T, a sample.
+        tiles: N, a sample; windows where the encoder has window attention.
+        supervised: S, positions of a sample that need logits.
+    """
+
+    batch_size: int
+    tokens: int
+    tiles: int
+    supervised: int
+
+
 def lane_step_flops(
     config: ModelConfig,
     targets: Targets,
     ranks: Mapping[str, int],
+    shape: BatchShape,
     *,
-    batch_size: int,
-    tokens: int,
-    tiles: int,
-    supervised: int,
+    method: AdapterMethod = LORA,
     cached_encoder: bool = False,
 ) -> Flops:
-    """Loss and LoRA gradients of one lane on one batch, without the optimizer.
+    """Loss and gradients of the adapters of one lane on one batch, without the optimizer.
 
     Frozen weights get no gradient, and activations get one only where something adapted lies below them.
 
@@ -60,33 +76,27 @@ def lane_step_flops(
         config: the architecture.
         targets: the linears that take adapters.
         ranks: module -> rank; give the padded ranks for what a bucket really computes. 0 freezes a module.
-        batch_size: B, samples.
-        tokens: T, a sample.
-        tiles: N, a sample; windows where the encoder has window attention.
-        supervised: S, positions of a sample that need logits.
+        shape: of the batch.
+        method: the adapter method.
         cached_encoder: whether features of the vision encoder are read instead of computed.
 
     Raises:
         ValueError: a cached encoder that is adapted, or a target that the model doesn't have.
     """
-    walk = _Walk(config, targets, ranks, batch_size, trains=True)
-    return walk.model(tokens, tiles, supervised, cached_encoder)
+    return _Walk(config, targets, ranks, method, shape.batch_size, trains=True).model(shape, cached_encoder)
 
 
 def evaluation_flops(
     config: ModelConfig,
     targets: Targets,
     ranks: Mapping[str, int],
+    shape: BatchShape,
     *,
-    batch_size: int,
-    tokens: int,
-    tiles: int,
-    supervised: int,
+    method: AdapterMethod = LORA,
     cached_encoder: bool = False,
 ) -> Flops:
     """The loss of one lane on one batch, forward only; arguments and errors as in `lane_step_flops`."""
-    walk = _Walk(config, targets, ranks, batch_size, trains=False)
-    return walk.model(tokens, tiles, supervised, cached_encoder)
+    return _Walk(config, targets, ranks, method, shape.batch_size, trains=False).model(shape, cached_encoder)
 
 
 # The linears after attention and of the MLP have one of these names, whichever a model has.
@@ -100,9 +110,16 @@ class _Walk:
     """
 
     def __init__(
-        self, config: ModelConfig, targets: Targets, ranks: Mapping[str, int], batch_size: int, trains: bool
+        self,
+        config: ModelConfig,
+        targets: Targets,
+        ranks: Mapping[str, int],
+        method: AdapterMethod,
+        batch_size: int,
+        trains: bool,
     ) -> None:
         self.config, self.batch_size, self.trains = config, batch_size, trains
+        self.targets, self.method = targets, method
         weights = [p for p in parameters(config) if p.path.endswith(("/kernel", "/embedding"))]
         self.shapes = {p.path.removesuffix("/kernel"): p.shape[-2:] for p in weights}
         self.ranks = {path: ranks[target.module] for path, target in targets.items()}
@@ -111,9 +128,10 @@ class _Walk:
         if unknown:
             raise ValueError(f"flops: the model has no linear {', '.join(map(repr, unknown))}.")
 
-    def model(self, tokens: int, tiles: int, supervised: int, cached_encoder: bool) -> Flops:
-        """The whole model; sizes are those of one sample."""
-        config, vision, patches = self.config, self.config.vision, self.config.vision.num_positions
+    def model(self, shape: BatchShape, cached_encoder: bool) -> Flops:
+        """The whole model."""
+        _, tokens, tiles, supervised = shape
+        config, vision = self.config, self.config.vision
         if cached_encoder:
             adapted = [path for path, rank in self.ranks.items() if path.startswith("vision/") and rank]
             if adapted:
@@ -122,12 +140,10 @@ class _Walk:
         else:
             moves = self.linear("encoder", "vision/patch_embed", tiles * vision.num_patches, False)
             for number in range(config.num_vision_layers_used):
-                whole = isinstance(vision, QwenVisionConfig) and number in vision.full_attention_layers
-                sequences, length = (1, tiles * patches) if whole else (tiles, patches)
+                sequences, length = vision.sequences(number, tiles)
                 moves = self.layer("encoder", "vision", sequences, length, moves, length)
-        group = vision.merge_size**2 if isinstance(vision, QwenVisionConfig) else 1
-        for path in ("projector/linear_1", "projector/linear_2"):
-            moves = self.linear("projector", path, tiles * patches // group, moves)
+        for path in [path for path in self.shapes if path.startswith("projector/")]:
+            moves = self.linear("projector", path, tiles * vision.num_positions // vision.group, moves)
         for left in reversed(range(config.text.num_layers)):
             # Of the last layer only the supervised positions are asked for.
             moves = self.layer("llm", "llm", 1, tokens, moves, tokens if left else supervised)
@@ -162,8 +178,10 @@ class _Walk:
     def linear(self, part: str, path: str, rows: int, moves: bool) -> bool:
         """One linear on `rows` rows a sample; returns whether its output moves."""
         (d_in, d_out), rank = self.shapes[path], self.ranks.get(path, 0)
-        product, back = 2.0 * self.batch_size * rows, self.trains and moves
-        self.parts[part] += product * d_in * d_out * (1 + back)
-        # Forward `x A` and `(x A) B`; backward to B, to `x A` and to A, and to x where it moves.
-        self.parts["lora"] += product * rank * ((d_in + d_out) + self.trains * (2 * d_out + d_in) + back * d_in)
+        product = 2.0 * self.batch_size * rows
+        self.parts[part] += product * d_in * d_out * (1 + (self.trains and moves))
+        if rank:
+            self.parts["adapters"] += self.method.flops(
+                self.targets[path], rank, self.batch_size * rows, trains=self.trains, moves=moves
+            )
         return moves or rank > 0

@@ -1,6 +1,6 @@
-"""Cross-entropy through a frozen head: its gradient is formed in the forward pass, so logits are never kept.
+"""Cross-entropy through a frozen LM head, with its gradient computed in the forward pass so that logits are not kept.
 
-For heads without an adapter; one that trains goes through `optax.softmax_cross_entropy_with_integer_labels`.
+An adapted head uses `optax.softmax_cross_entropy_with_integer_labels` instead.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-# Logits in memory at once, float32: 256 MiB.
+# Largest number of logits in memory at once: 256 MiB in float32.
 _MAX_LOGITS = 2**26
 
 
@@ -19,13 +19,13 @@ _MAX_LOGITS = 2**26
 def frozen_head_loss(hidden: Array, kernel: Array, targets: Array, weights: Array) -> Array:
     """Weighted sum of the cross-entropies of `softmax(hidden @ kernel)`, nats, float32 [].
 
-    Under `vmap`, lanes and rows are one flat axis, cut into pieces of bounded memory.
+    Under `vmap`, lanes and rows are flattened into one axis, which is processed in chunks of bounded memory.
 
     Args:
-        hidden: [N, D]; the only argument with a gradient.
-        kernel: [D, V].
-        targets: int32 [N].
-        weights: float32 [N].
+        hidden: hidden states [N, D]; the only argument with a gradient.
+        kernel: head [D, V].
+        targets: token ids, int32 [N].
+        weights: weights of the targets, float32 [N].
     """
     losses, _ = _losses_and_gradients(hidden, kernel, targets)
     return (losses * weights).sum()
@@ -45,7 +45,7 @@ frozen_head_loss.defvjp(_forward, _backward)
 
 @custom_vmap
 def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array) -> tuple[Array, Array]:
-    """Cross-entropies [N] and their gradients to `hidden` [N, D], both float32."""
+    """Cross-entropies [N] and their gradients with respect to `hidden` [N, D], both float32."""
 
     def row(vector: Array, target: Array) -> tuple[Array, Array]:
         logits = (vector @ kernel.astype(vector.dtype)).astype(jnp.float32)

@@ -1,19 +1,24 @@
 """The few layers that every module shares: a dense layer that takes an adapter, norms, activations, rotations.
 
-No architecture lives here. Ranks are never attributes: a dense layer adds a low-rank update exactly when the `lora`
-collection has leaves for it, so one compiled model serves every rank pair.
+No architecture lives here. Neither ranks nor methods are attributes: a dense layer is adapted exactly when the
+collection of an adapter method, such as `lora`, has leaves for it, so one compiled model serves every rank pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.scope import CollectionFilter
 from jax import Array
 
-from mars_jax.adapters.lora import lora_dense
+from mars_jax.adapters.method import NO_CONTEXT, AdapterMethod, Context, Leaves, dense
+from mars_jax.adapters.registry import METHODS
+
+# Axes of `nn.scan` for parameters and adapters of any method: all are stacked over layers.
+STACKED: Mapping[CollectionFilter, int] = {True: 0}
 
 # Layers of a scan unrolled at a time: the whole of a small model (1.4x faster steps on CPU), a bounded program for a
 # large one.
@@ -42,7 +47,7 @@ def rematerialised(layer: Callable[..., nn.Module], remat: str) -> Callable[...,
 
 
 class Dense(nn.Module):
-    """`y = x W + bias`, plus the low-rank update of the `lora` collection where there is one.
+    """`y = x W + bias`, or what an adapter method makes of it where its collection has leaves for this layer.
 
     Attributes:
         features: output width.
@@ -53,13 +58,26 @@ class Dense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [..., in] to [..., features]."""
+    def __call__(self, x: Array, context: Context = NO_CONTEXT) -> Array:
+        """Maps x [..., in] to [..., features]; adapter methods may ask for the context of x."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
-        if not self.has_variable("lora", "a"):
-            return lora_dense(x, kernel, bias, None)
-        return lora_dense(x, kernel, bias, {name: self.get_variable("lora", name) for name in ("a", "b", "scale")})
+        adapter = self.adapter()
+        if adapter is None:
+            return dense(x, kernel, bias)
+        method, leaves = adapter
+        return method.apply(x, kernel, bias, leaves, context)
+
+    def adapter(self) -> tuple[AdapterMethod, Leaves] | None:
+        """The adapter method of this layer and its leaves, if there are any.
+
+        Raises:
+            ValueError: leaves of several methods.
+        """
+        found = [name for name in METHODS.names if self.variables.get(name)]
+        if len(found) > 1:
+            raise ValueError(f"{'/'.join(self.path)} has adapters of {' and '.join(found)}; a layer takes one method.")
+        return (METHODS[found[0]], self.variables[found[0]]) if found else None
 
 
 class LayerNorm(nn.Module):

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 
 from mars_jax.models.attention import MAX_SCORES
 from mars_jax.models.configs import ModelConfig
-from mars_jax.models.families.qwen2_5_vl.config import QwenVisionConfig
 from mars_jax.models.layers import SCAN_UNROLL
 
 # Memory that XLA plans over the size of the layers' outputs, at LLaVA-OneVision-0.5B's shapes
@@ -44,10 +43,9 @@ def activation_bytes(
         flash: modules whose attention keeps no scores, see `models.attention.has_flash`.
     """
     vision, text = config.vision, config.text
-    windowed = isinstance(vision, QwenVisionConfig)
-    # Windowed attention is computed again in the backward pass, and that of longer sequences too: see `models`.
-    seen = 0 if windowed or "vision" in flash else vision.num_positions
-    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + windowed, vision.num_heads * seen)
+    # Attention of long sequences is computed again in the backward pass too, see `models.attention`.
+    seen = 0 if vision.recomputes_attention or "vision" in flash else vision.num_positions
+    encoder = _layer(vision.hidden_size, vision.intermediate_size, 1 + vision.gated_mlp, vision.num_heads * seen)
     scores = text.num_heads * tokens if tokens**2 <= MAX_SCORES and "llm" not in flash else 0
     decoder = _layer(text.hidden_size, text.intermediate_size, 2, scores)
     rows = {"vision": tiles * vision.num_positions, "llm": tokens}

@@ -1,7 +1,7 @@
-"""What every family does alike: image features take the places of image tokens, and the decoder reads the result.
+"""Base class of multimodal models: image features replace the embeddings of image tokens in the decoder's input.
 
-A family says how pictures become feature rows (`encode`, `image_features`) and names its modules; see `families`.
-Everything that depends on the data (where image tokens stand and which rows they are) arrives as index arrays.
+A family implements `encode` and `image_features` and names its modules; see `families`. Everything that depends on the
+data (positions of image tokens and their feature rows) is given as index arrays.
 """
 
 from typing import NotRequired, TypedDict
@@ -15,33 +15,34 @@ from mars_jax.models.decoder import Cache, Layout, take_positions
 
 
 class Batch(TypedDict):
-    """Inputs of B samples with N tiles each, padded on the right to T tokens; C rows make an image token.
+    """Inputs of B samples with N tiles each, padded on the right to T tokens.
 
-    A row index points into the feature rows of the sample (see `image_features` of the family); -1 says that the
-    token is text. An image token is the weighted sum of its C rows (C > 1 only where any-resolution features are
-    scaled down). S supervised positions: hidden state `target_positions` predicts `targets`, weight 0 is padding.
+    `image_index` holds indices of the sample's feature rows (see `image_features` of the family), or -1 for text. An
+    image token is the weighted sum of C rows (C > 1 only if any-resolution features are scaled down). S supervised
+    positions: the hidden state at `target_positions` predicts `targets`; weight 0 is padding. A family's encoder may
+    have inputs besides `pixels`, see its `encoder_inputs`.
     """
 
     tokens: Array  # int32 [B, T]
-    pixels: NotRequired[Array]  # float32 [B, N, ...], tiles as the family's encoder takes them
-    features: NotRequired[Array]  # [B, N, P, D vision], the encoder's output, in place of pixels
-    patch_positions: NotRequired[Array]  # int32 [B, N, P, 2], row and column of a patch in its picture: Qwen2.5-VL
-    patch_images: NotRequired[Array]  # int32 [B, N, P], number of a patch's picture, -1 padding: Qwen2.5-VL
+    pixels: NotRequired[Array]  # float32 [B, N, ...], tiles in the form of the family's encoder
+    features: NotRequired[Array]  # [B, N, P, D vision], the encoder's output, given instead of pixels
     image_index: Array  # int32 [B, T, C]
     image_weight: Array  # float32 [B, T, C]
     targets: Array  # int32 [B, S]
     target_positions: Array  # int32 [B, S]
     target_weights: Array  # float32 [B, S]
-    positions: NotRequired[Array]  # int32 [B, T] or [B, T, 3]: see `qwen2.Layout`
-    segments: NotRequired[Array]  # int32 [B, T]: see `qwen2.Layout`
+    positions: NotRequired[Array]  # int32 [B, T] or [B, T, 3]: see `decoder.Layout`
+    segments: NotRequired[Array]  # int32 [B, T]: see `decoder.Layout`
 
 
 class Multimodal(nn.Module):
-    """A family's model. Adapters ride in the `lora` collection: `apply({"params": base, "lora": adapters}, batch)`.
+    """Base class of a family's model.
+
+    Adapters are a separate collection, named after their method: `apply({"params": base, "lora": adapters}, batch)`.
 
     Attributes:
         config: the architecture.
-        remat: what layers keep for the backward pass, see `layers.rematerialised`.
+        remat: rematerialisation policy of the layers, see `layers.rematerialised`.
     """
 
     config: ModelConfig
@@ -62,7 +63,7 @@ class Multimodal(nn.Module):
     def loss(self, batch: Batch) -> tuple[Array, Array]:
         """Returns the summed cross-entropy [] in nats (float32), and the number of supervised tokens [].
 
-        The base gets no gradient through an unadapted head: train adapters with this, not the base.
+        An unadapted head has no gradient, so this loss trains adapters and not the base.
         """
         hidden = self._supervised(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -88,14 +89,14 @@ class Multimodal(nn.Module):
         return self.llm.hidden(self.embed(batch), _layout(batch))
 
     def prefill(self, batch: Batch, room: int) -> tuple[Array, Cache]:
-        """Reads prompts, to go on from the position of the one target that each has.
+        """Fills a cache with prompts; generation continues at the one target position of each.
 
         Args:
             batch: prompts with positions and segments, S = 1: see `ExampleSource.prompt`.
-            room: places to keep for tokens that follow.
+            room: number of cache entries reserved for generated tokens.
 
         Returns:
-            Float32 logits of the first token that follows [B, V], and the cache, with C = T + `room`.
+            Float32 logits of the next token [B, V], and the cache, of T + `room` entries.
         """
         embeddings = self.embed(batch)
         segments = jnp.pad(batch["segments"], [(0, 0), (0, room)], constant_values=1)
@@ -104,15 +105,15 @@ class Multimodal(nn.Module):
         return self.llm.head(take_positions(hidden, batch["target_positions"])[:, 0]), cache
 
     def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Reads one more token of each row.
+        """Extends the cache by one token of each row.
 
         Args:
             tokens: int32 [B].
-            positions: int32 [B], rotary positions; text goes on along all axes alike.
-            cache: of `prefill`, or of the token before.
+            positions: int32 [B], rotary positions, the same along all axes since the tokens are text.
+            cache: from `prefill`, or from the previous token.
 
         Returns:
-            Float32 logits of the token after it [B, V], and the cache with this one.
+            Float32 logits of the next token [B, V], and the extended cache.
         """
         hidden, cache = self.llm.extend(self.llm.embed(tokens[:, None]), positions[:, None], cache)
         return self.llm.head(hidden[:, 0]), cache
@@ -127,12 +128,12 @@ def _layout(batch: Batch) -> Layout | None:
 
 
 def place_image_features(text: Array, features: Array, index: Array, weight: Array) -> Array:
-    """Replaces the embeddings of image tokens by their features.
+    """Replaces the embeddings of image tokens with their features.
 
     Args:
         text: token embeddings [B, T, D].
         features: feature rows [B, rows, D].
-        index: int32 [B, T, C], -1 where the token is text.
+        index: indices of feature rows, int32 [B, T, C], -1 for text.
         weight: float32 [B, T, C], weights of the C rows.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Vision transformers over tiles of one size, up to the hidden states that a projector reads: no pooling head.
+"""Vision transformers over tiles of one size, without pooling head.
 
-SigLIP (arXiv 2303.15343), CLIP (arXiv 2103.00020) and DINOv2 (arXiv 2304.07193) differ in what `VisionConfig` says.
-LLaVA reads hidden states before the last norm, so that weight has no place here.
+SigLIP (arXiv 2303.15343), CLIP (arXiv 2103.00020) and DINOv2 (arXiv 2304.07193) differ in the settings of
+`VisionConfig`. LLaVA uses hidden states before the last norm, so the last norm is not implemented.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jax import Array
 
 from mars_jax.models.attention import attention
 from mars_jax.models.configs import VisionConfig
-from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, Dense, LayerNorm, rematerialised
+from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, STACKED, Dense, LayerNorm, rematerialised
 
 
 class SelfAttention(nn.Module):
@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The two-layer feed-forward block."""
+    """Two-layer feed-forward block."""
 
     config: VisionConfig
 
@@ -44,7 +44,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each of D numbers."""
+    """A learned scale for each of D channels."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -54,14 +54,14 @@ class LayerScale(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A pre-norm transformer layer, in the carry form of `nn.scan`."""
+    """Pre-norm transformer layer, in the carry form of `nn.scan`."""
 
     config: VisionConfig
     keep: bool
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, Array | None]:
-        """Maps x [B, P, D] to ([B, P, D], the same or None), by `keep`."""
+        """Maps x [B, P, D] to the carry [B, P, D], and the same as scan output if `keep`, else None."""
         eps, scaled = self.config.layer_norm_eps, self.config.kind == "dinov2"
         branch = SelfAttention(self.config, name="self_attn")(LayerNorm(eps, name="layer_norm1")(x))
         x = x + (LayerScale(name="layer_scale1")(branch) if scaled else branch)
@@ -71,11 +71,11 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patch embedding, learned positions and encoder layers stacked by `nn.scan`.
+    """Patch embedding, learned positions, and encoder layers stacked by `nn.scan`.
 
     Attributes:
         config: the architecture.
-        feature_layers: the hidden states to return, side by side; 0 are the embeddings. Later layers aren't applied.
+        feature_layers: indices of the hidden states to concatenate; 0 are the embeddings. Later layers are not applied.
         remat: see `layers.rematerialised`.
     """
 
@@ -85,7 +85,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """Maps normalised pixels [B, 3, height, width] to hidden states [B, P, D times the number of them]."""
+        """Maps normalised pixels [B, 3, height, width] to hidden states [B, P, D * len(feature_layers)]."""
         config = self.config
         grid, patch = config.grid_size, config.patch_size
         # A convolution whose stride is its kernel is one matrix product over (channel, row, column) of each patch.
@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
         several = len(self.feature_layers) > 1
         layers = nn.scan(
             rematerialised(EncoderLayer, self.remat),
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes=STACKED,
             split_rngs={"params": True},
             length=max(self.feature_layers),
             unroll=SCAN_UNROLL,

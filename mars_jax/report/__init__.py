@@ -1,4 +1,4 @@
-"""One self-contained HTML page (and the same as JSON) from the files of a run directory. Runs nothing, fits nothing."""
+"""The report of a run: one self-contained HTML page, and the same as JSON, from the files of the run directory."""
 
 from mars_jax.report.page import write_report
 

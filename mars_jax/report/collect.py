@@ -1,4 +1,4 @@
-"""Reads the files of a run directory into one record: no judgement, no drawing, and an absent file is no error."""
+"""Reads the files of a run directory into one record. Absent files are allowed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,24 +7,39 @@ from typing import Any
 
 import yaml
 
+from mars_jax.config.load import RESOLVED_CONFIG
 from mars_jax.errors import ConfigError, DataError
+from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
 from mars_jax.runtime.jsonfiles import read_json, read_jsonl
 
 Record = Mapping[str, Any]
+"""A JSON object that is only read."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory says. An absent file is an empty mapping or an empty tuple, and its name is in `absent`.
+    """Contents of a run directory. An absent file is an empty mapping or tuple, and its name is in `absent`.
 
     Attributes:
-        directory: the run directory, as the caller named it.
-        config_text: `config.resolved.yaml` as written, for the page.
-        config, state, plan, data, laws, selection, sweep, summary, evaluation, adapter: the documents.
-        lanes: one record a probe lane. curves: one record a lane and look. metrics: one record a logged fine-tune step.
-        read, absent: names of the files that were and were not there.
-        notes: what had to be left out while reading.
+        directory: the run directory, as passed by the caller.
+        config_text: text of `config.resolved.yaml`.
+        config: document of `config.resolved.yaml`.
+        state: document of `state.json`.
+        plan: document of `plan.json`.
+        data: document of `data.json`.
+        lanes: one record for each probe lane.
+        curves: one record for each eval point of each lane.
+        laws: document of `laws.json`.
+        selection: document of `selection.json`.
+        sweep: document of `sweep/runs.json`.
+        metrics: one record for each logged step of the final run.
+        summary: document of `finetune/summary.json`.
+        evaluation: document of `evaluation.json`.
+        adapter: document of `adapter/adapter_config.json`.
+        read: names of the files that exist.
+        absent: names of the files that do not.
+        notes: warnings about lines that could not be read.
     """
 
     directory: Path
@@ -51,52 +66,53 @@ def read_run(directory: Path) -> RunRecord:
     """Reads a run directory.
 
     Raises:
-        ConfigError: `directory` does not exist, or holds no file of a run.
-        DataError: a file is not valid JSON or YAML, or is not the kind of document that its name promises.
+        ConfigError: the directory does not exist, or has no file of a run.
+        DataError: a file is not valid JSON or YAML, or not a mapping.
     """
     advice = "Give the directory that `mars run` wrote (`run_dir` of its config)."
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such run directory. {advice}")
     run, notes = RunDirectory(directory), list[str]()
-    adapter_file = run.adapter / "adapter_config.json"
+    adapter_file = run / files.ADAPTER / "adapter_config.json"
     documents = (
-        run.config_file,
-        run.state_file,
-        run.plan_file,
-        run.data_file,
-        run.lanes_file,
-        run.curves_file,
-        run.laws_file,
-        run.selection_file,
-        # Not every search has one.
-        *([run.sweep_file] if run.sweep_file.is_file() else []),
-        run.finetune_metrics_file,
-        run.finetune_summary_file,
-        run.evaluation_file,
+        run / RESOLVED_CONFIG,
+        run / files.STATE,
+        run / files.PLAN,
+        run / files.DATA,
+        run / files.LANES,
+        run / files.CURVES,
+        run / files.LAWS,
+        run / files.SELECTION,
+        # Only some strategies write it.
+        *([run / files.SWEEP] if (run / files.SWEEP).is_file() else []),
+        run / files.METRICS,
+        run / files.SUMMARY,
+        run / files.EVALUATION,
         adapter_file,
     )
     names = {path.relative_to(directory).as_posix(): path.is_file() for path in documents}
     if not any(names.values()):
         raise ConfigError(f"{directory}: not a run directory: it holds none of {', '.join(names)}. {advice}")
-    config_text = run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else ""
+    config_file = run / RESOLVED_CONFIG
+    config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     return RunRecord(
         directory=directory,
         config_text=config_text,
-        config=_config(run.config_file, config_text),
-        state=_document(run.state_file),
-        plan=_document(run.plan_file),
-        data=_document(run.data_file),
-        lanes=tuple(read_jsonl(run.lanes_file, notes.append)),
-        curves=tuple(read_jsonl(run.curves_file, notes.append)),
-        laws=_document(run.laws_file),
-        selection=_document(run.selection_file),
-        sweep=_document(run.sweep_file),
-        metrics=tuple(read_jsonl(run.finetune_metrics_file, notes.append)),
-        summary=_document(run.finetune_summary_file),
-        evaluation=_document(run.evaluation_file),
+        config=_config(run / RESOLVED_CONFIG, config_text),
+        state=_document(run / files.STATE),
+        plan=_document(run / files.PLAN),
+        data=_document(run / files.DATA),
+        lanes=tuple(read_jsonl(run / files.LANES, notes.append)),
+        curves=tuple(read_jsonl(run / files.CURVES, notes.append)),
+        laws=_document(run / files.LAWS),
+        selection=_document(run / files.SELECTION),
+        sweep=_document(run / files.SWEEP),
+        metrics=tuple(read_jsonl(run / files.METRICS, notes.append)),
+        summary=_document(run / files.SUMMARY),
+        evaluation=_document(run / files.EVALUATION),
         adapter=_document(adapter_file),
-        read=tuple(name for name, there in names.items() if there),
-        absent=tuple(name for name, there in names.items() if not there),
+        read=tuple(name for name, exists in names.items() if exists),
+        absent=tuple(name for name, exists in names.items() if not exists),
         notes=tuple(notes),
     )
 
@@ -112,7 +128,7 @@ def _config(path: Path, text: str) -> Record:
         raise DataError(f"{path} is not YAML: {error}. `mars run` writes this file; don't edit it.") from error
 
 
-def _mapping(path: Path, value: Any) -> Record:
+def _mapping(path: Path, value: object) -> Record:
     if not isinstance(value, dict):
         raise DataError(
             f"{path} holds a {type(value).__name__} where a mapping of names is expected. "

@@ -1,11 +1,11 @@
-"""What a run found, as one JSON-able document: the verdict in words, the warnings, costs and tables. Draws nothing."""
+"""The document of report.json: verdict, warnings, costs and tables of a run."""
 
 import math
-from typing import Any
 
 from mars_jax.report.collect import Record, RunRecord
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.words import count, listing, number, percent, ranks_text
+from mars_jax.runtime.jsonfiles import Document
 
 SCHEMA = 1
 CONDITIONS = {  # condition of evaluation.json -> its name on the page, in the order of the table
@@ -16,13 +16,13 @@ CONDITIONS = {  # condition of evaluation.json -> its name on the page, in the o
     "base_blind": "base model, blank image",
     "base_shuffled": "base model, another sample's image",
 }
-SURE = 0.8  # P(best) below which the laws alone do not settle the pick
-EXTRAPOLATION = 4.0  # target D over largest probed D that deserves a warning
+SURE = 0.8  # least P(best) at which the laws alone decide the pick
+EXTRAPOLATION = 4.0  # largest ratio of target D to probed D without a warning
 CLOSE = 0.06  # final losses of one pair differ by about this share between seeds (docs/evidence.md)
 
 
-def build_report(run: RunRecord) -> dict[str, Any]:
-    """The document of report.json, less its figures. A part whose files are absent is null or empty.
+def build_report(run: RunRecord) -> Document:
+    """The document of report.json without its figures. A part whose files are absent is null or empty.
 
     Keys: `schema`, `run`, `sources`, `verdict`, `evaluation`, `selection`, `sweep`, `laws` (without draws), `probes`,
     `finetune`, `data`, `costs`, `phases`, `versions`.
@@ -50,8 +50,8 @@ def build_report(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def verdict(run: RunRecord) -> dict[str, Any]:
-    """The pick and what it is worth.
+def verdict(run: RunRecord) -> Document:
+    """The pick, the evidence for it, and warnings.
 
     Keys: `headline`, `sentences` and `warnings` (plain text); `pick`, `p_best`, `method`, `fallback` (selection.json).
     """
@@ -95,14 +95,13 @@ def _choice_sentences(run: RunRecord) -> list[str]:
         probed = sum(candidate.get("probed_loss") is not None for candidate in candidates)
         sentences.append(
             f"{probed} of the {len(candidates)} rank vectors were probed; the best {len(_sweep_runs(run))} of these "
-            "were given final runs, and the worse half of these ended at each rung. What was measured decided, not the "
-            "laws."
+            "had final runs, and the worse half of these ended at each rung. The measured losses decided, not the laws."
         )
     if p_best is not None and balanced and not swept:
         sentences.append(
             f"In {percent(p_best, 0)} of the bootstrap refits this choice has the lowest predicted validation loss "
             f"of {_field(selection, balanced)} at {count(target)} training samples. Whether the law "
-            "holds there is not in that number."
+            "holds there is not part of that number."
         )
     picked = picked_candidate(run)
     steps = {m: t for m, t in (picked.get("convergence_steps") or {}).items() if t is not None and math.isfinite(t)}
@@ -116,7 +115,7 @@ def _choice_sentences(run: RunRecord) -> list[str]:
 
 
 def _field(selection: Record, balanced: int) -> str:
-    """What the pick was compared with; the key tau is null where no balance is known."""
+    """The candidates that the pick was compared with; `tau` is null where no balance is known."""
     total = len(selection["candidates"])
     if selection.get("tau", 0.0) is None:
         return f"all {total} candidates"
@@ -129,11 +128,11 @@ def _outcome_sentences(run: RunRecord) -> list[str]:
     split = run.evaluation.get("split", "test")
     sentences = []
     if tuned.get("accuracy") is not None:
-        without = f" ({percent(blind['accuracy'])} with a blank image)" if blind.get("accuracy") is not None else ""
-        was = f", the base model {percent(base['accuracy'])}" if base.get("accuracy") is not None else ""
+        blind_text = f" ({percent(blind['accuracy'])} with a blank image)" if blind.get("accuracy") is not None else ""
+        base_text = f", the base model {percent(base['accuracy'])}" if base.get("accuracy") is not None else ""
         sentences.append(
             f"On {samples} {split} samples the fine-tuned model answers {percent(tuned['accuracy'])} correctly"
-            f"{without}{was}."
+            f"{blind_text}{base_text}."
         )
     elif tuned.get("perplexity") is not None and base.get("perplexity") is not None:
         sentences.append(
@@ -147,16 +146,16 @@ def _sweep_runs(run: RunRecord) -> list[Record]:
     return list(run.sweep.get("runs") or [])
 
 
-def _sweep(run: RunRecord) -> list[dict[str, Any]]:
-    """The final runs that were begun: ranks, those of them that train, steps, and the lowest loss (null: diverged)."""
+def _sweep(run: RunRecord) -> list[Document]:
+    """The started final runs: ranks, ranks of trained modules, steps, and lowest loss (null: diverged)."""
     return [
         {
-            "ranks": dict(one["ranks"]),
-            "trained": {module: rank for module, rank in one["ranks"].items() if rank},
-            "steps": one["looks"][-1][0],
-            "loss": None if None in (losses := [loss for _, loss in one["looks"]]) else min(losses),
+            "ranks": dict(final["ranks"]),
+            "trained": {module: rank for module, rank in final["ranks"].items() if rank},
+            "steps": final["looks"][-1][0],
+            "loss": None if None in (losses := [loss for _, loss in final["looks"]]) else min(losses),
         }
-        for one in _sweep_runs(run)
+        for final in _sweep_runs(run)
     ]
 
 
@@ -178,8 +177,8 @@ def _selection_warnings(run: RunRecord) -> list[str]:
     p_best = selection.get("p_best")
     if p_best is not None and p_best < SURE and selection.get("method") != "local_sweep":
         warnings.append(
-            f"The laws do not settle this choice (P(best) {percent(p_best, 0)}, {percent(SURE, 0)} is wanted): "
-            "other balanced candidates may be as good. `selection.sweep` would tell."
+            f"The laws do not settle this choice (P(best) {percent(p_best, 0)}, {percent(SURE, 0)} is required): "
+            "other balanced candidates may be as good. Final runs of several (`selection.sweep`) would decide."
         )
     picked = picked_candidate(run).get("predicted_loss") or math.nan
     others = [
@@ -192,7 +191,7 @@ def _selection_warnings(run: RunRecord) -> list[str]:
         warnings.append(
             f"{count(len(close))} other {'candidate is' if len(close) == 1 else 'candidates are'} predicted within "
             f"{percent(CLOSE, 0)} of the pick's loss, and final runs of one pair have differed by as much between "
-            "seeds: any of them may end better. `mars compare` tells."
+            "seeds: any of them may end better. `mars compare` trains them side by side."
         )
     for module in searched_modules(run):
         grid = sorted({candidate["ranks"][module] for candidate in selection["candidates"]})
@@ -241,7 +240,7 @@ def _probe_warnings(run: RunRecord) -> list[str]:
         if sum(flags) > len(flags) / 2:
             warnings.append(
                 f"{module} had not converged at the end of {sum(flags)} of {len(flags)} lanes, so its Law-C rests "
-                "mostly on lower limits. More probe steps would mend it."
+                "mostly on lower limits. More probe steps would help."
             )
     dropped = run.data.get("dropped") or []
     if dropped:
@@ -278,12 +277,11 @@ def _statuses(run: RunRecord) -> dict[str, int]:
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
-def costs(run: RunRecord) -> dict[str, Any]:
-    """Steps, samples, tokens and seconds that were spent, and the same for a full grid of final runs.
+def costs(run: RunRecord) -> Document:
+    """Steps, samples, tokens and seconds of the run, and the same for a full grid of final runs.
 
-    `search` is the probes, `sweep` the final runs besides the one that was kept.
-
-    Null where a file needed for a number is absent: samples need the batch sizes of `config.resolved.yaml`, tokens
+    `search` is the probes, `sweep` the final runs besides the kept one. A number is null where a file that it needs is
+    absent: samples need the batch sizes of `config.resolved.yaml`, tokens
     `tokens_per_sample` of `data.json`, the grid `full_grid_steps` of `plan.json`.
     """
     probe_batch = (run.config.get("probe") or {}).get("batch_size")
@@ -301,13 +299,13 @@ def costs(run: RunRecord) -> dict[str, Any]:
 
     lanes = run.lanes
     if (run.config.get("probe") or {}).get("sampling") == "nested":
-        # The records of smaller D are of the same runs.
+        # The records of smaller D are prefixes of the same lanes.
         largest = max((lane["num_samples"] for lane in lanes), default=0)
         lanes = tuple(lane for lane in lanes if lane["num_samples"] == largest)
     probes = spent(sum(lane.get("steps") or 0 for lane in lanes) if lanes else None, probe_batch)
     final = spent(run.summary.get("steps"), final_batch)
-    begun = sum(one["looks"][-1][0] for one in _sweep_runs(run))
-    others = spent(max(0, begun - (final["steps"] or 0)), final_batch)
+    started = sum(other["looks"][-1][0] for other in _sweep_runs(run))
+    others = spent(max(0, started - (final["steps"] or 0)), final_batch)
     grid = spent(run.plan.get("full_grid_steps"), final_batch)
     share = None
     if probes["samples"] and others["samples"] is not None and grid["samples"]:

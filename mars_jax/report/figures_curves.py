@@ -1,7 +1,7 @@
-"""Loss curves of the probes and of the final fine-tune. Draws what it is given; the choice of words is facts.py's."""
+"""Figures of the loss curves of the probes and of the final run."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,7 @@ MARKS = {"diverged": "x", "horizon": "^"}
 
 
 def probe_groups(run: RunRecord) -> list[tuple[str, ...]]:
-    """The sets of modules that lanes adapt, joint lanes first: each is one figure."""
+    """Sets of modules that lanes adapt, the largest first; each has a figure."""
     return sorted({_adapted(lane) for lane in run.lanes}, key=lambda group: (-len(group), group))
 
 
@@ -26,18 +26,18 @@ def _adapted(lane: Record) -> tuple[str, ...]:
 
 
 def probe_curves(run: RunRecord, group: tuple[str, ...]) -> "Figure | None":
-    """Validation loss against steps of the lanes that adapt `group`: a panel a D, colour and dash by rank.
+    """Validation loss against steps of the lanes that adapt `group`: a panel for each D, colour and dash by rank.
 
     Returns:
-        None where no look of such a lane was logged.
+        The figure, or None where no eval point of such a lane was logged.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    curves: dict[Any, list[Record]] = {}
-    for look in run.curves:
-        if look.get("validation_loss") is not None:
-            curves.setdefault(look["lane"], []).append(look)
+    curves: dict[str, list[Record]] = {}
+    for point in run.curves:
+        if point.get("validation_loss") is not None:
+            curves.setdefault(point["lane"], []).append(point)
     lanes = [lane for lane in run.lanes if _adapted(lane) == group and lane["lane"] in curves]
     if not lanes:
         return None
@@ -47,11 +47,11 @@ def probe_curves(run: RunRecord, group: tuple[str, ...]) -> "Figure | None":
     sizes = sorted({lane["num_samples"] for lane in lanes})
     columns = len(sizes) if len(sizes) <= 4 else 3 if len(sizes) <= 6 else 4
     rows = -(-len(sizes) // columns)
-    # A diverged lane must not squash the others.
-    sound = [lane["lane"] for lane in lanes if lane.get("status") != "diverged"] or [lane["lane"] for lane in lanes]
-    shown = [look["validation_loss"] for lane in sound for look in curves[lane]]
-    margin = 0.06 * ((max(shown) - min(shown)) or 1.0)
-    bottom, top = min(shown) - margin, max(shown) + margin
+    # The losses of diverged lanes must not set the scale.
+    stable = [lane["lane"] for lane in lanes if lane.get("status") != "diverged"] or [lane["lane"] for lane in lanes]
+    all_losses = [point["validation_loss"] for lane in stable for point in curves[lane]]
+    margin = 0.06 * ((max(all_losses) - min(all_losses)) or 1.0)
+    bottom, top = min(all_losses) - margin, max(all_losses) + margin
     figure = Figure(figsize=(WIDTH, 2.35 * rows + 0.35), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for i, axes in enumerate(panels.ravel()):
@@ -65,11 +65,11 @@ def probe_curves(run: RunRecord, group: tuple[str, ...]) -> "Figure | None":
     for axes, size in zip(panels.ravel(), sizes, strict=False):
         axes.set_title(f"D = {short(size)}")
         for lane in (lane for lane in lanes if lane["num_samples"] == size):
-            looks = sorted(curves[lane["lane"]], key=lambda look: look["step"])
-            steps, losses = [look["step"] for look in looks], [look["validation_loss"] for look in looks]
+            points = sorted(curves[lane["lane"]], key=lambda point: point["step"])
+            steps, losses = [point["step"] for point in points], [point["validation_loss"] for point in points]
             colour, status = colours[lane["ranks"][hue]], lane.get("status")
             axes.plot(steps, losses, color=colour, linestyle=patterns[lane["ranks"][line] if line else 0])
-            # In a joint lane the validation loss is every module's, so no point of it is one module's convergence.
+            # The validation loss of a joint lane depends on all modules, so no point of it is one module's convergence.
             converged = lane["convergence_steps"].get(group[0]) if len(group) == 1 else None
             if converged is not None and not lane["censored"].get(group[0]):
                 axes.plot(converged, np.interp(converged, steps, losses), "o", color=colour)
@@ -96,14 +96,14 @@ def probe_curves(run: RunRecord, group: tuple[str, ...]) -> "Figure | None":
 
 
 def _two_modules(lanes: Sequence[Record], group: tuple[str, ...]) -> tuple[str, str | None]:
-    """The module whose rank is the colour and the one whose rank is the dash: those with the most ranks probed."""
-    varied = sorted(group, key=lambda module: -len({lane["ranks"][module] for lane in lanes}))
-    second = varied[1] if len(varied) > 1 and len({lane["ranks"][varied[1]] for lane in lanes}) > 1 else None
-    return varied[0], second
+    """The modules whose ranks are shown as colour and as dash: those with the most probed ranks."""
+    ordered = sorted(group, key=lambda module: -len({lane["ranks"][module] for lane in lanes}))
+    second = ordered[1] if len(ordered) > 1 and len({lane["ranks"][ordered[1]] for lane in lanes}) > 1 else None
+    return ordered[0], second
 
 
 def finetune_curves(run: RunRecord) -> "Figure | None":
-    """Train and validation loss of the final fine-tune, the best step marked, and those that a sweep began with it."""
+    """Train and validation loss of the final run with its best step, and validation losses of the other final runs."""
     from matplotlib.figure import Figure
 
     train = _series(run.metrics, "train_loss")
@@ -112,11 +112,13 @@ def finetune_curves(run: RunRecord) -> "Figure | None":
         return None
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes: Axes = figure.subplots()
-    others = [one["looks"] for one in run.sweep.get("runs") or [] if one["ranks"] != run.summary.get("ranks")]
-    for i, looks in enumerate(others):
+    other_curves = [
+        other["looks"] for other in run.sweep.get("runs") or [] if other["ranks"] != run.summary.get("ranks")
+    ]
+    for i, points in enumerate(other_curves):
         label = "validation of other ranks" if i == 0 else None
-        sound = [(step, loss) for step, loss in looks if loss is not None]
-        axes.plot(*zip(*sound, strict=True), color=LIGHT["ramp-6"], linewidth=0.8, label=label)
+        finite = [(step, loss) for step, loss in points if loss is not None]
+        axes.plot(*zip(*finite, strict=True), color=LIGHT["ramp-6"], linewidth=0.8, label=label)
     if train[0]:
         axes.plot(*train, color=LIGHT["muted"], linewidth=0.8, label="train")
     if validation[0]:

@@ -1,8 +1,8 @@
-"""Pictures of the two laws and of the rank grid that was searched. Fits nothing, picks nothing."""
+"""Figures of the two laws and of the rank grid."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from mars_jax.report.words import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
 
     from mars_jax.laws.law_c import ConvergenceLaw
@@ -32,7 +33,7 @@ WHITE, BLACK = "#fefefe", "#0b0d0f"  # text on heat map cells: the same on a lig
 
 
 def law_c(run: RunRecord, laws: Mapping[str, "ConvergenceLaw"]) -> "Figure | None":
-    """Law-C: convergence time against D, a panel a module, a colour a rank, with fitted lines and bootstrap bands."""
+    """Law-C: convergence time against D, a panel for each module, colour by rank, with fitted lines and 95 % bands."""
     from matplotlib.figure import Figure
 
     data = {module: points for module in laws if (points := convergence_points(run, module))}
@@ -98,8 +99,16 @@ def law_p(run: RunRecord, law: "PerformanceLaw") -> "Figure | None":
         right.plot(lane["num_samples"], lane["best_loss"], "o", color=colours[lane["ranks"][hue]], markersize=3.5)
     if target and target > sizes[-1]:
         right.axvline(target, color=LIGHT["pick"], linewidth=0.9)
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right", "va": "top"}
-        right.annotate("target D", (target, 1), (-4, -2), color=LIGHT["pick"], **place)
+        right.annotate(
+            "target D",
+            (target, 1),
+            (-4, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=LIGHT["pick"],
+        )
     ticks = sorted({*sizes, *([target] if target else [])})
     plain_log_axis(right, "x", ticks if len(ticks) <= 8 else round_ticks(ticks[0], ticks[-1]))
     right.set_xlabel("training samples D")
@@ -133,7 +142,7 @@ def _distinct(all_ranks: Iterator[Mapping[str, int]]) -> list[Mapping[str, int]]
 def rank_grid(run: RunRecord) -> "Figure | None":
     """Predicted loss over the rank grid: balanced cells outlined, the pick marked, measured losses below.
 
-    With more than two searched modules: one panel a pair of modules, the others at the picked ranks.
+    With more than two searched modules there is a panel for each pair, with the others at the picked ranks.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
@@ -142,7 +151,7 @@ def rank_grid(run: RunRecord) -> "Figure | None":
     candidates = [c for c in run.selection.get("candidates", []) if c.get("predicted_loss") is not None]
     if not modules or not candidates:
         return None
-    # Low loss is dark: one hue, so that the order is plain without a colour key.
+    # Low loss is dark, in one hue, so that the order is clear without a colour key.
     colours = LinearSegmentedColormap.from_list("loss", ["#12406f", "#4f8fc0", "#b9d6ea", "#eef4f9"])
     losses = [candidate["predicted_loss"] for candidate in candidates]
     norm = Normalize(min(losses), max(losses))
@@ -152,8 +161,8 @@ def rank_grid(run: RunRecord) -> "Figure | None":
     figure = Figure(figsize=(min(WIDTH, 5.2 * columns), (4.0 if columns == 1 else 3.2) * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, pair in zip(panels, pairs, strict=False):
-        slice_ = [c for c in candidates if all(c["ranks"][m] == pick.get(m) for m in modules if m not in pair)]
-        _heat_map(axes, run, slice_, pair, colours, norm, detail=len(pairs) == 1)
+        in_slice = [c for c in candidates if all(c["ranks"][m] == pick.get(m) for m in modules if m not in pair)]
+        _heat_map(axes, run, in_slice, pair, colours, norm, detail=len(pairs) == 1)
         if len(modules) > 2:
             others = ", ".join(f"{module} {pick.get(module)}" for module in modules if module not in pair)
             axes.set_title(f"with {others}")
@@ -167,11 +176,11 @@ def _heat_map(
     run: RunRecord,
     candidates: Sequence[Record],
     pair: tuple[str, ...],
-    colours: Any,
-    norm: Any,
+    colours: "Colormap",
+    norm: "Normalize",
     detail: bool,
 ) -> None:
-    """One slice: x is the last module of `pair`, y the first (or a single row)."""
+    """Draws one slice of the grid: x is the last module of `pair`, y the first (or a single row)."""
     from matplotlib.patches import Rectangle
 
     across, down = pair[-1], pair[0] if len(pair) == 2 else None
@@ -186,11 +195,11 @@ def _heat_map(
         shade = colours(norm(candidate["predicted_loss"]))
         text = WHITE if 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.55 else BLACK
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor=LIGHT["paper"], linewidth=0.8))
-        seen = measured.get(tuple(sorted(ranks.items()))) if detail else None
-        lift = 0.13 if seen is not None else 0.0
+        loss = measured.get(tuple(sorted(ranks.items()))) if detail else None
+        lift = 0.13 if loss is not None else 0.0
         axes.text(x, y + lift, f"{candidate['predicted_loss']:.3f}", ha="center", va="center", color=text, fontsize=8)
-        if seen is not None:
-            axes.text(x, y - 0.2, f"({seen:.3f})", ha="center", va="center", color=text, fontsize=6.5)
+        if loss is not None:
+            axes.text(x, y - 0.2, f"({loss:.3f})", ha="center", va="center", color=text, fontsize=6.5)
     # The outline of the balanced cells: their edges with no balanced neighbour.
     for x, y in kept:
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):

@@ -1,7 +1,6 @@
-"""Which modules were searched and which lanes each law rests on, for figures and sentences alike. Fits nothing."""
+"""Searched modules and the data points of each law, for figures and sentences."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mars_jax.report.collect import Record, RunRecord
 
@@ -14,7 +13,7 @@ def searched_modules(run: RunRecord) -> list[str]:
 
 
 def joint_lanes(run: RunRecord) -> list[Record]:
-    """Lanes that count for Law-P: not diverged, a loss known, no module frozen that another lane trains."""
+    """Lanes of Law-P: not diverged, with a loss, and adapting every module that some lane adapts."""
     trained = {module for lane in run.lanes for module, rank in lane.get("ranks", {}).items() if rank}
     return [
         lane
@@ -26,7 +25,7 @@ def joint_lanes(run: RunRecord) -> list[Record]:
 
 
 def convergence_points(run: RunRecord, module: str) -> list[tuple[float, float, float, bool]]:
-    """(rank, D, t, censored) of every lane that says something about the convergence of a module."""
+    """(rank, D, t in steps, censored) of every lane with a convergence time of a module."""
     points = []
     for lane in run.lanes:
         steps = lane.get("convergence_steps", {}).get(module)
@@ -48,7 +47,7 @@ def measured_losses(run: RunRecord) -> dict[tuple[tuple[str, int], ...], float]:
     return {ranks: float(np.mean(losses)) for ranks, losses in cells.items()}
 
 
-def interval(draws: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """The central 95 % of bootstrap draws [S, ...], point by point."""
+def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end [...] of the central 95 % of bootstrap draws [S, ...]."""
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
     return low, high

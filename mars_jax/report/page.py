@@ -1,13 +1,13 @@
-"""Writes `report/` of a run directory: index.html, one SVG a figure, report.json. Reads only that run's files."""
+"""Writes `report/` of a run directory: index.html, an SVG file for each figure, and report.json."""
 
 import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mars_jax.job.directory import RunDirectory
+from mars_jax.job import files
 from mars_jax.report import words
 from mars_jax.report.collect import RunRecord, read_run
 from mars_jax.report.facts import CONDITIONS, build_report, picked_candidate
@@ -15,7 +15,7 @@ from mars_jax.report.figures_curves import finetune_curves, probe_curves, probe_
 from mars_jax.report.figures_laws import law_c, law_p, rank_grid
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
-from mars_jax.runtime.jsonfiles import write_json, write_text
+from mars_jax.runtime.jsonfiles import Document, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,15 @@ STATUS_WORDS = {"converged": "converged", "horizon": "not converged", "diverged"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page. `section` names the part of the page it stands in, `name` its file without `.svg`."""
+    """A figure of the page.
+
+    Attributes:
+        section: part of the page that it belongs to.
+        name: name of its file, without `.svg`.
+        title: heading, also the description for screen readers.
+        caption: text below it.
+        svg: standalone SVG text.
+    """
 
     section: str
     name: str
@@ -35,26 +43,26 @@ class Drawing:
 
     @property
     def inline(self) -> str:
-        """The SVG element for the page: description and themed colours."""
+        """SVG element for the page, with a description and the colours of the theme."""
         return inline_svg(self.svg, self.title)
 
 
 def write_report(run_directory: Path) -> Path:
-    """Writes `report/{index.html, *.svg, report.json}` from the files of a run directory, whatever there is of them.
+    """Writes `report/{index.html, *.svg, report.json}` from those files of a run directory that exist.
 
-    The same files give the same bytes. A part whose files are absent is named as absent on the page.
+    The same files give the same bytes. The page names the parts whose files are absent.
 
     Returns:
         The path of index.html.
 
     Raises:
-        ConfigError: no such directory, or none of a run's files in it.
-        DataError: a file of the run is not what its name promises.
+        ConfigError: the directory does not exist, or has no file of a run.
+        DataError: a file of the run is not valid.
     """
     run = read_run(run_directory)
     drawings = draw(run)
     report = build_report(run) | {"figures": {drawing.name: f"{drawing.name}.svg" for drawing in drawings}}
-    folder = RunDirectory(run_directory).report
+    folder = run_directory / files.REPORT
     shutil.rmtree(folder, ignore_errors=True)  # figures of an earlier state of the run must not stay
     for drawing in drawings:
         write_text(folder / f"{drawing.name}.svg", drawing.svg)
@@ -65,7 +73,7 @@ def write_report(run_directory: Path) -> Path:
 
 
 def draw(run: RunRecord) -> tuple[Drawing, ...]:
-    """Every figure that the run's files allow, in the order of the page."""
+    """All figures for which the run has files, in the order of the page."""
     with figure_style():
         return tuple(
             Drawing(section, name, title, caption, to_svg(figure, name))
@@ -75,7 +83,7 @@ def draw(run: RunRecord) -> tuple[Drawing, ...]:
 
 
 def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | None]]":
-    """Section, name, title, caption and figure."""
+    """Section, name, title, caption and figure of each drawing."""
     from mars_jax.laws.fit import Laws
 
     for group in probe_groups(run):
@@ -91,11 +99,11 @@ def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | Non
         "finetune",
         "finetune_curves",
         "Final fine-tune",
-        "Train loss of single steps and validation loss of each look.",
+        "Train loss of single steps and validation loss of each eval point.",
         finetune_curves(run),
     )
     if run.laws:
-        laws = Laws.from_json(run.laws)
+        laws = Laws.from_json(dict(run.laws))
         yield (
             "laws",
             "law_c",
@@ -124,8 +132,8 @@ def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | Non
     )
 
 
-def render(run: RunRecord, report: dict[str, Any], drawings: tuple[Drawing, ...]) -> str:
-    """The page as HTML text; every value from the run is escaped."""
+def render(run: RunRecord, report: Document, drawings: tuple[Drawing, ...]) -> str:
+    """HTML text of the page; every value from the run is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -137,7 +145,7 @@ def render(run: RunRecord, report: dict[str, Any], drawings: tuple[Drawing, ...]
         environment.filters[name] = getattr(words, name)
     environment.filters["ratio"] = lambda log_ratio: f"{math.exp(log_ratio):.2f}\u00d7"
     searched = searched_modules(run)
-    figures: dict[str, list[dict[str, Any]]] = {}
+    figures: dict[str, list[dict[str, str]]] = {}
     for drawing in drawings:
         entry = {"title": drawing.title, "caption": drawing.caption, "svg": Markup(drawing.inline)}
         figures.setdefault(drawing.section, []).append(entry)
@@ -163,12 +171,11 @@ def render(run: RunRecord, report: dict[str, Any], drawings: tuple[Drawing, ...]
     )
 
 
-def usage(run: RunRecord) -> dict[str, Any]:
-    """How to use the adapter of this run: command and code texts by kind, and whether the adapter is there yet."""
+def usage(run: RunRecord) -> dict[str, str | bool]:
+    """Commands and code that use the run's adapter, by kind, and whether the adapter is exported."""
     base = (
         run.adapter.get("base_model_name_or_path") or (run.config.get("model") or {}).get("checkpoint") or "BASE_MODEL"
     )
-    places = RunDirectory(run.directory)
     return {
         "exported": bool(run.adapter),
         "peft": (
@@ -177,8 +184,8 @@ def usage(run: RunRecord) -> dict[str, Any]:
             f"base = {str(base)!r}\n"
             "processor = AutoProcessor.from_pretrained(base)\n"
             "model = AutoModelForImageTextToText.from_pretrained(base)\n"
-            f"model = PeftModel.from_pretrained(model, {str(places.adapter)!r})"
+            f"model = PeftModel.from_pretrained(model, {str(run.directory / files.ADAPTER)!r})"
         ),
         "merge": f"mars export {run.directory} --merged --verify",
-        "serve": f"vllm serve {places.merged}",
+        "serve": f"vllm serve {run.directory / files.MERGED}",
     }

@@ -1,6 +1,6 @@
-"""The look of the figures and the page: one palette with a light and a dark value, and matplotlib figures to SVG text.
+"""Style of the figures and the page: a palette with light and dark values, axes, legends, and figures as SVG text.
 
-Not here: what is drawn. matplotlib is imported inside functions, because `import mars_jax.report` must stay cheap.
+matplotlib is imported inside functions, because `import mars_jax.report` must stay cheap.
 """
 
 import io
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Ranks are ordered, so their colours are one ramp of rising lightness (viridis: safe for colour-blind readers), cut to
+# Ranks are ordered, so their colours are one ramp of rising lightness (viridis, safe for colour-blind readers), cut to
 # stay legible on each background. Figures are drawn with the light values; the page swaps each for a CSS variable.
 LIGHT = {
     "paper": "#ffffff",
@@ -59,7 +59,7 @@ WIDTH = 9.2  # inches; the page scales figures to its column
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """matplotlib settings of every figure; the caller's settings are as before on exit."""
+    """Sets the matplotlib settings of all figures; restores the caller's settings on exit."""
     import matplotlib
 
     settings: Any = {
@@ -134,7 +134,7 @@ def mark_handle(marker: str, label: str, colour: str = LIGHT["muted"], filled: b
 
 
 def plain_log_axis(axes: "Axes", which: str, ticks: Sequence[float]) -> None:
-    """A logarithmic axis with ticks at the given values, written as plain numbers."""
+    """Makes an axis (`x` or `y`) logarithmic, with ticks at the values, written as plain numbers."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -145,7 +145,7 @@ def plain_log_axis(axes: "Axes", which: str, ticks: Sequence[float]) -> None:
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Ticks 1, 2, 5 x 10^n that cover a range of positive numbers; only 1 x 10^n over more than two decades."""
+    """Ticks 1, 2, 5 x 10^n in a range of positive numbers; only 1 x 10^n over more than two decades."""
     import math
 
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -154,7 +154,7 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number for a tick or a legend: no exponent, no trailing zeros.
+    """Text of a number for a tick or a legend, without exponent or trailing zeros.
 
     >>> short(0.5), short(64.0), short(12800)
     ('0.5', '64', '12800')
@@ -163,11 +163,11 @@ def short(value: float) -> str:
 
 
 def to_svg(figure: "Figure", name: str) -> str:
-    """A figure as standalone SVG text: the same bytes for the same figure, text kept as text.
+    """Standalone SVG text of a figure: the same bytes for the same figure, text kept as text.
 
     Args:
-        figure: drawn inside `figure_style`.
-        name: unique on a page; prefixes every id, so that figures can share one document.
+        figure: figure drawn inside `figure_style`.
+        name: name unique on a page; the prefix of every id, so that figures can share one document.
     """
     import matplotlib
 
@@ -180,9 +180,9 @@ def to_svg(figure: "Figure", name: str) -> str:
 
 
 def inline_svg(svg: str, description: str) -> str:
-    """A standalone figure made fit for the page: no XML prolog, a description, palette colours as CSS variables.
+    """SVG element of a standalone figure for the page: no XML prolog, a description, colours as CSS variables.
 
-    Its width is a share of the column, so that text has one size in all figures; narrow screens scroll it.
+    Its width is a share of the column, so that text has the same size in all figures; narrow screens scroll it.
     """
     from html import escape
 

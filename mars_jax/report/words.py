@@ -1,4 +1,4 @@
-"""Numbers as people read them, for the sentences of facts.py and the page alike. Knows nothing of runs."""
+"""Text of numbers, durations, sizes and ranks, for the sentences and tables of the report."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ _MINUS, _NARROW_SPACE = "\u2212", "\u202f"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, with a real minus; an en dash for None.
+    """A number with some significant digits and a minus sign (U+2212); an en dash for None.
 
     >>> number(0.12345), number(12345.6), number(-2.0), number(None)
     ('0.123', '12\\u202f346', '−2.00', '–')
@@ -22,7 +22,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number, thousands apart from five digits on.
+    """A whole number, with narrow spaces between thousands from five digits on.
 
     >>> count(18000.0), count(4096), count(None)
     ('18\\u202f000', '4096', '–')
@@ -45,7 +45,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as the two largest of h, min, s.
+    """Seconds as the two largest units of h, min and s.
 
     >>> duration(7.25), duration(754), duration(9000)
     ('7.2 s', '12 min 34 s', '2 h 30 min')
@@ -71,7 +71,7 @@ def size(num_bytes: float | None) -> str:
 
 
 def ranks_text(ranks: Mapping[str, int] | None) -> str:
-    """Ranks in one line, without frozen modules.
+    """Ranks on one line, without frozen modules.
 
     >>> ranks_text({"vision": 8, "projector": 0, "llm": 32})
     'vision 8, llm 32'

@@ -1,8 +1,8 @@
-"""Checkpoints of a training state and of a JSON document beside it, with orbax: the only file that knows orbax.
+"""Checkpoints of a training state and of a JSON document beside it, written with orbax.
 
-The base is never saved: a checkpoint holds what trains, and is restored onto the shapes and shardings that the caller
-gives, so it may come from another mesh. orbax notices most of what a bad disk does to it, but not a changed number:
-checksums do.
+No other file imports orbax. The base is never saved: a checkpoint holds what trains, and is restored onto the shapes
+and shardings that the caller gives, so it may come from another mesh. orbax detects most damage by a bad disk, but not
+a changed number: checksums do.
 """
 
 import json
@@ -12,21 +12,30 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import jax
 import numpy as np
 
 from mars_jax.errors import DoesNotFitError
+from mars_jax.runtime.jsonfiles import Document
 
-Tree = Any
+State = TypeVar("State")
+"""A pytree of arrays, such as a named tuple of them."""
+
+Item = TypeVar("Item")
 
 
 class Checkpoints:
-    """The checkpoints of one run of lanes, newest kept with the one before it; a context manager that waits at exit."""
+    """The last two checkpoints of one run of lanes; a context manager that waits for pending writes at exit."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None] = lambda text: None) -> None:
-        """Opens or makes a folder; `warn` is told of checkpoints that can't be read."""
+        """Opens or makes a folder.
+
+        Args:
+            directory: the folder.
+            warn: called with a message for each checkpoint that can't be read.
+        """
         import orbax.checkpoint as ocp
 
         self.directory = directory
@@ -36,14 +45,19 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
-    def save(self, step: int, state: Tree, document: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: object, document: Mapping[str, object]) -> None:
         """Writes a checkpoint in the background; a second save waits for the first.
+
+        Args:
+            step: optimizer step, or another number that rises from one checkpoint to the next.
+            state: pytree of arrays.
+            document: what JSON can hold; it is copied at once.
 
         Raises:
             DoesNotFitError: this checkpoint, or the one before it, can't be written.
         """
         args = self._ocp.args
-        # Text, because the caller goes on to change its document while it is being written.
+        # As text: the caller may change its document while this one is being written.
         text = json.dumps(dict(document))
         record = {"text": text, "text_checksum": zlib.crc32(text.encode()), "state_checksum": _checksum(state)}
         with self._writing():
@@ -52,13 +66,13 @@ class Checkpoints:
             )
 
     def restore(
-        self, abstract_state: Tree, accept: Callable[[dict[str, Any]], None] = lambda document: None
-    ) -> tuple[int, Tree, dict[str, Any]] | None:
-        """Reads the newest checkpoint that can be read; those that can't are deleted, with a warning.
+        self, abstract_state: State, accept: Callable[[Document], None] = lambda document: None
+    ) -> tuple[int, State, Document] | None:
+        """Restores the newest checkpoint that can be read; those that can't are deleted, with a warning.
 
         Args:
-            abstract_state: the state's tree, of arrays or `ShapeDtypeStruct`s with shardings.
-            accept: raises if the document is not the caller's.
+            abstract_state: the state's pytree, of arrays or `ShapeDtypeStruct`s with shardings.
+            accept: raises if the document belongs to other work than the caller's.
 
         Returns:
             (step, state, document), or None where there is no checkpoint.
@@ -66,25 +80,25 @@ class Checkpoints:
         args = self._ocp.args
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, abstract_state)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            record = self._read(step, "document", args.JsonRestore(), _is_sound)
+            record = self._read(step, "document", args.JsonRestore(), _document_is_intact)
             if record is None:
                 continue
             document = json.loads(record["text"])
             accept(document)
-            as_saved = partial(_has_checksum, record["state_checksum"])
-            state = self._read(step, "state", args.StandardRestore(abstract), as_saved)
+            has_checksum: Callable[[State], bool] = partial(_has_checksum, record["state_checksum"])
+            state = self._read(step, "state", args.StandardRestore(abstract), has_checksum)
             if state is not None:
                 return step, state, document
         return None
 
-    def _read(self, step: int, item: str, how: Any, as_saved: Callable[[Any], bool]) -> Any:
+    def _read(self, step: int, item: str, restore_args: object, is_intact: Callable[[Item], bool]) -> Item | None:
         """Reads an item of a checkpoint; deletes the checkpoint and returns None if that fails."""
         try:
-            value = self._manager.restore(step, args=self._ocp.args.Composite(**{item: how}))[item]
-            if not as_saved(value):
+            value: Item = self._manager.restore(step, args=self._ocp.args.Composite(**{item: restore_args}))[item]
+            if not is_intact(value):
                 raise ValueError(f"its {item} isn't what was saved")
             return value
-        except Exception as error:  # orbax, tensorstore and the file system each have their own kinds
+        except Exception as error:  # orbax, tensorstore and the file system raise different types
             reason = (str(error).splitlines() or [""])[0][:200]
             self._warn(
                 f"the checkpoint of step {step} in {self.directory} can't be read ({type(error).__name__}: {reason}); "
@@ -97,7 +111,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # as above; what a save in the background met is raised by the next call
+        except Exception as error:  # as above; an error of a background save is raised by the next call
             raise DoesNotFitError(
                 f"can't write checkpoints to {self.directory}: {error}. Finished work is kept. Make room there, or "
                 "make it writable, and run the same command again to go on."
@@ -115,15 +129,15 @@ class Checkpoints:
         self._manager.close()
 
 
-def _is_sound(record: Mapping[str, Any]) -> bool:
+def _document_is_intact(record: Document) -> bool:
     return bool(zlib.crc32(record["text"].encode()) == record["text_checksum"]) and "state_checksum" in record
 
 
-def _has_checksum(expected: int, state: Tree) -> bool:
+def _has_checksum(expected: int, state: object) -> bool:
     return _checksum(state) == expected
 
 
-def _checksum(state: Tree) -> int:
+def _checksum(state: object) -> int:
     """CRC-32 of the bytes of all leaves, the same on every mesh."""
     checksum = 0
     for leaf in jax.tree.leaves(state):

@@ -1,7 +1,7 @@
-"""Compiled programs kept on disk between processes, and a count of compiles. It compiles nothing itself.
+"""JAX's persistent compilation cache in a safe folder, and a counter of compiles.
 
-JAX's own persistent cache, in a place that is safe: what such a folder holds is executed, so it must be the user's own,
-and XLA's programs for a CPU are made for that very kind of CPU, so each kind has a folder.
+The programs in such a folder are executed, so it must belong to the user alone. XLA compiles for the exact kind of CPU,
+so each kind has a folder of its own.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import jaxlib
@@ -26,7 +25,7 @@ _THRESHOLDS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persisten
 _CHECKED = "checked"
 _CPU_KEYS = re.compile(r"(vendor_id|cpu( family)?|model|model name|stepping|flags|Features|CPU [a-z]+)\s*:")
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_PROGRAM = "/jax/core/compile/backend_compile_duration"  # around a compile, and as well around a hit
+_PROGRAM = "/jax/core/compile/backend_compile_duration"  # recorded for compiles and for cache hits
 _HIT = "/jax/compilation_cache/cache_hits"
 _MISS = "/jax/compilation_cache/cache_misses"
 
@@ -34,35 +33,35 @@ _MISS = "/jax/compilation_cache/cache_misses"
 def enable(directory: Path | None = None) -> str:
     """Turns on JAX's persistent compilation cache for this process; programs compiled earlier stay as they are.
 
-    On a CPU with AVX-512, XLA logs a false error for each program that it reads back (openxla/xla#44565), unless
-    TF_CPP_MIN_LOG_LEVEL is 3 before JAX is imported.
+    On a CPU with AVX-512, XLA logs a false error for each program that it loads from the cache (openxla/xla#44565),
+    unless TF_CPP_MIN_LOG_LEVEL is 3 before JAX is imported.
 
     Args:
-        directory: where to keep programs; made if absent. None: where the user has set JAX_COMPILATION_CACHE_DIR, which
-            is taken as it is; else `mars_jax/xla-<hash>` in $XDG_CACHE_HOME or ~/.cache, the hash being of the CPU,
-            the system and jaxlib.
+        directory: folder of the programs; made if absent. None: $JAX_COMPILATION_CACHE_DIR, unchecked, where the user
+            has set it; else `mars_jax/xla-<hash>` in $XDG_CACHE_HOME or ~/.cache, with a hash of the CPU, the system
+            and jaxlib.
 
     Returns:
         The folder, or the address that the user has set.
 
     Raises:
         ConfigError: the folder can't be made or written, belongs to someone else, or others may write to it. The
-            process is as before: work can go on, and compiles.
+            process is unchanged: work can go on without the cache.
     """
-    users = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    chosen = users if directory is None and users else str(_ready(directory))
+    user_setting = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    address = user_setting if directory is None and user_setting else str(_prepared_folder(directory))
     for name, value in _THRESHOLDS.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-    jax.config.update("jax_compilation_cache_dir", chosen)
+    jax.config.update("jax_compilation_cache_dir", address)
     # JAX opens its cache once; a folder set later would be ignored.
     compilation_cache.reset_cache()
-    return chosen
+    return address
 
 
 @dataclass
 class CompileCounter:
-    """Counts what is compiled in this process while a `with` block runs.
+    """Counts the programs that this process compiles while a `with` block runs.
 
     >>> with CompileCounter() as counter:
     ...     _ = jax.jit(lambda x: x + 1)(1.0)
@@ -70,8 +69,8 @@ class CompileCounter:
     True
 
     Attributes:
-        programs: names of the programs that JAX asked its backend for, in order; one that is in the memory of this
-            process already isn't asked for.
+        programs: names of the programs that JAX requested from its backend, in order; programs that this process has
+            in memory already aren't requested.
         hits: programs read from the persistent cache.
         misses: programs compiled and then written to it; 0 where it is off.
         seconds: wall time of compiles and hits, without tracing and lowering.
@@ -84,7 +83,7 @@ class CompileCounter:
 
     @property
     def compiles(self) -> int:
-        """Programs that were compiled: those that the cache didn't have."""
+        """Programs that were compiled because the cache lacked them."""
         return len(self.programs) - self.hits
 
     def __enter__(self) -> "CompileCounter":
@@ -96,25 +95,25 @@ class CompileCounter:
         jax.monitoring.unregister_event_listener(self._on_event)
         jax.monitoring.unregister_event_duration_listener(self._on_duration)
 
-    def _on_event(self, event: str, **_: Any) -> None:
+    def _on_event(self, event: str, **_: str | int) -> None:
         self.hits += event == _HIT
         self.misses += event == _MISS
 
-    def _on_duration(self, event: str, duration_secs: float, **details: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event == _PROGRAM:
             self.programs.append(str(details.get("fun_name", "")))
             self.seconds += duration_secs
 
 
-def _ready(directory: Path | None) -> Path:
-    """The folder, made, checked and without torn entries."""
+def _prepared_folder(directory: Path | None) -> Path:
+    """Makes and checks the folder, and deletes truncated entries in it."""
     folder = (_default_folder() if directory is None else directory).absolute()
     try:
         folder = folder.resolve()
         if directory is None:
-            _claim(folder.parent)
-        _claim(folder)
-        _drop_torn(folder)
+            _make_private(folder.parent)
+        _make_private(folder)
+        _delete_truncated(folder)
     except OSError as error:
         raise _refusal(folder, f"{error.strerror} ({error.filename})") from None
     return folder
@@ -129,13 +128,13 @@ def _default_folder() -> Path:
             root = root.expanduser()
         except RuntimeError:
             raise _refusal(root, "this user has no home") from None
-    # JAX's key of a program has the backend and its version already; finding out here would start the devices.
+    # JAX's key of a program includes the backend and its version; asking for them here would start the devices.
     parts = [_cpu(), platform.system(), platform.machine(), jaxlib.__version__]
     return root / "mars_jax" / f"xla-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _cpu() -> str:
-    """What tells one kind of CPU from another; where that can't be read, what tells this machine from others."""
+    """Identifies the kind of CPU, or this machine where the kind can't be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -143,8 +142,8 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if _CPU_KEYS.match(line)}))
 
 
-def _claim(folder: Path) -> None:
-    """Makes the folder for this user alone, or checks one that is there."""
+def _make_private(folder: Path) -> None:
+    """Makes the folder for this user alone, or checks an existing one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.stat()
@@ -157,34 +156,34 @@ def _claim(folder: Path) -> None:
         raise _refusal(folder, "you can't write to it")
 
 
-def _refusal(folder: Path, why: str) -> ConfigError:
+def _refusal(folder: Path, reason: str) -> ConfigError:
     return ConfigError(
-        f"can't keep compiled programs in {folder}: {why}. "
+        f"can't keep compiled programs in {folder}: {reason}. "
         "Set XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder that only you can write."
     )
 
 
-def _drop_torn(folder: Path) -> None:
-    """Deletes entries that a kill or a full disk cut short: JAX would warn of them each time, and never replace them.
+def _delete_truncated(folder: Path) -> None:
+    """Deletes entries that a kill or a full disk truncated: JAX would warn of them each time, and never replace them.
 
-    Entries that an earlier call has seen whole are not read again.
+    Entries that an earlier call has checked are not read again.
     """
     now = time.time()
     marker = folder / _CHECKED
     since = marker.stat().st_mtime if marker.exists() else 0.0
     for entry in folder.glob("*-cache"):
         try:
-            if entry.stat().st_mtime >= since and not _is_whole(entry.read_bytes()):
+            if entry.stat().st_mtime >= since and not _is_complete(entry.read_bytes()):
                 entry.unlink()
         except FileNotFoundError:
-            continue  # another process has dropped it
+            continue  # another process has deleted it
     marker.touch(mode=0o600)
     os.utime(marker, (now, now))
 
 
-def _is_whole(compressed: bytes) -> bool:
+def _is_complete(compressed: bytes) -> bool:
     if compressed.startswith(_ZSTD):
-        return True  # JAX chose a compression that can't be checked without its library
+        return True  # can't be checked without the zstandard library
     try:
         zlib.decompress(compressed)
     except zlib.error:

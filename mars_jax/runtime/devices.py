@@ -1,4 +1,4 @@
-"""Which of this machine's devices a run uses, and the memory that they have. How arrays are split is `sharding`."""
+"""The devices that a run uses, and their memory. How arrays are split over them is in `sharding`."""
 
 import math
 import os
@@ -9,19 +9,23 @@ from jax.sharding import Mesh
 
 from mars_jax.runtime.sharding import REST, make_mesh, share_cores
 
-# Of the machine's memory, what copies of the base may take, of which every core that runs lanes has one.
+# Share of the machine's memory that copies of the base may take; every core that runs lanes has a copy.
 _COPIES_SHARE = 0.25
 
 
 def devices_to_use(sizes: Mapping[str, int], base_bytes: int, lanes: int) -> list[jax.Device]:
-    """All devices, but of a CPU's cores as many as the mesh asks for.
+    """Devices for the mesh: all accelerators, or as many CPU cores as it needs.
 
-    Where it leaves that open, as many as lanes, and as copies of the base, are to be in memory.
+    Where the mesh leaves the number of cores open, there are at most as many as lanes, and as copies of the base that
+    fit a quarter of the memory.
 
     Args:
         sizes: axis of the mesh -> devices along it, or `REST`.
-        base_bytes: of one copy of the base.
+        base_bytes: bytes of one copy of the base.
         lanes: most lanes in memory at once.
+
+    Returns:
+        The devices, at least one.
     """
     devices = jax.devices()
     if jax.default_backend() != "cpu" or jax.process_count() > 1:
@@ -35,9 +39,9 @@ def devices_to_use(sizes: Mapping[str, int], base_bytes: int, lanes: int) -> lis
 
 
 def single_lane_mesh(mesh: Mesh, batch_size: int) -> Mesh:
-    """The devices of a mesh for one lane: its samples are split over those that lanes were, where they divide.
+    """A mesh of the same devices for one lane, its samples split over the lane axis too where they divide evenly.
 
-    Cores need no splitting: they share the products of a lane.
+    On CPU it is one device: XLA spreads the matrix products of one lane over all cores.
     """
     sizes = dict(mesh.shape)
     if share_cores(mesh):
@@ -48,11 +52,11 @@ def single_lane_mesh(mesh: Mesh, batch_size: int) -> Mesh:
 
 
 def device_memory_bytes(mesh: Mesh) -> int:
-    """Memory of one device of a mesh: an accelerator's own, or its part of this machine's."""
+    """Memory in bytes of one device of a mesh; on CPU, the machine's memory divided by the local devices."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", physical_memory_bytes() // mesh.local_mesh.size)
 
 
 def physical_memory_bytes() -> int:
-    """Memory of this machine."""
+    """Memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,6 @@
-"""JSON on disk: whole documents that are never half written, and line files that survive a killed writer.
+"""JSON files: documents written atomically, and JSON Lines files that survive a killed writer.
 
-Floats keep all their digits; NaN and infinities, which JSON lacks, become null. What a document means
-is its writer's business.
+Floats keep all their digits; NaN and infinities, which JSON lacks, become null.
 """
 
 import json
@@ -14,14 +13,22 @@ from typing import Any
 
 from mars_jax.errors import DataError
 
+Document = dict[str, Any]
+"""A JSON object."""
 
-def dump_json(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON text, keys in their own order; paths become text, arrays and their scalars lists and numbers."""
+
+def number_or_nan(value: float | None) -> float:
+    """A number as `dump_json` wrote it: null stands for NaN and infinities."""
+    return math.nan if value is None else value
+
+
+def dump_json(value: object, indent: int | None = None) -> str:
+    """JSON text of a value, keys in their own order; paths become text, arrays lists, their scalars numbers."""
     return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all: a reader, or a run after a crash, sees the old text or the new."""
+    """Writes a text file atomically: a reader, or a run after a crash, sees the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,13 +41,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON document, whole or not at all."""
+def write_json(path: Path, value: object) -> None:
+    """Writes one JSON document atomically."""
     write_text(path, dump_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The document in the file.
+    """Reads a JSON document.
 
     Raises:
         DataError: the file is absent or isn't JSON.
@@ -53,8 +60,8 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}. Delete it, and run the command that writes it again.") from None
 
 
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one record as a line. The torn last line of a killed writer is cut off first, so it can't spoil this one."""
+def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
+    """Appends one record as a line, after cutting off an incomplete last line of a killed writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = dump_json(record).encode() + b"\n"
     with naming(path), path.open("a+b") as file:
@@ -72,12 +79,12 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
         file.write(line)
 
 
-def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The records of a line file; none if the file is absent.
+def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[Document]:
+    """Reads the records of a JSON Lines file; none if the file is absent.
 
     Args:
         path: the file.
-        warn: told when the last line is torn, as a killed writer leaves it, and so left out.
+        warn: called with a message where the last line is incomplete, as after a kill, and is left out.
 
     Raises:
         DataError: another line isn't a JSON object.
@@ -94,7 +101,7 @@ def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif number == len(lines):
-            warn(f"{path}, line {number}: torn by a killed run, left out")
+            warn(f"{path}, line {number}: incomplete, as after a kill, and left out")
         else:
             raise DataError(
                 f"{path}, line {number}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line."
@@ -104,7 +111,7 @@ def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Says which file it was: an error of a write, unlike one of an opening, doesn't know."""
+    """Adds the path to an `OSError` without one: errors of `write`, unlike those of `open`, name no file."""
     try:
         yield
     except OSError as error:
@@ -112,7 +119,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> Document | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -120,7 +127,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

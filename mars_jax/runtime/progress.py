@@ -1,4 +1,4 @@
-"""What a running phase tells its user: notices, warnings and progress, on stderr. Results go to stdout, elsewhere."""
+"""Notices, warnings and progress of a running phase, on stderr. Results go to stdout and are printed elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,27 +9,32 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Advance = Callable[[int, str], None]
-"""Says that so many more units are done, with a word on how it goes (e.g. `loss 1.23`)."""
+"""(units done since the last call, a short detail such as `loss 1.23`)."""
 
 
 class Reporter(Protocol):
-    """Where phases say what they do. Anything with these three methods will do."""
+    """Receives the notices, warnings and progress of phases."""
 
     def notice(self, text: str) -> None:
-        """Something that the user may want to know."""
+        """Reports something that the user may want to know."""
 
     def warn(self, text: str) -> None:
-        """Something that the user may have to act on."""
+        """Reports something that the user may have to act on."""
 
     def progress(self, name: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
-        """Follows work of `total` units, `done` of them by an earlier run, while the block runs."""
+        """Shows the progress of work of `total` units, `done` of them by an earlier run, while the block runs."""
 
 
 class ConsoleReporter:
-    """Writes to a terminal: a bar with the time left. To a file or pipe: a plain line now and then, no colour."""
+    """Prints to a terminal with a progress bar, or to a file or pipe as plain lines without colour."""
 
     def __init__(self, console: "Console | None" = None, seconds_between_lines: float = 5.0) -> None:
-        """Uses stderr unless given another rich console; `seconds_between_lines` is for those that aren't terminals."""
+        """Makes a reporter.
+
+        Args:
+            console: a rich console; None: one on stderr.
+            seconds_between_lines: least time between two lines of progress, where there is no terminal.
+        """
         from rich.console import Console
 
         self._console = console or Console(stderr=True)
@@ -40,11 +45,11 @@ class ConsoleReporter:
         self._print(text)
 
     def warn(self, text: str) -> None:
-        """Prints the text after `warning:`, in yellow where there is colour."""
+        """Prints `warning:` and the text, in yellow where there is colour."""
         self._print(f"warning: {text}", style="yellow")
 
     def progress(self, name: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
-        """A bar on a terminal; else a line every few seconds, and one at the end of work that took over 2 seconds."""
+        """Shows a bar on a terminal; else a line every few seconds, and one after work that took over 2 seconds."""
         follow = self._bar if self._console.is_terminal else self._lines
         return follow(name, total, unit, done)
 

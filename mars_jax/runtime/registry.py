@@ -6,17 +6,17 @@ A new member is one file and one line: built-in ones are listed where the regist
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from mars_jax.errors import ConfigError
 
 
 class Named(Protocol):
-    """What a registry holds."""
+    """A member of a registry."""
 
     @property
     def name(self) -> str:
-        """Unique within its registry; what configs say."""
+        """Name in configs, unique within the registry."""
         ...
 
 
@@ -26,7 +26,7 @@ T = TypeVar("T", bound=Named)
 class Registry(Generic[T]):
     """Members of one kind by name, in the order they were listed and registered.
 
-    Built-in members are imported when they are first asked for, so names can be checked without importing JAX.
+    Built-in members are imported at their first use, so names can be checked without importing JAX.
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, str]) -> None:
@@ -47,6 +47,9 @@ class Registry(Generic[T]):
     def register(self, member: T) -> T:
         """Adds a member under its name, and returns it.
 
+        Args:
+            member: the new member.
+
         Raises:
             ConfigError: the name is taken by another member.
         """
@@ -57,7 +60,7 @@ class Registry(Generic[T]):
         return member
 
     def check(self, name: str) -> str:
-        """The name, if it is one of a member.
+        """Returns the name if a member has it.
 
         Raises:
             ConfigError: there is no such member.
@@ -69,7 +72,7 @@ class Registry(Generic[T]):
         return name
 
     def __getitem__(self, name: str) -> T:
-        """The member of a name.
+        """The member with a name.
 
         Raises:
             ConfigError: there is no such member.
@@ -77,7 +80,7 @@ class Registry(Generic[T]):
         member = self._members[self.check(name)]
         if isinstance(member, str):
             module, _, attribute = member.partition(":")
-            loaded: Any = getattr(import_module(module), attribute)
+            loaded: T = getattr(import_module(module), attribute)
             self._members[name] = member = loaded
         return member
 

@@ -1,62 +1,50 @@
-"""How arrays are split over devices: the mesh, a rule for every parameter of a base, batches and lanes.
+"""Shardings over a device mesh: of parameters by rules, of batches and of lanes.
 
-Sharding is automatic: these are shardings of arguments for `jax.jit`, and XLA adds the communication. Nothing here is
-part of a model, and nothing assumes that one process reaches all devices.
+Sharding is automatic: these are shardings of arguments for `jax.jit`, and XLA adds the communication. The rules for the
+parameters of models are in `models.shardings`. Nothing here assumes that one process can address all devices.
 
     mesh = make_mesh({"fsdp": -1, "tensor": 2})
-    base = place(base, base_shardings(jax.eval_shape(lambda: base), mesh))
+    rules = [(r".*/kernel", ("fsdp", "tensor")), (r".*/bias", ("tensor",))]
+    parameters = place(parameters, split_by_rules(shapes, mesh, rules))
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar, overload
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mars_jax.errors import ConfigError
-from mars_jax.runtime.trees import flatten, unflatten
+from mars_jax.runtime.trees import Tree, unflatten
 
 AXES = ("lane", "data", "fsdp", "tensor")
 REST = -1
 
-# What splits samples, and what splits the heads of attention, as products of queries, keys and values are.
+# Mesh axes that split samples, and the one that splits attention heads.
 BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
-# Mesh axes of the trailing dimensions of each parameter, which is what a rule names; a leading axis of layers is left
-# whole. A column-parallel linear splits its output over `tensor`, a row-parallel one its input, so that a pair of them
-# communicates once (Shoeybi et al., arXiv 1909.08053); `fsdp` splits the other side. The embedding's rows are looked
-# up, so both axes split its columns. (With rows over `tensor` and columns over `fsdp`, the XLA of jaxlib 0.10.1 ends
-# the process where the mesh has a lane axis too: a failed check in spmd_partitioner_util.cc.)
-_COLUMN = r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|linear_1)"
-_ROW = r".*/(o_proj|out_proj|proj|down_proj|fc2|linear_2)"
-_NORM = r"(pre|input|post_attention)_layernorm|layer_norm[12]|layer_scale[12]|norm[12]?"
-_Axis = str | tuple[str, ...] | None
-_RULES: tuple[tuple[str, tuple[_Axis, ...]], ...] = (
-    (rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
-    (rf"{_COLUMN}/bias", ("tensor",)),
-    (rf"{_ROW}/kernel", ("tensor", "fsdp")),
-    (rf"{_ROW}/bias", (None,)),
-    # Split over `tensor`, a fused linear would be cut across queries, keys and values.
-    (r".*/qkv/kernel", ("fsdp", None)),
-    (r".*/qkv/bias", (None,)),
-    (r"llm/embed_tokens/embedding", (None, ("fsdp", "tensor"))),
-    (r"llm/lm_head/kernel", ("fsdp", "tensor")),
-    (r"vision/(patch_embed/kernel|position_embed)", (None, None)),
-    (r"vision/patch_embed/bias|vision/class_embed|image_newline", (None,)),
-    (rf".*/({_NORM})/(scale|bias)", (None,)),
-)
+Axis = str | tuple[str, ...] | None
+"""The mesh axis that splits a dimension, several that split it together, or None."""
+
+Rule = tuple[str, tuple[Axis, ...]]
+"""(regular expression over whole "/"-joined paths of parameters, axis that splits each of their dimensions).
+
+The leading axis of layers, of paths with `/layers/`, is not listed and is never split."""
+
+Pytree = TypeVar("Pytree")
+
 _LAYERS = "/layers/"
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices, with the axes `AXES`.
+    """Makes a device mesh with the axes `AXES`.
 
     Args:
-        sizes: axis -> devices along it; 1 for those not named. One may be `REST`, whatever remains.
-        devices: the devices to use, all of them; None for those of all processes.
+        sizes: axis -> devices along it; 1 for axes not named. One may be `REST`, all that remain.
+        devices: the devices, all of which are used; None: those of all processes.
 
     Raises:
         ConfigError: an unknown axis, or sizes whose product is not the number of devices.
@@ -87,34 +75,35 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def share_cores(mesh: Mesh) -> bool:
-    """Whether the devices are cores of this machine that split nothing but lanes: an idle one leaves room to others."""
+    """Whether the devices are CPU cores that split lanes only, so that busy ones can use the time of idle ones."""
     return mesh.devices.flat[0].platform == "cpu" and mesh.shape["lane"] == mesh.size
 
 
-def base_shardings(abstract_base: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The sharding of every parameter of a base.
+def split_by_rules(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, rules: Sequence[Rule]) -> Tree:
+    """Shardings of all parameters of a tree.
 
     Args:
-        abstract_base: the parameter tree; arrays or `ShapeDtypeStruct`s.
-        mesh: of `make_mesh`.
+        shapes: "/"-joined path -> shape of a parameter.
+        mesh: from `make_mesh`.
+        rules: the first rule that matches a parameter's path and number of dimensions applies.
 
     Returns:
-        The tree with a `NamedSharding` for each leaf.
+        The tree with a `NamedSharding` for each parameter.
 
     Raises:
-        ConfigError: a parameter without a rule, or dimensions that their mesh axis doesn't divide, all named.
+        ConfigError: a parameter has no rule, or mesh axes don't divide dimensions; all of them are named.
     """
     shardings, refused = {}, []
     dimensions: dict[str, list[int]] = {}  # mesh axes -> the sizes that they split
-    for path, leaf in flatten(abstract_base).items():
-        spec = _spec(path, leaf.shape)
+    for path, shape in shapes.items():
+        spec = _spec(path, shape, rules)
         for i, axis in enumerate(spec):
             if axis is not None:
                 axes = (axis,) if isinstance(axis, str) else axis
                 name, parts = " x ".join(axes), math.prod(mesh.shape[axis] for axis in axes)
-                dimensions.setdefault(name, []).append(leaf.shape[i])
-                if leaf.shape[i] % parts:
-                    refused.append((path, leaf.shape, i, name, parts))
+                dimensions.setdefault(name, []).append(shape[i])
+                if shape[i] % parts:
+                    refused.append((path, shape, i, name, parts))
         shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
     if refused:
         lines = [
@@ -147,8 +136,8 @@ def chunk_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
-def place_batches(batches: Mapping[str, Any], mesh: Mesh) -> Any:
-    """Puts several batches [C, B, ...] on their devices, or several packed ones: see `data.packing.Packing.pack`."""
+def place_batches(batches: Mapping[str, object], mesh: Mesh) -> Tree:
+    """Puts several batches [C, B, ...], or packed ones (`data.packing.Packing.pack`), on their devices."""
     by_sample = chunk_sharding(mesh)
     if "blocks" not in batches:
         return place(batches, by_sample)
@@ -158,17 +147,17 @@ def place_batches(batches: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Devices that the samples of a batch are split over."""
+    """Number of devices that the samples of a batch are split over."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def lane_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits lanes [N, ...]."""
+    """Splits lanes [K, ...] over the lane axis."""
     return NamedSharding(mesh, PartitionSpec("lane"))
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Refuses a batch that the mesh can't split evenly.
+    """Checks that the mesh splits a batch evenly.
 
     Raises:
         ConfigError: data x fsdp doesn't divide the batch size.
@@ -182,19 +171,25 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def place(tree: Any, shardings: Any) -> Any:
+@overload
+def place(tree: np.ndarray, shardings: NamedSharding) -> jax.Array: ...
+@overload
+def place(tree: Mapping[str, object], shardings: object) -> Tree: ...
+@overload
+def place(tree: Pytree, shardings: object) -> Pytree: ...
+def place(tree: object, shardings: object) -> object:
     """Puts arrays on their devices.
 
     Args:
-        tree: arrays, of numpy or jax. Where other processes hold some of the devices, each process gives the same
-            whole arrays and keeps its own parts.
-        shardings: the tree of shardings, or one for all leaves.
+        tree: pytree of numpy or JAX arrays. Where other processes have some of the devices, each process passes the
+            same whole arrays and keeps its own parts.
+        shardings: the pytree of shardings, or one sharding for all leaves.
 
     Returns:
-        The tree of jax arrays; those already in place are not copied.
+        The pytree of JAX arrays; arrays that have their sharding already are not copied.
     """
 
-    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def put(leaf: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.is_fully_addressable == sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         host = np.asarray(leaf)
@@ -205,14 +200,14 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def _spec(path: str, shape: tuple[int, ...]) -> tuple[_Axis, ...]:
-    for pattern, trailing in _RULES:
+def _spec(path: str, shape: tuple[int, ...], rules: Sequence[Rule]) -> tuple[Axis, ...]:
+    for pattern, trailing in rules:
         if re.fullmatch(pattern, path):
             spec = (None, *trailing) if _LAYERS in path else trailing
             if len(spec) == len(shape):
                 return spec
     raise ConfigError(
-        f"mesh: no rule says how to split the parameter {path} of shape {list(shape)}. Add one to {__name__}."
+        f"mesh: no rule matches the parameter {path} of shape {list(shape)}. Add one to the model family's shardings."
     )
 
 

@@ -1,56 +1,69 @@
-"""Shows the result of a command to a person: any JSON-like document as tables. It computes nothing."""
+"""Tables of the result of a command, for the terminal: any JSON-like document."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeGuard
+
+from mars_jax.runtime.jsonfiles import Document
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_Nested = Mapping[str, object] | list[Mapping[str, object]]
 
-def tables(result: Mapping[str, Any], title: str = "") -> Iterator["Table"]:
-    """Yields the tables that show `result`.
 
-    Single values come first, in one table of names and values. A list of records, or a mapping whose values all are
-    records, becomes a table of its own with a row each; other mappings are shown in the same way, under their name.
+def tables(result: Mapping[str, object], title: str = "") -> Iterator["Table"]:
+    """Yields the tables of a document.
+
+    Single values come first, in one table of names and values. A list of records, or a mapping whose values are all
+    records, becomes a table of its own with a row for each; other mappings are shown in the same way, under their name.
+
+    Args:
+        result: the document.
+        title: of the first table, and the start of all other titles.
     """
-    values: dict[str, Any] = {}
-    nested: dict[str, Any] = {}
+    values: dict[str, object] = {}
+    nested: dict[str, _Nested] = {}
     for name, value in result.items():
-        (nested if _is_nested(value) else values)[name] = value
+        if _is_nested(value):
+            nested[name] = value
+        else:
+            values[name] = value
     if values:
         yield _table(title, [{"": name, " ": value} for name, value in values.items()])
-    for name, value in nested.items():
+    for name, part in nested.items():
         path = f"{title}.{name}" if title else name
-        if isinstance(value, list):
-            yield _table(path, value)
-        elif all(isinstance(row, Mapping) for row in value.values()):
-            yield _table(path, [{"": key, **row} for key, row in value.items()])
+        if isinstance(part, list):
+            yield _table(path, part)
+            continue
+        rows = [{"": key, **row} for key, row in part.items() if isinstance(row, Mapping)]
+        if len(rows) == len(part):
+            yield _table(path, rows)
         else:
-            yield from tables(value, path)
+            yield from tables(part, path)
 
 
-def check_tables(result: Mapping[str, Any]) -> Iterator["Table"]:
-    """The tables of `mars check`: what the model is to learn of a sample's text stands out in it."""
+def check_tables(result: Document) -> Iterator["Table"]:
+    """Yields the tables of `mars check`, the supervised part of each sample's text highlighted."""
     from rich.text import Text
 
-    def marked(sample: Mapping[str, Any]) -> dict[str, Any]:
+    def highlighted(sample: Document) -> dict[str, object]:
         text = Text(sample["text"], style="dim")
         for start, end in sample["learned"]:
             text.stylize("not dim bold green", start, end)
         return {"id": sample["id"], "text": text, "learned": sample["supervised"]}
 
-    return tables({**result, "samples": [marked(sample) for sample in result["samples"]]})
+    return tables({**result, "samples": [highlighted(sample) for sample in result["samples"]]})
 
 
-def _is_nested(value: Any) -> bool:
+def _is_nested(value: object) -> TypeGuard[_Nested]:
     if isinstance(value, Mapping):
         # `{"vision": 8, "llm": 32}` reads best on one line.
         return len(value) > 4 or any(isinstance(item, Mapping | list) for item in value.values())
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
-def _table(title: str, rows: list[Mapping[str, Any]]) -> "Table":
+def _table(title: str, rows: Sequence[Mapping[str, object]]) -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -76,7 +89,7 @@ def _table(title: str, rows: list[Mapping[str, Any]]) -> "Table":
     return table
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,166 +1,160 @@
 """`mars compare`: the pick beside its alternatives on the user's own task, each trained to the end, in one table.
 
-Which alternatives there are, what each costs, and the table. How a run trains is `finetune`'s business, how it is
-scored `evaluate`'s. Every method chooses by validation loss; the test split is read for the table alone.
+Each alternative is a strategy, or the pick of one. Every one chooses by validation loss; the test split is read for the
+table alone.
 """
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from mars_jax.adapters.targets import parameters_per_rank
-from mars_jax.job.directory import RunDirectory
+from mars_jax.evals.run import held_out_evaluator
+from mars_jax.job import files
+from mars_jax.job.job import Job
 from mars_jax.job.programs import Program
-from mars_jax.job.workspace import Workspace
-from mars_jax.lanes.stopping import GoesOn, Look, until_stopped
-from mars_jax.runtime.jsonfiles import read_jsonl, write_json
-from mars_jax.search.cost import final_flops, search_cost
-from mars_jax.search.selection import Ranks, Selection
-from mars_jax.search.strategies import tpe
-from mars_jax.search.trainer import STOPPED, Trial, train_trials, trial_of
+from mars_jax.lanes.stopping import Patience
+from mars_jax.runtime.jsonfiles import Document, write_json
+from mars_jax.search.cost import search_flops
+from mars_jax.search.lane_trainer import LaneTrainer
+from mars_jax.search.selection import Selection
+from mars_jax.search.space import job_space
+from mars_jax.search.strategies.base import Budget, Space
+from mars_jax.search.strategies.random import RANDOM
+from mars_jax.search.strategies.separate_rates import SEPARATE_RATES
+from mars_jax.search.strategies.tpe import TPE, is_installed
+from mars_jax.search.strategies.uniform import Uniform, shared_ranks
+from mars_jax.search.trainer import Configuration
+from mars_jax.search.trials import TrialRecord, TrialTrainer
 
 _DRAWS = 1000
-# Of the learning rate of one module, at uniform ranks.
-_RATE_FACTORS = (1 / 3, 3.0)
 
 
-class Alternative(NamedTuple):
+@dataclass(frozen=True)
+class Alternative:
     """A way to choose ranks.
 
     Attributes:
         name: as the table has it.
-        trials: its final runs, those that were stopped left out.
+        configurations: its final runs, those that were stopped left out.
         takes: the best of them by validation loss, or what a draw of one of them gives on average.
         search_flops: what it costs besides them.
-        search_seconds: likewise.
+        search_seconds: what it takes besides them.
     """
 
     name: str
-    trials: tuple[Trial, ...]
+    configurations: tuple[Configuration, ...]
     takes: Literal["best", "mean"] = "best"
     search_flops: float = 0.0
     search_seconds: float = 0.0
 
 
-def compare_run(
-    workspace: Workspace, programs: Sequence[Program], selection: Selection, directory: RunDirectory
-) -> dict[str, Any]:
+def compare_run(job: Job, programs: Sequence[Program], selection: Selection) -> Document:
     """Trains what isn't trained yet, and writes compare.json.
 
     Args:
-        workspace: of the run.
+        job: of the run; trials that are in its comparison already are not run again.
         programs: of the probe phase, one of which may serve.
         selection: what the search of the run picked.
-        directory: of the run; trials that are in its comparison already are not run again.
     """
-    methods = alternatives(workspace, selection, *search_cost(workspace, selection, directory))
-    trials = list({trial.name: trial for method in methods for trial in method.trials}.values())
-    train_trials(workspace, programs, trials, directory)
-    methods += _by_tpe(workspace, programs, methods[-1].trials, directory)
-    records = {record["trial"]: record for record in read_jsonl(directory.trials_file, workspace.reporter.warn)}
-    (pick,) = methods[0].trials
-    rows = [_row(workspace, method, records, records[pick.name]) for method in methods]
+    space = job_space(job)
+    evaluator, _ = held_out_evaluator(job.config, job.reporter, job.base, job.data, controls=False)
+    folder = job.directory / files.COMPARISON_CHECKPOINTS
+    trainer = TrialTrainer(LaneTrainer(job, programs, folder, "compare"), evaluator)
+    pick = space.configuration(selection.pick)
+    searched = _search(job, selection, pick)
+    # As many runs as the search cost.
+    budget = Budget(max(2, round(1 + searched.search_flops / job.prices.final_run(pick.ranks))))
+    alternatives = [searched, *_designed(space, budget)]
+    planned = {c.name: c for alternative in alternatives for c in alternative.configurations}
+    trainer.train(list(planned.values()), Patience())
+    if is_installed():
+        alternatives.append(_by_tpe(job, space, trainer, budget))
+    else:
+        job.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
+    records = trainer.records()
+    rows = [_row(job, alternative, records, records[pick.name]) for alternative in alternatives]
     document = {
-        "num_test_samples": len(records[pick.name]["test_tokens"]),
+        "num_test_samples": len(records[pick.name].test_tokens),
         "unit_of_compute": "a final run with the picked ranks",
         "methods": rows,
     }
-    write_json(directory.comparison_file, document)
+    write_json(job.directory / files.COMPARISON, document)
     return document
 
 
-def alternatives(
-    workspace: Workspace, selection: Selection, search_flops: float, search_seconds: float
-) -> list[Alternative]:
-    """The pick first, then uniform ranks, the largest, separate learning rates, and chance at the pick's compute."""
-    grids = workspace.grids
-    searched = [module for module, ranks in grids.items() if len(ranks) > 1]
-    trial = partial(trial_of, workspace)
-    pick = trial(selection.pick)
-    shared = sorted(set.intersection(*(set(grids[module]) for module in searched)))
-    uniform = [trial(dict.fromkeys(searched, rank)) for rank in shared]
-    found = [Alternative("MARS", (pick,), search_flops=search_flops, search_seconds=search_seconds)]
-    found += [Alternative(f"uniform rank {rank}", (one,)) for rank, one in zip(shared, uniform, strict=True)]
-    found.append(Alternative("largest ranks", (trial({module: max(grids[module]) for module in searched}),)))
+def _search(job: Job, selection: Selection, pick: Configuration) -> Alternative:
+    """The run's own search."""
+    flops = search_flops(job)
+    if (job.directory / files.SWEEP).exists():
+        # The pick's own run is counted with its trial.
+        flops -= job.prices.final_run(pick.ranks)
+    seconds = sum(job.directory.book.seconds(phase) for phase in ("probe", "fit", "select"))
+    return Alternative("MARS", (pick,), search_flops=flops, search_seconds=seconds)
+
+
+def _designed(space: Space, budget: Budget) -> list[Alternative]:
+    """Uniform ranks, the largest, separate learning rates, and chance at the pick's compute."""
+    shared = shared_ranks(space)
+    found = [Alternative(f"uniform rank {rank}", tuple(Uniform(rank).configurations(space, budget))) for rank in shared]
+    largest = {module: max(space.grids[module]) for module in space.searched}
+    found.append(Alternative("largest ranks", (space.configuration(largest),)))
     if shared:
-        middle = uniform[len(uniform) // 2]
-        rated = [Trial(middle.ranks, {module: factor}) for module in searched for factor in _RATE_FACTORS]
         name = f"separate learning rates at rank {shared[len(shared) // 2]}"
-        found.append(Alternative(name, (middle, *rated)))
-    vectors = [dict(zip(searched, ranks, strict=True)) for ranks in itertools.product(*(grids[m] for m in searched))]
-    number = round(1 + search_flops / final_flops(workspace, pick.ranks))
-    rng = np.random.default_rng(workspace.config.seed)
-    drawn = [trial(vectors[i]) for i in rng.permutation(len(vectors))[: max(2, number)]]
-    found.append(Alternative(f"random search, {len(drawn)} runs", tuple(drawn)))
-    return [*found, Alternative("random ranks", tuple(drawn), takes="mean")]
+        found.append(Alternative(name, tuple(SEPARATE_RATES.configurations(space, budget))))
+    drawn = tuple(RANDOM.configurations(space, budget))
+    return [
+        *found,
+        Alternative(f"random search, {len(drawn)} runs", drawn),
+        Alternative("random ranks", drawn, takes="mean"),
+    ]
 
 
-def _by_tpe(
-    workspace: Workspace, programs: Sequence[Program], drawn: Sequence[Trial], directory: RunDirectory
-) -> list[Alternative]:
-    """Trains what Optuna's TPE suggests, for the steps that random search had; none without Optuna."""
-    if not tpe.is_installed():
-        workspace.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
-        return []
-    steps = workspace.config.finetune.steps
-
-    def train(ranks: Ranks, goes_on: GoesOn) -> list[Look]:
-        trial = trial_of(workspace, ranks)
-        train_trials(workspace, programs, [trial], directory, goes_on)
-        records = {record["trial"]: record for record in read_jsonl(directory.trials_file, workspace.reporter.warn)}
-        record = records[trial.name if trial.name in records else trial.name + STOPPED]
-        looks = [(step, math.inf if loss is None else loss) for step, loss in record["looks"]]
-        # It may have been trained further, for another method.
-        return until_stopped(looks, goes_on)
-
-    grids = {module: sorted(ranks) for module, ranks in workspace.grids.items() if len(ranks) > 1}
-    found = tpe.search(grids, steps, len(drawn) * steps, workspace.config.seed, train)
-    whole = tuple(trial_of(workspace, run.ranks) for run in found if run.steps == steps)
-    stopped = [run for run in found if run.steps < steps]
-    flops = sum(run.steps / steps * final_flops(workspace, trial_of(workspace, run.ranks).ranks) for run in stopped)
-    name = f"TPE and halving, {len(whole)} runs and {len(stopped)} that were stopped"
-    return [Alternative(name, whole, search_flops=flops)]
+def _by_tpe(job: Job, space: Space, trainer: TrialTrainer, budget: Budget) -> Alternative:
+    """What Optuna's TPE comes to, for the steps that random search had."""
+    curves = TPE.search(space, trainer, budget).curves
+    whole_runs = tuple(curve.configuration for curve in curves if curve.steps == space.steps)
+    stopped = [curve for curve in curves if curve.steps < space.steps]
+    flops = sum(c.steps / space.steps * job.prices.final_run(c.configuration.ranks) for c in stopped)
+    name = f"TPE and halving, {len(whole_runs)} runs and {len(stopped)} that were stopped"
+    return Alternative(name, whole_runs, search_flops=flops)
 
 
-def _row(
-    workspace: Workspace, method: Alternative, records: Mapping[str, Mapping[str, Any]], pick: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A method's line of the table; intervals are of the test samples, paired with the pick's."""
-    per_rank = parameters_per_rank(workspace.targets)
-    trained = [records[trial.name] for trial in method.trials]
-    finished = [record for record in trained if record["validation_loss"] is not None]
-    finished.sort(key=lambda record: record["validation_loss"])
-    taken = finished if method.takes == "mean" else finished[:1]
-    costs = [final_flops(workspace, trial.ranks) for trial in method.trials]
-    compute = method.search_flops + (np.mean(costs) if method.takes == "mean" else sum(costs))
-    row: dict[str, Any] = {
-        "method": method.name,
-        "ranks": dict(taken[0]["ranks"]) if len(taken) == 1 else None,
-        "learning_rate_factors": dict(taken[0]["factors"]) if len(taken) == 1 else None,
-        "runs": 1 if method.takes == "mean" else len(method.trials),
+def _row(job: Job, alternative: Alternative, records: Mapping[str, TrialRecord], pick: TrialRecord) -> Document:
+    """An alternative's line of the table; intervals are of the test samples, paired with the pick's."""
+    trained = [records[configuration.name] for configuration in alternative.configurations]
+    finished = sorted(
+        ((record.validation_loss, record) for record in trained if record.validation_loss is not None),
+        key=lambda pair: pair[0],
+    )
+    taken = [record for _, record in (finished if alternative.takes == "mean" else finished[:1])]
+    costs = [job.prices.final_run(configuration.ranks) for configuration in alternative.configurations]
+    compute = alternative.search_flops + (np.mean(costs) if alternative.takes == "mean" else sum(costs))
+    row: Document = {
+        "method": alternative.name,
+        "ranks": dict(taken[0].ranks) if len(taken) == 1 else None,
+        "learning_rate_factors": dict(taken[0].factors) if len(taken) == 1 else None,
+        "runs": 1 if alternative.takes == "mean" else len(alternative.configurations),
         "diverged": len(trained) - len(finished),
-        "compute": float(compute / final_flops(workspace, pick["ranks"])),
-        "search_seconds": method.search_seconds,
+        "compute": float(compute / job.prices.final_run(pick.ranks)),
+        "search_seconds": alternative.search_seconds,
     }
     if not taken:
         return row
-    tokens = np.asarray(pick["test_tokens"])
-    losses = np.mean([record["test_losses"] for record in taken], axis=0)
-    correct = np.mean([record["test_correct"] for record in taken], axis=0)
-    low, high = paired_interval(losses - np.asarray(pick["test_losses"]), tokens, workspace.config.seed)
+    tokens = np.asarray(pick.test_tokens)
+    losses = np.mean([record.test_losses for record in taken], axis=0)
+    correct = np.mean([record.test_correct for record in taken], axis=0)
+    differences = losses - np.asarray(pick.test_losses)
+    low, high = paired_interval(differences, tokens, job.config.seed)
+    parameters = [job.base.num_trained(record.ranks) for record in taken]
     return row | {
-        "validation_loss": float(np.mean([record["validation_loss"] for record in taken])),
+        "validation_loss": float(np.mean([loss for loss, _ in finished[: len(taken)]])),
         "test_loss": float(losses.sum() / tokens.sum()),
-        "test_loss_minus_picks": float((losses - np.asarray(pick["test_losses"])).sum() / tokens.sum()),
+        "test_loss_minus_picks": float(differences.sum() / tokens.sum()),
         "interval": [low, high],
         "test_accuracy": float(correct.mean()) if correct.size else None,
-        "parameters": round(
-            float(np.mean([sum(per_rank[m] * r for m, r in record["ranks"].items()) for record in taken]))
-        ),
+        "parameters": round(float(np.mean(parameters))),
     }
 
 

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mars_jax.adapters import lora
+from mars_jax.adapters.merge import merge, unmerge
 from mars_jax.adapters.norms import relative_change, update_norms
 from mars_jax.adapters.targets import Target, check_ranks, find_targets, parameters_per_rank
+from mars_jax.adapters.tree import init_adapters, join_trainable, split_trainable, trim
 from mars_jax.errors import ConfigError
 from mars_jax.runtime.trees import flatten, unflatten
 
@@ -32,7 +34,7 @@ RANKS = {"vision": 3, "projector": 2, "llm": 4}
 def random_adapters(ranks=RANKS, padded_ranks=None, seed=0):
     """Adapters whose b is random below the rank and zero from there on."""
     rng = np.random.default_rng(seed)
-    adapters = lora.init_adapters(jax.random.key(seed), TARGETS, ranks, padded_ranks=padded_ranks)
+    adapters = init_adapters(jax.random.key(seed), TARGETS, ranks, padded_ranks=padded_ranks)
     flat = flatten(adapters)
     for path, target in TARGETS.items():
         if f"{path}/b" in flat:
@@ -64,16 +66,16 @@ def test_targets_are_found_by_patterns_over_whole_paths():
         "llm/layers/v_proj": Target("llm", 3, 8, 5),
     }
     assert list(TARGETS) == [path.removesuffix("/kernel") for path in SHAPES if path.endswith("/kernel")]
-    assert parameters_per_rank(TARGETS) == {"vision": 2 * 16, "projector": 14, "llm": 3 * (16 + 13)}
+    assert parameters_per_rank(TARGETS, lora.LORA) == {"vision": 2 * 16, "projector": 14, "llm": 3 * (16 + 13)}
 
 
 def test_leaves_themselves_are_targets_without_a_weight_name():
     params = {"encoder": {"w": jnp.ones((4, 3)), "gain": jnp.ones(3)}}
     targets = find_targets(params, {"vision": ["encoder/w"]}, weight_name=None)
     assert targets == {"encoder/w": Target("vision", None, 4, 3)}
-    adapters = lora.init_adapters(jax.random.key(0), targets, {"vision": 2})
+    adapters = init_adapters(jax.random.key(0), targets, {"vision": 2})
     adapters["encoder"]["w"]["b"] = jnp.ones((2, 3))
-    merged = lora.merge(params, adapters, weight_name=None)
+    merged = merge(params, adapters, weight_name=None)
     np.testing.assert_allclose(merged["encoder"]["w"], 1 + explicit_updates(adapters)["encoder/w"], rtol=1e-6)
     assert merged["encoder"]["gain"] is params["encoder"]["gain"]
 
@@ -104,12 +106,12 @@ def test_patterns_that_mean_nothing_are_refused(patterns, text):
 )
 def test_ranks_that_mean_nothing_are_refused(ranks, text):
     with pytest.raises(ConfigError, match=text):
-        check_ranks(TARGETS, ranks)
+        check_ranks(TARGETS, ranks, lora.LORA)
 
 
 @pytest.mark.parametrize("ranks", [RANKS, {"vision": 6, "projector": 0, "llm": 5}, RANKS | {"vision": 0}])
 def test_ranks_up_to_the_width_and_frozen_modules_are_allowed(ranks):
-    check_ranks(TARGETS, ranks)
+    check_ranks(TARGETS, ranks, lora.LORA)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_alpha_rules(rule, scales):
         assert float(rule.scale(rank)) == scale
         assert float(jax.jit(rule.scale)(rank)) == scale
     targets = {"llm/q": Target("llm", 2, 8, 8)}
-    adapters = lora.init_adapters(jax.random.key(0), targets, {"llm": 4}, rule)
+    adapters = init_adapters(jax.random.key(0), targets, {"llm": 4}, lora.Lora(rule))
     np.testing.assert_array_equal(adapters["llm"]["q"]["scale"], [scales[4]] * 2)
 
 
@@ -143,7 +145,7 @@ def test_init_has_the_distribution_of_peft():
     linear = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(d_in, d_out)), config).base_model.model[0]
     theirs = linear.lora_A["default"].weight.detach().numpy().T
     targets = {"llm": Target("llm", None, d_in, d_out)}
-    ours = lora.init_adapters(jax.random.key(0), targets, {"llm": rank})["llm"]
+    ours = init_adapters(jax.random.key(0), targets, {"llm": rank})["llm"]
 
     assert ours["a"].shape == theirs.shape
     assert ours["b"].T.shape == linear.lora_B["default"].weight.shape
@@ -160,7 +162,7 @@ def test_init_has_the_distribution_of_peft():
 
 
 PADDED = dict.fromkeys(RANKS, 5)
-draw_padded = jax.jit(lambda seed, ranks: lora.init_adapters(jax.random.key(seed), TARGETS, ranks, padded_ranks=PADDED))
+draw_padded = jax.jit(lambda seed, ranks: init_adapters(jax.random.key(seed), TARGETS, ranks, padded_ranks=PADDED))
 
 
 @settings(max_examples=30, deadline=None)
@@ -177,9 +179,9 @@ def test_a_rank_is_the_first_columns_of_any_higher_rank(seed, ranks):
 
 def test_init_depends_on_neither_padding_nor_other_targets_and_differs_by_key_path_and_layer():
     padded = flatten(jax.device_get(draw_padded(7, RANKS)))
-    alone = flatten(jax.device_get(lora.init_adapters(jax.random.key(7), TARGETS, RANKS)))
+    alone = flatten(jax.device_get(init_adapters(jax.random.key(7), TARGETS, RANKS)))
     few = find_targets(PARAMS, {"llm": ["llm/.*/v_proj"]})
-    fewer = lora.init_adapters(jax.random.key(7), few, {"llm": 4})["llm"]["layers"]["v_proj"]["a"]
+    fewer = init_adapters(jax.random.key(7), few, {"llm": 4})["llm"]["layers"]["v_proj"]["a"]
     for path, leaf in alone.items():
         trimmed = padded[path] if path.endswith("/scale") else padded[path][tuple(slice(n) for n in leaf.shape)]
         np.testing.assert_array_equal(leaf, trimmed)
@@ -192,7 +194,7 @@ def test_init_depends_on_neither_padding_nor_other_targets_and_differs_by_key_pa
 
 def test_a_traced_rank_needs_padded_ranks():
     with pytest.raises(TypeError, match="traced rank of module 'vision' needs padded_ranks"):
-        jax.jit(lambda rank: lora.init_adapters(jax.random.key(0), TARGETS, RANKS | {"vision": rank}))(3)
+        jax.jit(lambda rank: init_adapters(jax.random.key(0), TARGETS, RANKS | {"vision": rank}))(3)
 
 
 def test_rank_mask():
@@ -232,11 +234,11 @@ def test_merging_adapts_a_linen_model_that_knows_nothing_of_lora():
     model, x = Mlp(), jax.random.normal(jax.random.key(1), (5, 6))
     params = model.init(jax.random.key(0), x)["params"]
     targets = find_targets(params, {"vision": ["first"], "llm": ["last"]})
-    adapters = lora.init_adapters(jax.random.key(2), targets, {"vision": 2, "llm": 3})
-    trainable, scales = lora.split_trainable(adapters)
+    adapters = init_adapters(jax.random.key(2), targets, {"vision": 2, "llm": 3})
+    trainable, scales = split_trainable(adapters)
 
     def loss(trainable):
-        merged = lora.merge(params, lora.join_trainable(trainable, scales))
+        merged = merge(params, join_trainable(trainable, scales))
         return jnp.square(model.apply({"params": merged}, x)).mean()
 
     step = jax.jit(lambda trainable: jax.tree.map(lambda p, g: p - 0.1 * g, trainable, jax.grad(loss)(trainable)))
@@ -244,20 +246,20 @@ def test_merging_adapts_a_linen_model_that_knows_nothing_of_lora():
     for _ in range(5):
         trainable = step(trainable)
     assert loss(trainable) < 0.9 * before
-    assert all(norm > 0 for norm in update_norms(lora.join_trainable(trainable, scales), targets).values())
+    assert all(norm > 0 for norm in update_norms(join_trainable(trainable, scales), targets).values())
 
 
 def test_merge_adds_the_update_and_unmerge_takes_it_off():
     adapters = random_adapters()
     updates = explicit_updates(adapters)
-    merged, before = flatten(lora.merge(PARAMS, adapters)), flatten(PARAMS)
+    merged, before = flatten(merge(PARAMS, adapters)), flatten(PARAMS)
     for path, leaf in merged.items():
         update = updates.get(path.rpartition("/")[0]) if path.endswith("/kernel") else None
         if update is None:
             assert leaf is before[path]
         else:
             np.testing.assert_allclose(leaf, before[path] + update, rtol=1e-5, atol=1e-6)
-    back = flatten(lora.unmerge(unflatten(merged), adapters))
+    back = flatten(unmerge(unflatten(merged), adapters))
     for path, leaf in back.items():
         np.testing.assert_allclose(leaf, before[path], atol=1e-6)
 
@@ -265,7 +267,7 @@ def test_merge_adds_the_update_and_unmerge_takes_it_off():
 def test_merge_keeps_the_dtype_and_rounds_once():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     adapters = random_adapters()
-    merged = lora.merge(params, adapters)["projector"]["linear"]["kernel"]
+    merged = merge(params, adapters)["projector"]["linear"]["kernel"]
     exact = jnp.asarray(0.5 + explicit_updates(adapters)["projector/linear"], jnp.float32)
     assert merged.dtype == jnp.bfloat16
     np.testing.assert_array_equal(merged.astype(jnp.float32), exact.astype(jnp.bfloat16).astype(jnp.float32))
@@ -274,19 +276,19 @@ def test_merge_keeps_the_dtype_and_rounds_once():
 def test_trimming_cuts_padding_and_frozen_modules_and_nothing_else():
     ranks = RANKS | {"projector": 0}
     padded = random_adapters(ranks, PADDED)
-    trimmed = lora.trim(padded, TARGETS, ranks)
+    trimmed = trim(padded, TARGETS, ranks)
     assert set(trimmed) == {"vision", "llm"}
     assert {leaf.shape[-1] for path, leaf in flatten(trimmed).items() if path.endswith("/a")} == {3, 4}
-    for left, right in zip(*(jax.tree.leaves(lora.merge(PARAMS, a)) for a in (padded, trimmed)), strict=True):
+    for left, right in zip(*(jax.tree.leaves(merge(PARAMS, a)) for a in (padded, trimmed)), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
 def test_scales_are_split_from_what_trains_and_joined_again():
     adapters = random_adapters()
-    trainable, scales = lora.split_trainable(adapters)
+    trainable, scales = split_trainable(adapters)
     assert {path.rpartition("/")[2] for path in flatten(trainable)} == {"a", "b"}
     assert {path.rpartition("/")[2] for path in flatten(scales)} == {"scale"}
-    joined = flatten(lora.join_trainable(trainable, scales))
+    joined = flatten(join_trainable(trainable, scales))
     assert all(joined[path] is leaf for path, leaf in flatten(adapters).items())
 
 
@@ -305,14 +307,14 @@ def test_norms_and_relative_change_are_those_of_the_explicit_product():
 
 
 def test_norms_of_padded_adapters_and_of_a_module_without_movement():
-    start, moved = lora.init_adapters(jax.random.key(0), TARGETS, RANKS), random_adapters()
+    start, moved = init_adapters(jax.random.key(0), TARGETS, RANKS), random_adapters()
     moved["projector"] = start["projector"]
     norms, change = update_norms(moved, TARGETS), relative_change(moved, start, TARGETS)
     assert float(norms["projector"]) == 0.0
     assert np.isnan(change["projector"])
     assert float(change["llm"]) == pytest.approx(1.0, rel=1e-5)
     padded = update_norms(random_adapters(RANKS, PADDED, seed=3), TARGETS)
-    trimmed = update_norms(lora.trim(random_adapters(RANKS, PADDED, seed=3), TARGETS, RANKS), TARGETS)
+    trimmed = update_norms(trim(random_adapters(RANKS, PADDED, seed=3), TARGETS, RANKS), TARGETS)
     for module in RANKS:
         assert float(padded[module]) == pytest.approx(float(trimmed[module]), rel=1e-6)
 
@@ -330,7 +332,9 @@ def test_norms_ask_for_full_precision_where_the_backend_would_round():
     adapters = random_adapters()
     with jax.default_matmul_precision("bfloat16"):
         text = str(
-            jax.make_jaxpr(lambda a: (update_norms(a, TARGETS), lora.delta(a["llm"]["layers"]["q_proj"])))(adapters)
+            jax.make_jaxpr(lambda a: (update_norms(a, TARGETS), lora.LORA.delta(None, a["llm"]["layers"]["q_proj"])))(
+                adapters
+            )
         )
     assert text.count("dot_general[") == 2 * len(TARGETS) + 1
     assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[")

@@ -10,10 +10,17 @@ import pytest
 
 from benchmarks.evidence import claims as evidence_claims
 from benchmarks.evidence import methods as evidence_methods
+from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import planted
+from benchmarks.evidence import run as evidence_run
 from benchmarks.evidence import tables as evidence_tables
-from benchmarks.evidence.methods import Grid, sweep
+from benchmarks.evidence.replay import Grid, Replay
 from benchmarks.evidence.runs import Run
+from mars_jax.search.strategies.base import Budget, Space
+from mars_jax.search.strategies.halving import HALVING
+from mars_jax.search.strategies.separate_rates import SEPARATE_RATES
+from mars_jax.search.strategies.tpe import TPE, is_installed
+from mars_jax.search.strategies.uniform import Uniform
 
 # Planted truth.
 
@@ -43,7 +50,7 @@ def test_a_rule_is_right_where_the_slowed_module_takes_longer_than_in_the_balanc
     assert found["other"] == statistics.median([1.0, 3.0, 1.0])
 
 
-def test_two_censored_times_tell_nothing_but_one_does():
+def test_two_censored_times_show_nothing_but_one_does():
     trials = [
         trial("balanced", 40.0, 20.0),
         trial("vision rate / 3", -384.0, -384.0),
@@ -93,6 +100,21 @@ RUNS = [
     run(8, 8, 1.1, 1.2, [(16, 1.4), (32, 1.3)]),
 ]
 EVEN = SimpleNamespace(final=lambda ranks, share=1.0: share)
+SPACE = Space(
+    grids={"vision": (2, 8), "projector": (8,), "llm": (2, 8)},
+    num_samples=1024,
+    steps=64,
+    probed=[run.ranks for run in RUNS],
+    sizes=(),
+    parameters_per_rank={},
+    rates={},
+    fit=lambda records: pytest.fail("no probes, so no laws"),
+    most_together=4,
+)
+
+
+def replay(rated=()):
+    return Replay(Grid(RUNS, rated), SPACE, EVEN)
 
 
 def test_regret_is_relative_to_the_best_of_the_grid():
@@ -109,7 +131,8 @@ def test_random_search_is_the_mean_over_all_draws(number):
 
 
 def test_the_sweep_halves_on_the_recorded_curves_and_pays_for_what_it_reads():
-    ranks, cost = sweep([run.ranks for run in RUNS], Grid(RUNS), EVEN)
+    found = replay().swept("all", [run.ranks for run in RUNS])
+    ranks, cost = found.ranks, found.compute - EVEN.final(found.ranks)
     # After 32 of 64 steps (2, 2) and (2, 8) lead, and (2, 8) ends best; at 16 steps it was last.
     assert (ranks["vision"], ranks["llm"]) == (2, 8)
     # Four half runs and two other halves, less the winner's whole run, which is the final run.
@@ -117,7 +140,34 @@ def test_the_sweep_halves_on_the_recorded_curves_and_pays_for_what_it_reads():
 
 
 def test_a_sweep_of_one_costs_nothing():
-    assert sweep([RUNS[1].ranks], Grid(RUNS), EVEN) == (RUNS[1].ranks, 0.0)
+    found = replay().swept("one", [RUNS[1].ranks])
+    assert (found.ranks, found.compute - EVEN.final(found.ranks)) == (RUNS[1].ranks, 0.0)
+
+
+def test_the_strategies_of_the_package_are_replayed_on_the_recorded_runs_and_pay_for_what_they_train():
+    halving = replay().method("halving", HALVING)
+    assert (halving.ranks, halving.regret, halving.compute) == (RUNS[1].ranks, 0.0, 3.0)
+    uniform = replay().method("uniform", Uniform(2))
+    assert (uniform.ranks, uniform.regret, uniform.compute) == (RUNS[0].ranks, pytest.approx(0.2), 1.0)
+
+
+def test_separate_rates_are_found_among_the_runs_at_other_rates():
+    changed = [(module, factor) for module in ("vision", "llm") for factor in (1 / 3, 3.0)]
+    losses = dict(zip(changed, (1.3, 0.9, 1.2, 1.4), strict=True))
+    rated = [
+        ({"vision": 1.0, "projector": 1.0, "llm": 1.0, module: factor}, run(8, 8, losses[module, factor], 1.3))
+        for module, factor in changed
+    ]
+    found = replay(rated).method("rates", SEPARATE_RATES)
+    assert (found.regret, found.test_regret) == (pytest.approx(-0.1), pytest.approx(0.3))
+    assert found.compute == 5.0
+
+
+@pytest.mark.skipif(not is_installed(), reason="Optuna is not installed")
+def test_tpe_spends_no_more_than_its_budget_and_a_run():
+    found = replay().method("tpe", TPE, Budget(2))
+    assert 1.0 <= found.compute < 3.0
+    assert found.regret >= 0.0
 
 
 def test_share_of_cells_counts_one_without_the_method_against_it():
@@ -153,3 +203,14 @@ def test_a_correlation_that_the_ranks_explain_vanishes_given_them():
     both = evidence_claims._residuals(given, left + noise, right - noise)
     assert evidence_claims._correlation(*both) == pytest.approx(-1.0)
     assert math.isclose(evidence_claims._correlation(noise, noise), 1.0)
+
+
+def test_the_page_shows_the_method_of_the_figure_and_counts_those_it_leaves_out():
+    names = [evidence_run.DEFAULT_METHOD, "uniform rank 8", "separate: quadratic surface", "random search, 2 runs"]
+    rows = [{"method": name} for name in names]
+    tables = {"Methods": rows, "Mean regret by task": rows, "Grids": [{"task": "eye"}]}
+    shown = evidence_page.evidence({"tables": tables})
+    assert [row["method"] for row in shown.tables["Methods"]] == [names[0], names[1], names[3]]
+    assert [row["method"] for row in shown.tables["Mean regret by task"]] == names[:2]
+    assert shown.tables["Grids"] == tables["Grids"]
+    assert "3 of 4 methods" in shown.meaning

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.speed import peft_side, peft_vmapped
 from mars_jax.adapters import lora
 from mars_jax.adapters.targets import find_targets
+from mars_jax.adapters.tree import init_adapters, join_trainable, split_trainable
 from mars_jax.config.schema import OptimizerConfig
 from mars_jax.data.examples import ExampleSource
 from mars_jax.data.preprocessor import load_preprocessor
@@ -42,7 +43,7 @@ ALPHA = lora.AlphaRule()
 OPTIMIZER = OptimizerConfig(b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.3, clip_norm=0.05)
 RATES = {"vision": 0.02, "projector": 0.01, "llm": 0.03}
 MULTIPLIERS = np.array([0.5, 1.0, 1.0, 0.7, 0.4], np.float32)
-LOOKS = [0, 2, 5]
+EVAL_STEPS = [0, 2, 5]
 ALL = {"vision": 3, "projector": 2, "llm": 4}
 LANES = {"all": (ALL, 0), "llm_only": ({"vision": 0, "projector": 0, "llm": 2}, 1)}
 
@@ -86,7 +87,7 @@ def job(tmp_path_factory) -> Job:
 
 @pytest.fixture(scope="module")
 def reference(job) -> dict[str, tuple[list[float], list[float]]]:
-    """Losses of the five steps and of the looks of every lane."""
+    """Losses of the five steps and of the eval points of every lane."""
     adamw = optax.chain(
         optax.clip_by_global_norm(OPTIMIZER.clip_norm),
         optax.scale_by_adam(OPTIMIZER.b1, OPTIMIZER.b2, OPTIMIZER.eps),
@@ -96,7 +97,7 @@ def reference(job) -> dict[str, tuple[list[float], list[float]]]:
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def step(trainable: Any, scales: Any, state: Any, batch: Any, multiplier: Any) -> Any:
         def loss(trainable: Any) -> Any:
-            return mean_loss(job.model, job.base, lora.join_trainable(trainable, scales), batch)
+            return mean_loss(job.model, job.base, join_trainable(trainable, scales), batch)
 
         value, gradients = jax.value_and_grad(loss)(trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes types
@@ -112,25 +113,27 @@ def reference_lane(
     job: Job, adamw: optax.GradientTransformation, step: Any, ranks: dict[str, int], seed: int
 ) -> tuple[list[float], list[float]]:
     # Padded, so that one compilation serves all lanes.
-    adapters = lora.init_adapters(jax.random.key(seed), job.targets, ranks, ALPHA, ALL)
-    trainable, scales = lora.split_trainable(adapters)
-    state, losses, looks = adamw.init(trainable), [], []
-    for done in range(LOOKS[-1] + 1):
-        if done in LOOKS:
+    adapters = init_adapters(jax.random.key(seed), job.targets, ranks, lora.Lora(ALPHA), ALL)
+    trainable, scales = split_trainable(adapters)
+    state, losses, validation_losses = adamw.init(trainable), [], []
+    for done in range(EVAL_STEPS[-1] + 1):
+        if done in EVAL_STEPS:
             halves = [{name: leaf[v] for name, leaf in job.validation.items()} for v in range(2)]
             values = [float(step(trainable, scales, state, half, jnp.float32(0.0))[0]) for half in halves]
-            looks.append(float(np.average(values, weights=[half["target_weights"].sum() for half in halves])))
-        if done < LOOKS[-1]:
+            validation_losses.append(
+                float(np.average(values, weights=[half["target_weights"].sum() for half in halves]))
+            )
+        if done < EVAL_STEPS[-1]:
             multiplier = jnp.asarray(MULTIPLIERS[done])
             value, norm, trainable, state = step(trainable, scales, state, job.batches[done], multiplier)
             losses.append(float(value))
             assert norm > OPTIMIZER.clip_norm  # so that it clips
-    return losses, looks
+    return losses, validation_losses
 
 
 def train(job: Job, grid: peft_side.PeftGrid, lane: str, **options: Any) -> peft_side.LaneResult:
     validation = grid.encode_all(job.validation)
-    return grid.train_lane(*LANES[lane], job.batches, MULTIPLIERS, RATES, LOOKS, validation, **options)
+    return grid.train_lane(*LANES[lane], job.batches, MULTIPLIERS, RATES, EVAL_STEPS, validation, **options)
 
 
 @pytest.mark.parametrize("head", ["all", "supervised"])
@@ -139,11 +142,13 @@ def test_lanes_one_after_the_other_equal_jax_and_leave_the_base(job, reference, 
     before = {name: tensor.clone() for name, tensor in grid.model.state_dict().items()}
     for name in ["all", "llm_only", "all"]:
         result = train(job, grid, name)
-        losses, looks = reference[name]
+        losses, validation_losses = reference[name]
         assert max(losses) - min(losses) > 0.1  # it trains, so that equal losses say something
         np.testing.assert_allclose(result.losses, losses, rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose([row["validation_loss"] for row in result.rows], looks, rtol=0, atol=TOLERANCE)
-        assert [row["step"] for row in result.rows] == LOOKS
+        np.testing.assert_allclose(
+            [row["validation_loss"] for row in result.rows], validation_losses, rtol=0, atol=TOLERANCE
+        )
+        assert [row["step"] for row in result.rows] == EVAL_STEPS
         assert result.rows[0]["train_loss"] is None
         assert result.rows[2]["train_loss"] == pytest.approx(np.mean(losses[2:]), abs=TOLERANCE)
     after = grid.model.state_dict()
@@ -163,8 +168,8 @@ def test_tokens_and_seconds_count_what_was_run(job):
     assert len(result.losses) == 2
     assert [row["step"] for row in result.rows] == [0, 2]
     assert result.tokens == sum(tokens[:2])
-    assert result.look_tokens == 2 * int((job.validation["tokens"] != pad).sum())
-    assert min(result.setup_seconds, result.step_seconds, result.look_seconds, result.cpu_seconds) > 0
+    assert result.eval_tokens == 2 * int((job.validation["tokens"] != pad).sum())
+    assert min(result.setup_seconds, result.step_seconds, result.eval_seconds, result.cpu_seconds) > 0
 
 
 def test_repeated_steps_equal_vmapped_ones(job):

@@ -169,6 +169,10 @@ def test_every_fault_is_listed_at_once(tmp_path):
         ("lora.modules={llm: {ranks: [0]}}", "lora.modules: at least one module needs a rank above 0"),
         ("lora.modules={}", "lora.modules: at least one module needs a rank above 0"),
         ("lora.modules=llm", "lora.modules is 'llm' but must be a mapping of names to values"),
+        (
+            "adapter.method=lor",
+            "adapter.method: adapter method is 'lor'; allowed: lora, full_rank. Did you mean 'lora'?",
+        ),
         ("lora=null", "lora is null but must be a section of `key: value` lines"),
         ("data.test_fraction=0.95", "data: validation_fraction + test_fraction must be less than 1"),
         ("data.validation_fraction=0", "data: validation_fraction is 0 and validation is null"),
@@ -185,11 +189,6 @@ def test_every_fault_is_listed_at_once(tmp_path):
 )
 def test_refused_values(tmp_path, override, text):
     assert text in refusal(write(tmp_path, MINIMAL), override)
-
-
-def test_the_papers_method_without_a_rule_is_refused(tmp_path):
-    text = refusal(write(tmp_path, MINIMAL), "selection.method=paper", "convergence.rule=null")
-    assert "selection.method: paper balances the modules' convergence, which convergence.rule: null doesn't" in text
 
 
 @pytest.mark.parametrize(

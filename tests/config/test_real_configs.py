@@ -16,7 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mars_jax import pipeline
 from mars_jax.config.load import load_config
 from mars_jax.models.families.registry import model_config, parameters
-from mars_jax.runtime.sharding import base_shardings, make_mesh
+from mars_jax.models.shardings import base_shardings
+from mars_jax.runtime.sharding import make_mesh
 from mars_jax.runtime.trees import unflatten
 from mars_jax.search import cost
 from tests.helpers import tiny_data
@@ -166,7 +167,7 @@ def test_check_and_plan_accept_the_config(job, monkeypatch):
     found = pipeline.check(config, Told())
     assert {row["module"] for row in found["targets"]} == {"vision", "projector", "llm"}
     assert "image tokens" in found["samples"][0]["text"] + found["samples"][1]["text"] + found["samples"][2]["text"]
-    plan = pipeline.plan(config, Told())
+    plan = pipeline.run_pipeline("plan", config, Told())
     # Each module at all its ranks with the other in the middle, and the corners, read at three numbers of samples.
     assert (plan["runs"], plan["lanes"]) == (13, 39)
     assert plan["base_bytes"] == sum(2 * math.prod(p.shape) for p in table)
@@ -177,7 +178,7 @@ def test_check_and_plan_accept_the_config(job, monkeypatch):
 def test_the_base_is_split_evenly_over_eight_devices(name):
     architecture = model_config(MODELS[name][0])
     base = unflatten({p.path: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16) for p in parameters(architecture)})
-    shardings = base_shardings(base, make_mesh({"fsdp": 4, "tensor": 2}))
+    shardings = base_shardings(architecture, make_mesh({"fsdp": 4, "tensor": 2}))
     leaves = zip(jax.tree.leaves(base), jax.tree.leaves(shardings), strict=True)
     own = sum(2 * math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
     whole = sum(2 * leaf.size for leaf in jax.tree.leaves(base))

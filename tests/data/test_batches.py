@@ -14,7 +14,7 @@ from mars_jax.data.examples import ExampleSource
 from mars_jax.data.formats.base import Turn
 from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import Preprocessor, load_preprocessor
-from mars_jax.data.preview import shown
+from mars_jax.data.preview import preview
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import Shapes, plan_shapes
 from mars_jax.errors import ConfigError, DataError
@@ -285,7 +285,7 @@ def test_samples_are_shown_with_the_tokens_of_each_picture_counted(
     records = [two, record(1, pictures[1]), record(2, None)]
     side_by_side = replace(preprocessor, tokenizer=tiny_data.tokenizer(tiny_data.PICTURES_FIRST))
     for used in (side_by_side, preprocessor):
-        both, one, none = shown(records, used, plan_shapes(records, used, 500).shapes)
+        both, one, none = preview(records, used, plan_shapes(records, used, 500).shapes)
         assert both["text"].count("[5 image tokens]") == 2  # one tile of four patches and a newline each
     assert one["text"].count("[10 image tokens]") == 1  # thumbnail, tile, and two newlines
     assert "image tokens" not in none["text"]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mars_jax.adapters.lora import init_adapters, join_trainable, split_trainable
 from mars_jax.adapters.targets import find_targets
-from mars_jax.config.schema import DEFAULT_MODULES
-from mars_jax.data.packing import Packing, Places, plan_packing
+from mars_jax.adapters.tree import init_adapters, join_trainable, split_trainable
+from mars_jax.config.adapted import DEFAULT_MODULES
+from mars_jax.data.packing import Assignment, Packing, plan_packing
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.shapes import Size
 from mars_jax.errors import DataError
@@ -116,7 +116,7 @@ def test_every_sample_is_in_one_row_whole_with_its_tiles_and_targets(sizes, row_
     weights = sum(packed[width]["target_weights"].sum() for width in ("wide", "narrow"))
     assert weights == batch["target_weights"].sum()
     if row_block == 1:
-        assert packing.computed_tokens(packing.places(np.asarray(sizes))) <= len(sizes) * packing.narrow.tokens
+        assert packing.computed_tokens(packing.assign(np.asarray(sizes))) <= len(sizes) * packing.narrow.tokens
 
 
 # Tokens, tiles and supervised tokens of 2000 samples.
@@ -154,7 +154,7 @@ def test_less_than_a_tenth_of_mixed_lengths_is_padding(data):
     computed = used = 0
     for _ in range(200):
         chosen = sizes[rng.choice(len(sizes), BATCH, replace=False)]
-        computed += packing.computed_tokens(packing.places(chosen))
+        computed += packing.computed_tokens(packing.assign(chosen))
         used += chosen[:, 0].sum()
     assert 1 - used / computed < 0.1
     assert plan.padding["tokens"] == pytest.approx(1 - used / computed, abs=0.015)
@@ -164,12 +164,12 @@ def test_less_than_a_tenth_of_mixed_lengths_is_padding(data):
 def test_blocks_of_rows_are_filled_up():
     sizes = np.asarray([(9, 0, 1), (9, 0, 1), (8, 0, 1), (6, 0, 1), (5, 0, 1), (2, 0, 1)])
     rooms = Size(10, 1, 10), Size(15, 1, 15)
-    single = Packing(*rooms, row_block=1, rows_per_tile=1).places(sizes)
+    single = Packing(*rooms, row_block=1, rows_per_tile=1).assign(sizes)
     assert single == ([[0, 3], [1, 4]], [[2, 5]])
     # With one block of wide rows the narrow one is computed as well; four narrow rows would be two blocks.
     packing = Packing(*rooms, row_block=3, rows_per_tile=1)
-    assert packing.places(sizes) == ([[0, 3], [1, 4], [2, 5]], [])
-    assert packing.computed_rows(packing.places(sizes)) == (3, 0)
+    assert packing.assign(sizes) == ([[0, 3], [1, 4], [2, 5]], [])
+    assert packing.computed_rows(packing.assign(sizes)) == (3, 0)
 
 
 def test_a_sample_that_no_row_has_room_for_is_refused():
@@ -178,6 +178,16 @@ def test_a_sample_that_no_row_has_room_for_is_refused():
         DataError, match=r"^sample 1 of a batch needs Size\(tokens=9, .* more than a row's Size\(tokens"
     ):
         packing.pack(batch_of([Size(5, 1, 2), Size(9, 1, 2)]))
+
+
+def test_whatever_the_encoder_takes_of_tiles_is_left_where_it_lies():
+    sizes = [Size(6, 2, 2), Size(5, 1, 2)]
+    packing = plan_packing(np.asarray(sizes), 2, row_block=1, rows_per_tile=2).packing
+    batch = batch_of(sizes) | {"patch_depths": np.arange(12.0, dtype=np.float32).reshape(2, 2, 3)}
+    packed = packing.pack(batch)
+    assert set(packed["tiles"]) == {"pixels", "patch_depths"}
+    assert packed["tiles"]["patch_depths"] is batch["patch_depths"]
+    assert "patch_depths" not in packed["narrow"]
 
 
 # Loss and gradients.
@@ -228,7 +238,7 @@ def test_loss_and_gradients_are_those_of_the_batch_as_it_was(family, cached, tmp
 
     rows_per_tile = load_preprocessor(tmp_path / "base").pictures.rows_per_tile
     # Blocks of two rows: in the one pictures after pictures and words after them, in the other a row to spare.
-    monkeypatch.setattr(Packing, "places", lambda *_: Places([[1, 0], [3, 2]], [[4]]))
+    monkeypatch.setattr(Packing, "assign", lambda *_: Assignment([[1, 0], [3, 2]], [[4]]))
     packing = Packing(Size(0, 0, 0), Size(0, 0, 0), 2, rows_per_tile)
     sizes = packing.sizes(batch)
     assert (sizes[:, 1] > 0).tolist() == [True, True, False, True, False]
@@ -273,7 +283,7 @@ def test_lanes_that_read_packed_batches_on_two_devices_end_as_they_did():
     blocks = {tuple(PackedStream(packing)[step]["blocks"].tolist()) for step in range(8)}
     assert len(blocks) > 1
     timing = tiny_lanes.schedule([0, 3, 8])
-    options = {"learning_rates": dict.fromkeys(tiny_lanes.RATES, 3e-4)}
+    options = {"rates": dict.fromkeys(tiny_lanes.RATES, 3e-4)}
     results = []
     for mesh, stream in (({"lane": 1}, PackedStream()), ({"lane": 2, "data": 2}, PackedStream(packing))):
         engine = tiny_lanes.engine(tiny_lanes.PADDED, num_slots=4, lane_block=2, mesh_sizes=mesh)
@@ -281,11 +291,11 @@ def test_lanes_that_read_packed_batches_on_two_devices_end_as_they_did():
         engine = replace(engine, chunk=tiny_lanes.Program(engine.chunk))
         results.append(tiny_lanes.run(tiny_lanes.LANES, engine, timing, stream=stream, **options))
     before, after = results
-    for expected, rows in zip(before.rows, after.rows, strict=True):
+    for expected, rows in zip(before.points, after.points, strict=True):
         for left, right in zip(expected, rows, strict=True):
             for name in ("train_loss", "validation_loss", "update_norm"):
-                if left[name] is not None:
-                    assert right[name] == pytest.approx(left[name], rel=1e-4), name
+                if getattr(left, name) is not None:
+                    assert getattr(right, name) == pytest.approx(getattr(left, name), rel=1e-4), name
 
 
 # In a run.

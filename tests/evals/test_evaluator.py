@@ -17,7 +17,7 @@ from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import Record, load_records
 from mars_jax.data.shapes import plan_shapes
 from mars_jax.evals.controls import image_blind, shuffle_images
-from mars_jax.evals.evaluator import Evaluator, candidate_answers
+from mars_jax.evals.evaluator import Evaluator, EvaluatorSettings, candidate_answers
 from mars_jax.evals.generation import generate
 from mars_jax.evals.summary import scoring_name
 from mars_jax.hub.read import read_checkpoint
@@ -148,13 +148,10 @@ def outcomes(preprocessor, lettered):
         {},
         lettered,
         preprocessor,
-        candidates=("C", "A", "B"),
-        batch_size=4,
-        controls=True,
-        seed=3,
+        EvaluatorSettings(batch_size=4, candidates=("C", "A", "B"), seed=3),
     )
     told = []
-    models = {"right": {"shift": np.int32(0)}, "wrong": {"shift": np.int32(1)}}
+    models = {"right": {"lora": {"shift": np.int32(0)}}, "wrong": {"lora": {"shift": np.int32(1)}}}
     found = evaluator.evaluate(models, lambda number, text: told.append(number))
     assert sum(told) == evaluator.num_reads == 14
     return found
@@ -177,8 +174,8 @@ def test_samples_split_over_devices_score_the_same(outcomes, preprocessor, lette
     letters = tuple(preprocessor.tokenizer.convert_tokens_to_ids(letter) for letter in "ABC")
     model = ColourReader(letters, len(preprocessor.tokenizer))
     options = {"candidates": ("C", "A", "B"), "batch_size": 4, "controls": True, "seed": 3}
-    evaluator = Evaluator(model, {}, lettered, preprocessor, rows=row_sharding(mesh), **options)
-    found = evaluator.evaluate({"right": {"shift": np.int32(0)}, "wrong": {"shift": np.int32(1)}})
+    evaluator = Evaluator(model, {}, lettered, preprocessor, EvaluatorSettings(**options), row_sharding(mesh))
+    found = evaluator.evaluate({"right": {"lora": {"shift": np.int32(0)}}, "wrong": {"lora": {"shift": np.int32(1)}}})
     assert found.keys() == outcomes.keys()
     for name, outcome in found.items():
         assert responses(outcome) == responses(outcomes[name])
@@ -228,8 +225,8 @@ def test_without_candidates_only_the_loss_is_measured(preprocessor, lettered, ou
     letters = tuple(preprocessor.tokenizer.convert_tokens_to_ids(letter) for letter in "ABC")
     model = ColourReader(letters, len(preprocessor.tokenizer))
     # One picture: nothing to shuffle.
-    evaluator = Evaluator(model, {}, lettered[:1], preprocessor, candidates=(), batch_size=4, controls=True, seed=0)
-    found = evaluator.evaluate({"right": {"shift": np.int32(0)}})
+    evaluator = Evaluator(model, {}, lettered[:1], preprocessor, EvaluatorSettings(batch_size=4))
+    found = evaluator.evaluate({"right": {"lora": {"shift": np.int32(0)}}})
     assert list(found) == ["right", "right_blind"]
     document = found["right"].to_json()
     assert document["accuracy"] is document["accuracy_ci"] is None
@@ -244,9 +241,7 @@ def test_answers_are_what_the_model_writes_to_each_record_alone(tmp_path, record
     model, preprocessor = LlavaOnevision(config), load_preprocessor(tmp_path)
     some = records[:3]
     written = {"max_new_tokens": 3, "end_tokens": [preprocessor.tokenizer.eos_token_id]}
-    evaluator = Evaluator(
-        model, params, some, preprocessor, candidates=(), batch_size=2, controls=True, seed=0, **written
-    )
+    evaluator = Evaluator(model, params, some, preprocessor, EvaluatorSettings(batch_size=2, **written))
     outcomes = evaluator.evaluate({"base": {}})
     pad = preprocessor.tokenizer.pad_token_id
     source = ExampleSource(some, preprocessor, plan_shapes(some, preprocessor, 2**31).shapes)

@@ -21,9 +21,9 @@ from mars_jax.errors import ConfigError
 from mars_jax.evals.generation import generate, load_end_tokens
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.models.families.pictures import ENCODER_INPUTS
-from mars_jax.models.families.registry import build_model
-from mars_jax.runtime.sharding import base_shardings, make_mesh, place, row_sharding
+from mars_jax.models.families.registry import build_model, family_of
+from mars_jax.models.shardings import base_shardings
+from mars_jax.runtime.sharding import make_mesh, place, row_sharding
 from tests.helpers import tiny_data, tiny_job, tiny_llava, tiny_qwen
 from tests.models.families import test_llava
 
@@ -116,8 +116,9 @@ def test_tokens_are_those_of_transformers(family, adapted, devices, ends_of, tmp
     config, params = read_checkpoint(base, "float32")
     adapters: dict[str, Any] = {}
     if adapted:
-        adapters = tiny_llava.random_adapters(params, RANKS, padded=8)
-        write_adapter(tmp_path / "adapter", adapters, RANKS, config, base_name="base", provenance={})
+        tree = tiny_llava.random_adapters(params, RANKS, padded=8)
+        adapters = {"lora": tree}
+        write_adapter(tmp_path / "adapter", tree, RANKS, config, base_name="base", provenance={})
     reference = Reference(base, tmp_path / "adapter" if adapted else None)
     records = load_records(tiny_data.conversations(tmp_path))
     source = source_of(records, reference.preprocessor)
@@ -146,7 +147,7 @@ def test_tokens_are_those_of_transformers(family, adapted, devices, ends_of, tmp
     model, batch = build_model(config), stacked(prompts)
     if devices > 1:
         mesh = make_mesh({"lane": 2, "data": -1}, jax.devices()[:devices])
-        params, batch = place(params, base_shardings(params, mesh)), place(batch, row_sharding(mesh))
+        params, batch = place(params, base_shardings(config, mesh)), place(batch, row_sharding(mesh))
     else:
         model = counting(model, steps)
     program = jax.jit(
@@ -164,7 +165,8 @@ def encoded(examples, config):
     batch = stacked(examples)
     shape = (*batch["pixels"].shape[:3], config.vision.hidden_size)
     features = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    return {name: array for name, array in batch.items() if name not in ENCODER_INPUTS} | {"features": features}
+    dropped = family_of(config).encoder_inputs
+    return {name: array for name, array in batch.items() if name not in dropped} | {"features": features}
 
 
 def test_logits_with_a_cache_are_those_without(tmp_path):
@@ -233,9 +235,9 @@ def test_a_checkpoint_that_says_no_end_is_refused(tmp_path):
     tokenizer = tiny_data.tokenizer()
     path = tmp_path / "generation_config.json"
     path.write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is '</s>'; the id of a token or a"):
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is '</s>'; a token id or a"):
         load_end_tokens(tmp_path, tokenizer)
     path.write_text("{}")
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"neither generation_config.json nor the tokenizer says .* Set eos_token"):
+    with pytest.raises(ConfigError, match=r"neither generation_config.json nor the tokenizer has .* Set eos_token"):
         load_end_tokens(tmp_path, tokenizer)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mars_jax.data.formats.base import Turn, draft
+from mars_jax.data.formats.base import Turn
+from mars_jax.data.formats.registry import draft
 from mars_jax.data.records import Record
 from mars_jax.evals.evaluator import Outcome
 from mars_jax.evals.rules import is_right, read_answer, rules_of
@@ -125,7 +126,7 @@ def questions():
     ]
 
 
-def test_scienceqa_is_told_by_its_official_columns(questions):
+def test_results_on_scienceqa_are_broken_down_by_its_official_columns(questions):
     outcomes = {
         "base": outcome(["C", "no idea", "B. a dog", "E"], [2, 0, 1, 0], [False, False, True, False]),
         "finetuned": outcome(["B", "The answer is B.", "(B)", "B"], [1, 1, 1, 0], [True, True, True, False]),

@@ -11,15 +11,16 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from mars_jax.adapters import lora
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.method import AdapterMethod
 from mars_jax.adapters.targets import find_targets
-from mars_jax.lanes.engine import Engine, make_engine
+from mars_jax.lanes.engine import Engine, EngineShape, Training, make_engine
+from mars_jax.lanes.inputs import LaneInputs
 from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.result import GroupResult
 from mars_jax.lanes.schedule import Schedule
 from mars_jax.models.layers import Dense
-from tests.helpers.tiny_lanes import ONE_DEVICE, mesh
+from tests.helpers.tiny_lanes import ONE_DEVICE, mesh, run_with
 
 CLASSES = 6
 
@@ -55,21 +56,21 @@ def base() -> Any:
 
 @cache
 def engine() -> Engine:
-    """Four slots in blocks of two on one device."""
-    return make_engine(
-        TwoLinears(),
-        find_targets(base(), {"vision": ["body"], "llm": ["head"]}),
-        padded_ranks={"vision": 4, "llm": 4},
-        alpha=lora.AlphaRule(),
-        transform=optax.clip_by_global_norm(1.0),
-        num_snapshots=2,
-        num_slots=4,
-        lane_block=2,
-        mesh=mesh(ONE_DEVICE),
-    )
+    """Compiled once for all tests: four slots in blocks of two on one device, ranks up to 4."""
+    return engine_of(LORA, 4)
 
 
-def run(lanes: Sequence[Lane], rates: dict[str, float], timing: Schedule, **changes: Any) -> GroupResult:
-    """Runs lanes; `changes` are other arguments of `run_group`."""
+def engine_of(method: AdapterMethod, rank: int) -> Engine:
+    """The same for any method."""
+    targets = find_targets(base(), {"vision": ["body"], "llm": ["head"]})
+    training = Training(TwoLinears(), targets, method, optax.clip_by_global_norm(1.0), num_snapshots=2)
+    return make_engine(training, EngineShape({"vision": rank, "llm": rank}, 4, lane_block=2), mesh(ONE_DEVICE))
+
+
+def run(
+    lanes: Sequence[Lane], rates: dict[str, float], timing: Schedule, other: Engine | None = None, **changes: Any
+) -> GroupResult:
+    """Runs lanes, in another engine if one is given; `changes` as in `tiny_lanes.run`."""
     validation = jax.tree.map(lambda leaf: leaf[None], Numbers(99)[0])
-    return run_group(lanes, engine(), base(), Numbers(0), validation, rates, timing, **changes)
+    inputs = LaneInputs(base(), Numbers(0), validation, rates)
+    return run_with(lanes, other or engine(), inputs, timing, changes)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mars_jax.adapters import lora
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.method import AdapterMethod
 from mars_jax.adapters.targets import find_targets
-from mars_jax.lanes.engine import Engine, make_engine
+from mars_jax.lanes.engine import Engine, EngineShape, Training, make_engine
+from mars_jax.lanes.inputs import Hooks, LaneInputs
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.result import GroupResult
@@ -111,7 +114,11 @@ def padded_engine() -> Engine:
 
 
 def engine(
-    padded_ranks: Mapping[str, int], num_slots: int = 1, lane_block: int = 1, mesh_sizes: Mapping[str, int] = ONE_DEVICE
+    padded_ranks: Mapping[str, int],
+    num_slots: int = 1,
+    lane_block: int = 1,
+    mesh_sizes: Mapping[str, int] = ONE_DEVICE,
+    method: AdapterMethod = LORA,
 ) -> Engine:
     """AdamW with clipping and weight decay, as a run has it."""
     adamw = optax.chain(
@@ -122,17 +129,9 @@ def engine(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes types; ours does not
             return adamw.update(*arguments)
 
-    return make_engine(
-        MODEL,
-        TARGETS,
-        padded_ranks=padded_ranks,
-        alpha=lora.AlphaRule(),
-        transform=optax.GradientTransformation(adamw.init, update),
-        num_snapshots=LOOKS_PER_DOUBLING,
-        num_slots=num_slots,
-        lane_block=lane_block,
-        mesh=mesh(mesh_sizes),
-    )
+    transform = optax.GradientTransformation(adamw.init, update)
+    training = Training(MODEL, TARGETS, method, transform, num_snapshots=LOOKS_PER_DOUBLING)
+    return make_engine(training, EngineShape(padded_ranks, num_slots, lane_block), mesh(mesh_sizes))
 
 
 class Program:
@@ -148,14 +147,19 @@ class Program:
 
 
 def run(lanes: Sequence[Lane], engine: Engine, timing: Schedule, **changes: Any) -> GroupResult:
-    """Runs lanes of the first one's data; `changes` are other arguments of `run_group`."""
-    arguments = {
-        "base": base(),
-        "stream": Stream(lanes[0]),
-        "learning_rates": RATES,
-        "validation": VALIDATION,
-    } | changes
-    return run_group(lanes, engine, schedule=timing, **arguments)
+    """Runs lanes of the first one's data; `changes` are fields of `LaneInputs` and `Hooks`, or `start`."""
+    inputs = LaneInputs(base(), Stream(lanes[0]), VALIDATION, RATES)
+    return run_with(lanes, engine, inputs, timing, changes)
+
+
+def run_with(
+    lanes: Sequence[Lane], engine: Engine, inputs: LaneInputs, timing: Schedule, changes: Mapping[str, Any]
+) -> GroupResult:
+    """Runs lanes with some fields of `LaneInputs` and `Hooks` changed, and perhaps a `start`."""
+    hooks = {field.name: changes[field.name] for field in fields(Hooks) if field.name in changes}
+    read = {field.name: changes[field.name] for field in fields(LaneInputs) if field.name in changes}
+    assert set(changes) == {*hooks, *read, *({"start"} & set(changes))}
+    return run_group(lanes, engine, replace(inputs, **read), timing, Hooks(**hooks), changes.get("start"))
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -163,13 +167,22 @@ def assert_same(left: Any, right: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
 
 
+def assert_same_points(left: Any, right: Any) -> None:
+    """The same eval points, in lists of any depth, to the last digit; NaN equals NaN."""
+    np.testing.assert_equal(_documents(left), _documents(right))
+
+
+def _documents(points: Any) -> Any:
+    return [_documents(point) for point in points] if isinstance(points, list | tuple) else points.to_json()
+
+
 def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
     """A mesh of the first devices."""
     return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
-def schedule(looks: Sequence[int], **changes: Any) -> Schedule:
-    """Two steps of warm-up, chunks of four steps, a checkpoint at every look."""
-    multipliers = warmup_multipliers(max(looks[-1], 1), 2, "constant")
-    settings = {"multipliers": multipliers, "looks_per_doubling": 0, "chunk_steps": 4, "checkpoint_seconds": 0.0}
-    return Schedule(looks=looks, **settings | changes)
+def schedule(steps: Sequence[int], **changes: Any) -> Schedule:
+    """Two steps of warm-up, chunks of four steps, a checkpoint at every eval point."""
+    multipliers = warmup_multipliers(max(steps[-1], 1), 2, "constant")
+    settings = {"multipliers": multipliers, "per_doubling": 0, "chunk_steps": 4, "checkpoint_seconds": 0.0}
+    return Schedule(eval_steps=steps, **settings | changes)

@@ -8,12 +8,15 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from mars_jax.adapters.lora import LORA
+from mars_jax.adapters.targets import find_targets
+from mars_jax.adapters.tree import pad
 from mars_jax.models.families.llava.anyres import Geometry, image_tokens
 from mars_jax.models.families.llava.config import LlavaOnevisionConfig
-from mars_jax.models.families.llava.table import ONEVISION as FAMILY
+from mars_jax.models.families.llava.table import ONEVISION as TABLE
 from mars_jax.models.families.pictures import NEWLINE
 from mars_jax.models.families.registry import model_config
-from mars_jax.runtime.trees import flatten, unflatten
+from mars_jax.runtime.trees import unflatten
 
 IMAGE_TOKEN = 100
 PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56]]
@@ -66,7 +69,7 @@ def config_json(model: transformers.PreTrainedModel) -> dict[str, Any]:
 
 def in_layout(key: str, layout: str) -> str:
     """A key in one of the three layouts: `hub`, `memory`, or `saved` by `save_pretrained` of transformers 5."""
-    key = FAMILY.hub_key(key)
+    key = TABLE.hub_key(key)
     if layout == "hub":
         return key
     key = key.replace("vision_tower.vision_model.", "vision_tower.")
@@ -143,20 +146,19 @@ def inputs(
 def random_adapters(
     params: dict[str, Any], ranks: dict[str, int], scale: float = 2.0, padded: int | None = None
 ) -> dict[str, Any]:
-    """Adapters of every linear of the modules, with random a and b up to the rank and zeros from there to `padded`."""
+    """LoRA of every linear of the modules, with random trained leaves up to the rank and zeros there to `padded`."""
     rng = np.random.default_rng(0)
-    flat = {}
-    for path, kernel in flatten(params).items():
-        linear, _, name = path.rpartition("/")
-        rank = ranks.get(path.split("/")[0], 0)
-        if name == "kernel" and linear in FAMILY.linears and rank:
-            *layers, d_in, d_out = kernel.shape
-            for side, shape in {"a": (*layers, d_in, rank), "b": (*layers, rank, d_out)}.items():
-                pad = [(0, 0)] * len(shape)
-                pad[-1 if side == "a" else -2] = (0, (padded or rank) - rank)
-                flat[f"{linear}/{side}"] = np.pad(rng.normal(0.0, 0.1, shape).astype(np.float32), pad)
-            flat[f"{linear}/scale"] = np.full(layers, scale, np.float32)
-    return unflatten(flat)
+    targets = find_targets(params, {module: [f"{module}/.*"] for module in ranks})
+    targets = {path: target for path, target in targets.items() if path in TABLE.linears}
+    flat = {
+        f"{path}/{name}": rng.normal(0.0, 0.1, leaf.shape).astype(np.float32)
+        if leaf.trained
+        else np.full(leaf.shape, scale, np.float32)
+        for path, target in targets.items()
+        for name, leaf in LORA.leaves(target, ranks[target.module]).items()
+    }
+    adapters = unflatten(flat)
+    return pad(adapters, targets, dict.fromkeys(ranks, padded)) if padded else adapters
 
 
 def torch_logits(model: Any, batch: dict[str, np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from mars_jax.hub.adapter import read_adapter
-from mars_jax.models.families.registry import family_of, model_config
+from mars_jax.models.families.registry import checkpoint_table, model_config
 from mars_jax.runtime.trees import flatten
 from tests.helpers import tiny_llava, tiny_qwen
 
@@ -110,16 +110,16 @@ def written_by_peft(kind, directory, **settings):
 
 def check_updates(config, adapters, updates):
     """Every update of the tree is PEFT's, and PEFT has no other but of layers that the model never reads."""
-    flat, family = flatten(adapters), family_of(config)
-    expected = {family.hub_key(f"{name}.weight"): update for name, update in updates.items()}
-    kernels = [p for p in family.parameters(config) if p.path.removesuffix("/kernel") in family.linears]
+    flat, table = flatten(adapters), checkpoint_table(config)
+    expected = {table.hub_key(f"{name}.weight"): update for name, update in updates.items()}
+    kernels = [p for p in table.parameters(config) if p.path.removesuffix("/kernel") in table.linears]
     for kernel in kernels:
         a, b, scale = (flat[kernel.path.replace("kernel", leaf)] for leaf in ("a", "b", "scale"))
         ours = scale[..., None, None] * (a @ b)
         for key, update in zip(kernel.keys, ours if kernel.stacked else [ours], strict=True):
             np.testing.assert_allclose(update.T, expected.pop(key), rtol=0, atol=1e-6, err_msg=key)
     assert len(flat) == 3 * len(kernels)
-    assert all(family.unused(key, config) for key in expected)
+    assert all(table.unused(key, config) for key in expected)
     return len(expected)
 
 

@@ -9,20 +9,20 @@ from mars_jax.models.families.qwen2_5_vl import table as qwen2_5_vl
 ALL = {"vision": 20, "projector": 3, "llm": 40}
 
 
-def card(family, ranks, rule=lambda rank: 2 * rank):
+def card(table, ranks, rule=lambda rank: 2 * rank):
     alphas = {module: rule(rank) for module, rank in ranks.items()}
-    return " ".join(model_card(family, "org/base", None, ranks, alphas, 1).split())
+    return " ".join(model_card(table, "org/base", None, ranks, alphas, 1).split())
 
 
-@pytest.mark.parametrize("family", [llava.WITH_CLIP, llava.WITH_SIGLIP, qwen2_5_vl.FAMILY])
-def test_vllm_needs_a_switch_for_what_is_not_the_llm_and_room_for_the_largest_rank(family):
-    text = card(family, ALL)
+@pytest.mark.parametrize("table", [llava.WITH_CLIP, llava.WITH_SIGLIP, qwen2_5_vl.TABLE])
+def test_vllm_needs_a_switch_for_what_is_not_the_llm_and_room_for_the_largest_rank(table):
+    text = card(table, ALL)
     assert "`LLM(BASE, enable_lora=True, max_lora_rank=64, enable_tower_connector_lora=True)`" in text
     assert "drops the part of vision and projector, with no more than a warning" in text
     assert "refuses fully trained modules (`modules_to_save`), biases and DoRA; this adapter has none" in text
     assert "alpha_pattern" not in text
 
-    alone = card(family, {"llm": 8})
+    alone = card(table, {"llm": 8})
     assert "`LLM(BASE, enable_lora=True, max_lora_rank=8)`" in alone
     assert "enable_tower_connector_lora" not in alone
 
@@ -35,19 +35,19 @@ def test_scales_that_older_releases_get_wrong_are_told():
 
 
 @pytest.mark.parametrize(
-    ("family", "ranks", "told"),
+    ("table", "ranks", "told"),
     [
         (llava.ONEVISION, ALL, "takes no LoRA adapter for `LlavaOnevisionForConditionalGeneration`: serve the merged"),
         (llava.WITH_CLIP, {"llm": 513}, "takes no rank above 512: serve the merged"),
         (llava.WITH_DINOV2, ALL, "takes no vision encoder of this kind, merged or not: use transformers"),
     ],
 )
-def test_what_vllm_does_not_take(family, ranks, told):
-    text = card(family, ranks)
+def test_what_vllm_does_not_take(table, ranks, told):
+    text = card(table, ranks)
     assert told in text
     assert "enable_lora" not in text
 
 
 def test_versions_that_place_pictures_wrongly_are_named():
-    assert "transformers 5.3 to 5.5 (until 5.5.4)" in card(qwen2_5_vl.FAMILY, ALL)
+    assert "transformers 5.3 to 5.5 (until 5.5.4)" in card(qwen2_5_vl.TABLE, ALL)
     assert "5.5.4" not in card(llava.ONEVISION, ALL)

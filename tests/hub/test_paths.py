@@ -125,7 +125,9 @@ def test_what_the_hub_does_not_have_is_said(hub):
     )
     for address, kind in (("hf://a/nothing", "ConfigError"), ("hf://datasets/a/nothing@v2", "DataError")):
         done = python(code, environment, address)
-        assert done.stdout.startswith(f"{kind} {address}: can't be had from the hub (404"), done.stdout + done.stderr
+        assert done.stdout.startswith(f"{kind} {address}: can't be downloaded from the hub (404"), (
+            done.stdout + done.stderr
+        )
         assert "download it elsewhere and give the folder" in done.stdout
 
 

@@ -68,9 +68,7 @@ def test_tensors_that_peft_only_warns_about_are_an_error(exported, tmp_path):
     adapter = shutil.copytree(root / "adapter", tmp_path / "adapter")
     tensors = load_file(adapter / WEIGHTS)
     save_file({key.replace("language_model", "elsewhere"): value for key, value in tensors.items()}, adapter / WEIGHTS)
-    with pytest.raises(
-        NoValidResultError, match=r"PEFT placed 28 of 56 tensors. Without a place: .*elsewhere.layers.0"
-    ):
+    with pytest.raises(NoValidResultError, match=r"PEFT placed 28 of 56 tensors. Not assigned: .*elsewhere.layers.0"):
         verify_adapter(adapter, root / "base", **arguments)
 
 
@@ -109,7 +107,7 @@ def test_a_merged_checkpoint_with_tensors_astray_is_an_error(exported, tmp_path)
     root, arguments = exported
     merged = shutil.copytree(root / "merged", tmp_path / "merged")
     tiny_llava.rewrite(merged, lambda tensors: {key: value for key, value in tensors.items() if key != "image_newline"})
-    with pytest.raises(NoValidResultError, match=r"could not place every tensor: .*missing_keys.*image_newline"):
+    with pytest.raises(NoValidResultError, match=r"could not assign every tensor: .*missing_keys.*image_newline"):
         verify_merged(merged, root / "base", **arguments)
 
 

@@ -10,7 +10,10 @@ import pytest
 
 from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError
-from mars_jax.job.directory import RunDirectory, hash_inputs
+from mars_jax.job import files
+from mars_jax.job.book import hash_inputs
+from mars_jax.job.directory import RunDirectory
+from mars_jax.job.status import run_status
 from mars_jax.runtime.jsonfiles import append_jsonl, read_jsonl, write_json
 
 
@@ -31,7 +34,7 @@ def run_and_hold(config_file: Path) -> subprocess.Popen[str]:
     code = (
         "import sys, time; from mars_jax.config.load import load_config\n"
         "from mars_jax.job.directory import RunDirectory\n"
-        "with RunDirectory.open(load_config(sys.argv[1])) as run, run.phase('probe', 'h'):\n"
+        "with RunDirectory.open(load_config(sys.argv[1])) as run, run.book.phase('probe', 'h'):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(config_file)], stdout=subprocess.PIPE, text=True)
@@ -43,44 +46,44 @@ def run_and_hold(config_file: Path) -> subprocess.Popen[str]:
 def test_opening_writes_the_config_the_versions_and_an_event(config):
     with RunDirectory.open(config) as run:
         assert load_config(run.path) == config
-        assert {"python", "mars_jax", "jax", "flax", "optax", "transformers"} == set(run.state()["versions"])
+        assert {"python", "mars_jax", "jax", "flax", "optax", "transformers"} == set(run.book.state()["versions"])
         assert run.holder() == os.getpid()
     assert run.holder() is None
-    assert [event["event"] for event in read_jsonl(run.events_file, pytest.fail)] == ["opened"]
+    assert [event["event"] for event in read_jsonl((run / files.EVENTS), pytest.fail)] == ["opened"]
 
 
 def test_a_phase_is_done_only_for_its_own_inputs(config):
     with RunDirectory.open(config) as run:
-        assert not run.is_done("probe", "h1")
-        with run.phase("probe", "h1"):
-            assert run.state()["phases"]["probe"]["status"] == "running"
-            assert not run.is_done("probe", "h1")
-        assert run.is_done("probe", "h1")
-        assert not run.is_done("probe", "h2")
-        assert not run.is_done("fit", "h1")
-    record = run.state()["phases"]["probe"]
+        assert not run.book.is_done("probe", "h1")
+        with run.book.phase("probe", "h1"):
+            assert run.book.state()["phases"]["probe"]["status"] == "running"
+            assert not run.book.is_done("probe", "h1")
+        assert run.book.is_done("probe", "h1")
+        assert not run.book.is_done("probe", "h2")
+        assert not run.book.is_done("fit", "h1")
+    record = run.book.state()["phases"]["probe"]
     assert record["seconds"] >= 0
     assert record["started"] <= record["finished"]
-    assert run.state()["peak_memory_bytes"] > 10 * 2**20
+    assert run.book.state()["peak_memory_bytes"] > 10 * 2**20
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("odd"), "failed")])
 def test_a_broken_phase_is_recorded_and_its_seconds_are_kept(config, error, status):
     with RunDirectory.open(config) as run:
-        with pytest.raises(type(error)), run.phase("probe", "h"):
+        with pytest.raises(type(error)), run.book.phase("probe", "h"):
             raise error
-        record = run.state()["phases"]["probe"]
+        record = run.book.state()["phases"]["probe"]
         assert record["status"] == status
         assert record.get("error") == ("ValueError: odd" if status == "failed" else None)
-        write_json(run.state_file, {**run.state(), "phases": {"probe": {**record, "seconds": 100.0}}})
-        with run.phase("probe", "h"):
+        write_json((run / files.STATE), {**run.book.state(), "phases": {"probe": {**record, "seconds": 100.0}}})
+        with run.book.phase("probe", "h"):
             pass
-        assert 100 <= run.state()["phases"]["probe"]["seconds"] < 110
-        assert "error" not in run.state()["phases"]["probe"]
-        with run.phase("probe", "h"):
+        assert 100 <= run.book.state()["phases"]["probe"]["seconds"] < 110
+        assert "error" not in run.book.state()["phases"]["probe"]
+        with run.book.phase("probe", "h"):
             pass
-        assert run.state()["phases"]["probe"]["seconds"] < 10
-    events = [event.get("status") for event in read_jsonl(run.events_file, pytest.fail)]
+        assert run.book.state()["phases"]["probe"]["seconds"] < 10
+    events = [event.get("status") for event in read_jsonl((run / files.EVENTS), pytest.fail)]
     assert events == [None, "running", status, "running", "done", "running", "done"]
 
 
@@ -100,12 +103,12 @@ def test_another_config_is_refused_with_the_difference(config_file, config):
 
 
 def test_a_moved_run_directory_opens(config, tmp_path):
-    with RunDirectory.open(config) as run, run.phase("probe", "h"):
+    with RunDirectory.open(config) as run, run.book.phase("probe", "h"):
         pass
     moved = run.path.rename(tmp_path / "moved")
     with RunDirectory.open(load_config(moved)) as run:
         assert run.path == moved
-        assert run.is_done("probe", "h")
+        assert run.book.is_done("probe", "h")
 
 
 def test_a_folder_that_is_no_run_is_left_alone(config):
@@ -136,42 +139,42 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_an_interrupted_phase(conf
         run = RunDirectory(config.run_dir)
         with pytest.raises(ConfigError, match=rf"in use by process {process.pid}\. Wait for it, stop it, or"):
             RunDirectory.open(config).__enter__()
-        status = run.status(pytest.fail)
+        status = run_status(run, pytest.fail)
         assert status["process"] == process.pid
         assert status["phases"]["probe"]["status"] == "running"
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    status = run.status(pytest.fail)
+    status = run_status(run, pytest.fail)
     assert status["process"] is None
     assert status["phases"]["probe"]["status"] == "interrupted"
-    with RunDirectory.open(config), run.phase("probe", "h"):
+    with RunDirectory.open(config), run.book.phase("probe", "h"):
         pass
-    assert run.is_done("probe", "h")
+    assert run.book.is_done("probe", "h")
 
 
 def test_status_counts_lanes(config):
     with RunDirectory.open(config) as run:
-        assert run.status(pytest.fail)["lanes_planned"] is None
-        write_json(run.plan_file, {"lanes": 3})
-        append_jsonl(run.lanes_file, {"lane": 0})
+        assert run_status(run, pytest.fail)["lanes_planned"] is None
+        write_json((run / files.PLAN), {"lanes": 3})
+        append_jsonl((run / files.LANES), {"lane": 0})
         for number in range(9):
-            run.append_event("look", number=number)
-    status = run.status(pytest.fail)
+            run.book.append_event("look", number=number)
+    status = run_status(run, pytest.fail)
     assert (status["lanes_done"], status["lanes_planned"]) == (1, 3)
     assert [event["number"] for event in status["last_events"]] == [4, 5, 6, 7, 8]
 
 
 def test_status_of_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no run in .* Start one with `mars run CONFIG`"):
-        RunDirectory(tmp_path).status(pytest.fail)
+        run_status(RunDirectory(tmp_path), pytest.fail)
 
 
 def test_every_place_is_inside_and_has_its_own_name(tmp_path):
     run = RunDirectory(tmp_path)
-    places = [getattr(run, name) for name, value in vars(RunDirectory).items() if isinstance(value, property)]
-    places.append(run.probe_adapters("vision8-llm2-D256-s0"))
-    assert len({*places}) == len(places) == 26 + 1
+    places = [run / value for value in vars(files).values() if isinstance(value, Path)]
+    places.append(run / files.probe_adapters("vision8-llm2-D256-s0"))
+    assert len({*places}) == len(places) == 27 + 1
     assert all(tmp_path in place.parents for place in places)
 
 

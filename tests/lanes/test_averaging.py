@@ -38,14 +38,14 @@ def test_looks_read_the_mean_of_the_adapters_with_weights_that_rise_as_a_power_o
     assert averaged.lane_state(0).best_step == STEPS
     assert_same(averaged.lane_state(0).best, averaged.lane_state(0).average)
     from_the_mean = run(initial={0: np.asarray(averaged.lane_state(0).average)})
-    assert averaged.rows[0][-1]["validation_loss"] == pytest.approx(from_the_mean.rows[0][0]["validation_loss"])
+    assert averaged.points[0][-1].validation_loss == pytest.approx(from_the_mean.points[0][0].validation_loss)
 
 
 def test_an_average_changes_no_step():
     averaged, plain = run(averaging=2.0), run()
     for name in ("trainable", "optimizer"):
         assert_same(getattr(averaged.state, name), getattr(plain.state, name))
-    assert [row["train_loss"] for row in averaged.rows[0]] == [row["train_loss"] for row in plain.rows[0]]
+    assert [row.train_loss for row in averaged.points[0]] == [row.train_loss for row in plain.points[0]]
 
 
 def test_without_averaging_looks_read_the_newest_adapters_bit_for_bit():
@@ -63,9 +63,7 @@ def test_shares_of_the_newest_are_those_of_a_mean(averaging, steps):
 
 def test_a_lane_that_stops_being_finite_keeps_its_average():
     rates = dict.fromkeys(tiny_lanes.RATES, 1e30)
-    result = tiny_lanes.run(
-        LANES[:1], tiny_lanes.padded_engine(), schedule([0, 4, STEPS], averaging=2.0), learning_rates=rates
-    )
+    result = tiny_lanes.run(LANES[:1], tiny_lanes.padded_engine(), schedule([0, 4, STEPS], averaging=2.0), rates=rates)
     state = jax.device_get(result.lane_state(0))
-    assert not result.rows[0][-1]["alive"]
+    assert not result.points[0][-1].alive
     assert np.isfinite(state.best).all()

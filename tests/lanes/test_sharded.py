@@ -9,9 +9,10 @@ import pytest
 
 from mars_jax.errors import Interrupted
 from mars_jax.lanes.lane import Lane
+from mars_jax.models.shardings import base_shardings
 from mars_jax.runtime.checkpoint import Checkpoints
 from mars_jax.runtime.interrupts import Interrupts
-from mars_jax.runtime.sharding import base_shardings, place
+from mars_jax.runtime.sharding import place
 from tests.helpers import tiny_lanes
 from tests.helpers.tiny_lanes import Program, schedule
 
@@ -34,16 +35,19 @@ def eight_devices():
 def grid():
     """Rows and state of every lane, four at a time on one device."""
     groups = [tiny_lanes.run(GRID[i : i + 4], tiny_lanes.padded_engine(), TIMING) for i in range(0, 16, 4)]
-    return [(group.rows[k], group.lane_state(k)) for group in groups for k in range(4)]
+    return [(group.points[k], group.lane_state(k)) for group in groups for k in range(4)]
 
 
 def assert_close(result, grid, tolerance):
-    for k, rows in enumerate(result.rows):
+    for k, rows in enumerate(result.points):
         expected_rows, expected = grid[k]
         for row, other in zip(rows, expected_rows, strict=True):
             for name in ("validation_loss", "train_loss", "update_norm"):
-                if other[name] is not None:
-                    assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (k, name)
+                if getattr(other, name) is not None:
+                    assert getattr(row, name) == pytest.approx(getattr(other, name), rel=tolerance, abs=tolerance), (
+                        k,
+                        name,
+                    )
         state = result.lane_state(k)
         np.testing.assert_allclose(state.trainable, expected.trainable, rtol=0, atol=tolerance)
         np.testing.assert_allclose(state.best, expected.best, rtol=0, atol=tolerance)
@@ -105,7 +109,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_the_other_way_round(gr
 
 def test_a_base_split_over_fsdp_and_tensor_beside_lanes_equals_a_whole_one(grid, eight_devices, tmp_path):
     engine = engine_on({"lane": 2, "fsdp": 2, "tensor": 2}, 4)
-    base = place(tiny_lanes.base(), base_shardings(tiny_lanes.base(), engine.mesh))
+    base = place(tiny_lanes.base(), base_shardings(tiny_lanes.CONFIG, engine.mesh))
     kernel = base["llm"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
     # One lane leaves a lane device without work, and the other one must not wait for it.

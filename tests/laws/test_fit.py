@@ -9,7 +9,9 @@ import pytest
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.laws.fit import Laws, fit_laws
 from mars_jax.laws.law_p import fit_performance_law
-from mars_jax.search.strategies.laws import select
+from mars_jax.laws.records import read_records
+from mars_jax.search.strategies.laws import pick_by_laws
+from mars_jax.search.strategies.paper import pick_as_published
 from tests.helpers.planted_laws import PLANTED_RANKS, planted_loss
 
 TRUE_C = {"vision": (20.0, -0.2, 0.5), "llm": (6.0, -0.35, 0.65)}
@@ -49,7 +51,7 @@ def lanes():
 
 @pytest.fixture(scope="module")
 def laws(lanes):
-    return fit_laws(lanes, key=jax.random.key(0), num_bootstraps=60)
+    return fit_laws(read_records(lanes), key=jax.random.key(0), num_bootstraps=60)
 
 
 def test_laws_of_lanes_recover_what_was_planted(laws, lanes):
@@ -99,8 +101,8 @@ def test_over_fitting_form_comes_back_from_json(laws):
 
 
 def test_same_key_same_laws_other_key_other_draws(laws, lanes):
-    again = fit_laws(lanes, key=jax.random.key(0), num_bootstraps=60)
-    other = fit_laws(lanes, key=jax.random.key(1), num_bootstraps=60)
+    again = fit_laws(read_records(lanes), key=jax.random.key(0), num_bootstraps=60)
+    other = fit_laws(read_records(lanes), key=jax.random.key(1), num_bootstraps=60)
     np.testing.assert_array_equal(again.convergence["llm"].draws, laws.convergence["llm"].draws)
     assert other.convergence["llm"].gamma == laws.convergence["llm"].gamma
     assert not np.array_equal(other.convergence["llm"].draws, laws.convergence["llm"].draws)
@@ -109,51 +111,52 @@ def test_same_key_same_laws_other_key_other_draws(laws, lanes):
 def test_the_measuring_grid_weighs_points(lanes):
     coarse = [{**record, "eval_interval": 400} for record in lanes]
     fine = [{**record, "eval_interval": 1} for record in lanes]
-    laws = [fit_laws(records, key=jax.random.key(0), num_bootstraps=60) for records in (coarse, fine)]
+    laws = [fit_laws(read_records(some), key=jax.random.key(0), num_bootstraps=60) for some in (coarse, fine)]
     assert laws[0].convergence["llm"].delta != laws[1].convergence["llm"].delta
 
 
 def test_a_record_without_a_key_is_refused(lanes):
     broken = [lanes[0], {name: value for name, value in lanes[1].items() if name != "best_loss"}]
     with pytest.raises(DataError, match=r"lane record 2 \(lane 1\) lacks best_loss; it has censored"):
-        fit_laws(broken, key=jax.random.key(0))
+        fit_laws(read_records(broken), key=jax.random.key(0))
 
 
 def test_a_convergence_time_of_zero_is_refused(lanes):
     broken = [{**lanes[0], "convergence_steps": {"vision": 0.0, "llm": 5.0}}]
     with pytest.raises(DataError, match=r"lane record 1 \(lane 0\).*'vision': 0.0.*must be above 0"):
-        fit_laws(broken, key=jax.random.key(0))
+        fit_laws(read_records(broken), key=jax.random.key(0))
 
 
 def test_lanes_without_two_ranks_are_refused(lanes):
     same = [record for record in lanes if record["ranks"]["vision"] == record["ranks"]["llm"] == 16]
     with pytest.raises(NoValidResultError, match="no module has two ranks among the 4 lanes"):
-        fit_laws(same, key=jax.random.key(0))
+        fit_laws(read_records(same), key=jax.random.key(0))
 
 
 def test_lanes_that_never_adapt_all_modules_are_refused(lanes):
     alone = [record for record in lanes if not record["ranks"]["vision"] or not record["ranks"]["llm"]]
     with pytest.raises(NoValidResultError, match="none of the 12 lanes adapts all of vision, llm"):
-        fit_laws(alone, key=jax.random.key(0))
+        fit_laws(read_records(alone), key=jax.random.key(0))
 
 
 def test_one_number_of_samples_is_refused(lanes):
+    small = [record for record in lanes if record["num_samples"] == 256]
     with pytest.raises(NoValidResultError, match="Law-P: all 6 lanes that adapt every module have D = 256"):
-        fit_laws([record for record in lanes if record["num_samples"] == 256], key=jax.random.key(0), num_bootstraps=20)
+        fit_laws(read_records(small), key=jax.random.key(0), num_bootstraps=20)
 
 
 def test_lanes_that_never_converge_still_give_law_p_and_a_pick_by_loss_that_says_so(lanes):
     def late(record):
         return {**record, "censored": record["censored"] | {"vision": True}}
 
-    found = fit_laws([late(record) for record in lanes], key=jax.random.key(0), num_bootstraps=20)
+    found = fit_laws(read_records([late(record) for record in lanes]), key=jax.random.key(0), num_bootstraps=20)
     assert set(found.convergence) == {"llm"}
     assert "Law-C of module 'vision'" in found.untimed["vision"]
     assert "let them run longer" in found.untimed["vision"]
     assert Laws.from_json(found.to_json()).untimed == found.untimed
 
     grids, parameters = {"vision": (4, 64), "llm": (4, 64)}, {"vision": 1, "llm": 1}
-    selection = select(found, grids, 4096, parameters_per_rank=parameters)
+    selection = pick_by_laws(found, grids, 4096, parameters)
     expected = found.performance.loss_draws([candidate.ranks for candidate in selection.candidates], 4096).mean(axis=0)
     assert selection.pick == selection.candidates[np.flatnonzero(expected <= expected.min() * 1.005)[0]].ranks
     assert selection.fallback.startswith("Whether the modules converge together is not known")
@@ -162,31 +165,31 @@ def test_lanes_that_never_converge_still_give_law_p_and_a_pick_by_loss_that_says
     assert [candidate.imbalance for candidate in selection.candidates] == [None] * 4
     assert type(selection).from_json(selection.to_json()) == selection
     with pytest.raises(NoValidResultError, match=r"the paper's method needs Law-C of every searched module\. Law-C of"):
-        select(found, grids, 4096, method="paper", parameters_per_rank=parameters)
+        pick_as_published(found, grids, 4096, parameters)
 
 
-def test_a_module_whose_times_no_lane_tells_is_missed_where_anothers_are_told(lanes):
+def test_a_module_without_times_is_named_where_another_module_has_times(lanes):
     def silent(record):
         return {**record, "convergence_steps": {m: t for m, t in record["convergence_steps"].items() if m == "llm"}}
 
-    found = fit_laws([silent(record) for record in lanes], key=jax.random.key(0), num_bootstraps=20)
+    found = fit_laws(read_records([silent(record) for record in lanes]), key=jax.random.key(0), num_bootstraps=20)
     assert set(found.convergence) == {"llm"}
     assert "Law-C of module 'vision'" in found.untimed["vision"]
 
 
 def test_lanes_that_tell_no_times_are_picked_among_by_loss_without_an_apology(lanes):
     joint = [{**record, "convergence_steps": {}, "censored": {}} for record in lanes if all(record["ranks"].values())]
-    found = fit_laws(joint, key=jax.random.key(0), num_bootstraps=20)
+    found = fit_laws(read_records(joint), key=jax.random.key(0), num_bootstraps=20)
     assert not found.convergence
     assert not found.untimed
     grids, parameters = {"vision": (4, 64), "llm": (4, 64)}, {"vision": 1, "llm": 1}
-    selection = select(found, grids, 4096, parameters_per_rank=parameters)
+    selection = pick_by_laws(found, grids, 4096, parameters)
     assert selection.fallback is None
     assert selection.tau is None
     assert f"ranks vision {selection.pick['vision']}, llm 64, the expected validation loss" in selection.explanation
     assert "converge" not in selection.explanation
-    with pytest.raises(NoValidResultError, match=r"needs Law-C of every searched module\. The lanes tell no conv"):
-        select(found, grids, 4096, method="paper", parameters_per_rank=parameters)
+    with pytest.raises(NoValidResultError, match=r"needs Law-C of every searched module\. The lanes have no conv"):
+        pick_as_published(found, grids, 4096, parameters)
 
 
 def test_times_too_few_to_resample_cost_law_c_and_not_the_run():
@@ -195,7 +198,7 @@ def test_times_too_few_to_resample_cost_law_c_and_not_the_run():
     joint = [(4, 4, 256), (4, 64, 256), (64, 4, 256), (4, 4, 1024), (64, 64, 1024)]
     records = [lane(i, *cell, 0, rng) for i, cell in enumerate(alone)]
     records += [{**lane(9, *cell, 0, rng), "convergence_steps": {}, "censored": {}} for cell in joint]
-    found = fit_laws(records, key=jax.random.key(0), num_bootstraps=20)
+    found = fit_laws(read_records(records), key=jax.random.key(0), num_bootstraps=20)
     assert not found.convergence
     assert "'llm': fewer than 20 bootstrap resamples still determine it" in found.untimed["llm"]
     assert len(found.performance.draws) == 20
@@ -209,7 +212,7 @@ def test_too_few_cells_to_resample_are_refused():
         for vision, projector, llm, samples in cells
     ]
     with pytest.raises(NoValidResultError, match="fewer than 20 bootstrap resamples still determine them"):
-        fit_laws(records, key=jax.random.key(0), num_bootstraps=20)
+        fit_laws(read_records(records), key=jax.random.key(0), num_bootstraps=20)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_too_few_cells_to_resample_are_refused():
 )
 def test_bad_options_are_refused(lanes, options, text):
     with pytest.raises(ConfigError, match=text):
-        fit_laws(lanes, key=jax.random.key(0), **options)
+        fit_laws(read_records(lanes), key=jax.random.key(0), **options)
 
 
 def test_laws_json_without_draws_is_refused(laws):

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from mars_jax.adapters import lora
 from mars_jax.adapters.targets import find_targets
+from mars_jax.adapters.tree import init_adapters
 from mars_jax.models import head
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.decoder import Qwen2Decoder, take_positions
@@ -121,7 +121,7 @@ def decoder(num_layers, tied=True, remat="none", patterns=("layers/.*_proj",)):
         }
     )
     targets = find_targets(base, {"llm": list(patterns)})
-    adapters = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), targets, {"llm": 3}))
+    adapters = jax.eval_shape(lambda: init_adapters(jax.random.key(0), targets, {"llm": 3}))
     adapters = jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), adapters)
     return model, base, adapters
 

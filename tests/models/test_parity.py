@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from mars_jax.adapters.lora import join_trainable, split_trainable
+from mars_jax.adapters.tree import join_trainable, split_trainable
 from mars_jax.data.images import load_rgb
 from mars_jax.hub.adapter import read_adapter
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.families.llava.model import LlavaOnevision
-from mars_jax.models.families.llava.table import ONEVISION as FAMILY
+from mars_jax.models.families.llava.table import ONEVISION as TABLE
 from mars_jax.runtime.trees import flatten
 from tests.helpers import tiny_data, tiny_llava
 
@@ -137,7 +137,7 @@ def test_lora_gradients_equal_peft(tmp_path):
     compared = 0
     for path, gradient in flatten(gradients).items():
         linear, _, side = path.rpartition("/")
-        key = FAMILY.memory_key(FAMILY.linears[linear].key.removesuffix(".weight")).replace("vision_model.", "")
+        key = TABLE.memory_key(TABLE.linears[linear].key.removesuffix(".weight")).replace("vision_model.", "")
         layers = gradient if gradient.ndim == 3 else gradient[None]
         for layer, ours_here in enumerate(layers):
             name = f"base_model.model.{key.format(layer=layer)}.lora_{side.upper()}.default.weight"

@@ -1,4 +1,4 @@
-"""The report: what the page says of whole and partial runs, that it stands alone, and that values are escaped."""
+"""The report: pages of whole and partial runs are complete and self-contained, and values are escaped."""
 
 import json
 import re
@@ -105,7 +105,7 @@ def test_the_page_has_every_part(whole: Path) -> None:
 def test_the_page_has_accuracies_by_rule_and_by_kind_of_question(whole: Path) -> None:
     page, dash = Page(whole / "report/index.html").text, "\N{EN DASH}"
     for text in (
-        f"condition read by rule accuracy 95% interval unread base model exact 87.1% 84.0%{dash}90.0% 3",
+        f"condition read by rule accuracy 95% interval not read base model exact 87.1% 84.0%{dash}90.0% 3",
         f"subject: shape & form string_loglik 256 50.0% 40.0%{dash}60.0% 51.0%",
         "average exact 77.0%",
         "By exact the fine-tuned model alone is right on 345 samples, the base alone on 12",
@@ -212,7 +212,7 @@ def test_lanes_only(whole: Path, tmp_path: Path) -> None:
 
 def test_laws_without_lanes(whole: Path, tmp_path: Path) -> None:
     page, report = report_of(copy_of(whole, tmp_path / "part", "laws.json"))
-    assert "the lanes they rest on are not in this directory" in page
+    assert "the lanes they were fitted to are not in this directory" in page
     assert report["figures"] == {}
 
 
@@ -240,14 +240,14 @@ def test_a_torn_last_line_is_left_out_and_said(whole: Path, tmp_path: Path) -> N
         file.write('{"lane": 44, "ranks"')
     _, report = report_of(run)
     assert len(report["probes"]["lanes"]) == 44
-    assert "lanes.jsonl, line 45: torn by a killed run" in report["verdict"]["warnings"][0]
+    assert "lanes.jsonl, line 45: incomplete, as after a kill" in report["verdict"]["warnings"][0]
 
 
 @pytest.mark.parametrize(
     ("name", "change", "warning"),
     [
         ("selection.json", {"fallback": "no pair is balanced"}, "Fallback: no pair is balanced"),
-        ("selection.json", {"p_best": 0.41}, "The laws do not settle this choice (P(best) 41%, 80% is wanted)"),
+        ("selection.json", {"p_best": 0.41}, "The laws do not settle this choice (P(best) 41%, 80% is required)"),
         (
             "selection.json",
             {
@@ -320,7 +320,7 @@ def test_warnings_about_lanes(whole: Path, tmp_path: Path) -> None:
     assert any("vision had not converged at the end of 32 of 32 lanes" in text for text in warnings)
 
 
-def test_a_sweep_is_said_with_what_it_measured_and_what_it_cost(whole: Path, tmp_path: Path) -> None:
+def test_the_page_shows_the_losses_and_the_cost_of_a_sweep(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path / "part", "selection.json", "finetune/summary.json", "config.resolved.yaml")
     document = json.loads((run / "selection.json").read_text(encoding="utf-8"))
     steps = json.loads((run / "finetune/summary.json").read_text(encoding="utf-8"))["steps"]
@@ -337,7 +337,7 @@ def test_a_sweep_is_said_with_what_it_measured_and_what_it_cost(whole: Path, tmp
     ]
     write_json(run / "sweep/runs.json", {"runs": runs})
     page, report = report_of(run)
-    assert "3 of the 25 rank vectors were probed; the best 3 of these were given final runs, and" in page
+    assert "3 of the 25 rank vectors were probed; the best 3 of these had final runs, and" in page
     assert "It won 3 rungs." in page
     assert not any("do not settle" in text for text in report["verdict"]["warnings"])
     assert report["costs"]["sweep"]["steps"] == steps // 2 + steps // 4

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a bad disk or a full one left: what can't be trusted is passed over, and said."""
+"""Checkpoints after a kill, on a bad disk or on a full one: damaged ones are skipped with a warning."""
 
 import math
 import re
@@ -24,11 +24,11 @@ pytestmark = [
 
 LANES = [Lane({"vision": 4, "llm": 2}, 8, 1), Lane({"vision": 1, "llm": 4}, 8, 1)]
 RATES = {"vision": 3e-2, "llm": 3e-2}
-LOOKS = [0, 4, 6, 8, 11, 16]
+EVAL_STEPS = [0, 4, 6, 8, 11, 16]
 
 
 def run(**changes):
-    return least_model.run(LANES, RATES, schedule(LOOKS, looks_per_doubling=2), **changes)
+    return least_model.run(LANES, RATES, schedule(EVAL_STEPS, per_doubling=2), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ class Kill(Exception):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """The checkpoints of a run that was killed between its fourth look and its fifth: steps 6 and 8."""
+    """The checkpoints of a run that was killed between its fourth and fifth eval points: steps 6 and 8."""
     directory = tmp_path_factory.mktemp("killed")
 
     def advance(progress):
@@ -60,14 +60,15 @@ def directory(killed, tmp_path):
 
 
 def goes_on(directory, uninterrupted):
-    """Runs again, to the end of an uninterrupted run. Gives the step that it went on from, and what was said."""
-    said, told = [], []
-    with Checkpoints(directory, said.append) as checkpoints:
-        resumed = run(checkpoints=checkpoints, advance=told.append)
-    np.testing.assert_equal(resumed.rows, uninterrupted.rows)
+    """Runs again, to the end of an uninterrupted run. Returns the step that it went on from, and its warnings."""
+    warnings, progress = [], []
+    with Checkpoints(directory, warnings.append) as checkpoints:
+        resumed = run(checkpoints=checkpoints, advance=progress.append)
+    ends, expected = ([[p.to_json() for p in lane] for lane in run.points] for run in (resumed, uninterrupted))
+    np.testing.assert_equal(ends, expected)
     for k in range(len(LANES)):
         assert_same(resumed.lane_state(k), uninterrupted.lane_state(k))
-    return told[0].step, said
+    return progress[0].step, warnings
 
 
 def files(checkpoint):
@@ -97,12 +98,12 @@ def test_a_run_goes_on_from_its_newest_checkpoint(directory, uninterrupted):
 def test_a_spoilt_checkpoint_is_passed_over_for_the_one_before(directory, uninterrupted, spoil):
     for path in files(directory / "8"):
         spoil(path)
-    step, (said,) = goes_on(directory, uninterrupted)
+    step, (warning,) = goes_on(directory, uninterrupted)
     assert step == 6
     assert re.fullmatch(
         rf"the checkpoint of step 8 in {directory} can't be read \(\w+: .*\); it is deleted, and the run goes on from "
         "the one before it, if there is one",
-        said,
+        warning,
     )
 
 
@@ -124,11 +125,11 @@ def test_a_changed_bit_of_a_saved_number_was_taken_for_the_number(tmp_path, spoi
     for path in files(sound / "2"):
         shutil.copytree(sound, copy)
         spoil(copy / path.relative_to(sound))
-        said = []
-        with Checkpoints(copy, said.append) as checkpoints:
+        warnings = []
+        with Checkpoints(copy, warnings.append) as checkpoints:
             step, state, document = checkpoints.restore(small(0)[0])
         steps.append(step)
-        assert len(said) == (step == 1)
+        assert len(warnings) == (step == 1)
         assert_same(state, small(step)[0])
         np.testing.assert_equal(document, small(step)[1])
         shutil.rmtree(copy)
@@ -138,9 +139,9 @@ def test_a_changed_bit_of_a_saved_number_was_taken_for_the_number(tmp_path, spoi
 def test_without_a_checkpoint_that_can_be_read_a_run_starts_afresh(directory, uninterrupted):
     for path in files(directory):
         flip(path)
-    step, said = goes_on(directory, uninterrupted)
+    step, warnings = goes_on(directory, uninterrupted)
     assert step == 0
-    assert [text.split(" in ")[0] for text in said] == ["the checkpoint of step 8", "the checkpoint of step 6"]
+    assert [text.split(" in ")[0] for text in warnings] == ["the checkpoint of step 8", "the checkpoint of step 6"]
 
 
 WRITE = """
@@ -163,7 +164,7 @@ except DoesNotFitError as error:
 """
 
 
-def test_a_full_disk_is_said_even_by_a_run_that_stops_and_keeps_the_one_before(tmp_path):
+def test_a_full_disk_is_an_error_even_for_a_run_that_stops_and_keeps_the_checkpoint_before(tmp_path):
     done = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
     assert done.stdout.startswith(f"can't write checkpoints to {tmp_path}: ")

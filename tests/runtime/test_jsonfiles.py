@@ -78,14 +78,14 @@ def test_records_come_back_and_an_absent_file_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"a": 2, "text": "é', '{"a": 2', "{"])
-def test_a_torn_last_line_is_left_out_said_and_cut_off_by_the_next_record(tmp_path, torn):
+def test_an_incomplete_last_line_is_left_out_with_a_warning_and_cut_off_by_the_next_record(tmp_path, torn):
     path = tmp_path / "a.jsonl"
     append_jsonl(path, {"a": 1})
     with path.open("ab") as file:
         file.write(torn.encode()[:-1] if torn.endswith("é") else torn.encode())
-    said: list[str] = []
-    assert read_jsonl(path, said.append) == [{"a": 1}]
-    assert said == [f"{path}, line 2: torn by a killed run, left out"]
+    warnings: list[str] = []
+    assert read_jsonl(path, warnings.append) == [{"a": 1}]
+    assert warnings == [f"{path}, line 2: incomplete, as after a kill, and left out"]
     append_jsonl(path, {"a": 3})
     assert read_jsonl(path, pytest.fail) == [{"a": 1}, {"a": 3}]
 

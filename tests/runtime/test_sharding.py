@@ -1,11 +1,10 @@
-"""The mesh, a rule for every parameter, refusals by name, and a sharded base that computes what a whole one does."""
+"""The mesh, rules for parameters, refusals by name, and a sharded base that computes what a whole one does."""
 
 import re
 import socket
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +13,24 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mars_jax.adapters import lora
+from mars_jax.adapters.tree import init_adapters, join_trainable, split_trainable
 from mars_jax.errors import ConfigError
-from mars_jax.hub.read import read_config
-from mars_jax.models.families.registry import parameters
+from mars_jax.models.shardings import base_shardings
 from mars_jax.runtime.sharding import (
     AXES,
-    base_shardings,
     batch_sharding,
     check_batch,
     chunk_sharding,
     lane_sharding,
     make_mesh,
     place,
+    split_by_rules,
 )
-from mars_jax.runtime.trees import flatten, unflatten
+from mars_jax.runtime.trees import flatten
 from tests.helpers import tiny_lanes
 
 # The partitioner is under test, not LLVM: half of the compile time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-DEMO_BASE = Path(__file__).parents[2] / "demo" / "base"
-
-
-def abstract(shapes):
-    return unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
 
 
 # The mesh.
@@ -79,64 +72,52 @@ def test_sizes_that_make_no_mesh_of_the_devices_are_refused(sizes, text):
 
 # Rules.
 
-
-def test_the_rules_split_a_pair_of_linears_the_opposite_way_and_never_the_layers():
-    mesh = make_mesh({"fsdp": 2, "tensor": 2, "data": -1})
-    specs = {path: s.spec for path, s in flatten(base_shardings(tiny_lanes.base(), mesh)).items()}
-    assert specs["llm/layers/mlp/up_proj/kernel"] == P(None, "fsdp", "tensor")
-    assert specs["llm/layers/mlp/down_proj/kernel"] == P(None, "tensor", "fsdp")
-    assert specs["vision/layers/self_attn/q_proj/bias"] == P(None, "tensor")
-    assert specs["vision/layers/mlp/fc2/bias"] == P(None, None)
-    assert specs["projector/linear_1/kernel"] == P("fsdp", "tensor")
-    assert specs["llm/embed_tokens/embedding"] == P(None, ("fsdp", "tensor"))
-    assert specs["llm/lm_head/kernel"] == P("fsdp", "tensor")
-    assert specs["image_newline"] == P(None)
-    stacked = {path: spec for path, spec in specs.items() if "/layers/" in path}
-    assert stacked
-    assert all(spec[0] is None for spec in stacked.values())
+RULES = (
+    (r".*/up/kernel", ("fsdp", "tensor")),
+    (r".*/kernel", ("tensor", "fsdp")),
+    (r"embedding", (None, ("fsdp", "tensor"))),
+    (r".*/scale", (None,)),
+)
 
 
-def test_every_parameter_of_the_demo_has_a_rule_and_all_large_ones_are_split():
-    mesh = make_mesh({"fsdp": 4, "lane": 2})
-    shapes = {parameter.path: parameter.shape for parameter in parameters(read_config(DEMO_BASE))}
-    shardings = flatten(base_shardings(abstract(shapes), mesh))
-    assert shardings.keys() == shapes.keys()
-    whole = {path for path, sharding in shardings.items() if sharding.is_fully_replicated}
-    assert [path for path in whole if path.endswith("kernel")] == ["vision/patch_embed/kernel"]
-    vectors = {path for path, shape in shapes.items() if len(shape) - ("/layers/" in path) == 1}
-    assert whole == vectors | {"vision/patch_embed/kernel", "vision/position_embed"}
+def test_the_first_rule_that_fits_splits_a_parameter_and_never_its_layers():
+    shapes = {"llm/layers/up/kernel": (3, 8, 4), "head/down/kernel": (8, 4), "norm/scale": (3,)}
+    shardings = flatten(split_by_rules(shapes, make_mesh({"fsdp": 2, "tensor": 2, "data": -1}), RULES))
+    assert {path: sharding.spec for path, sharding in shardings.items()} == {
+        "llm/layers/up/kernel": P(None, "fsdp", "tensor"),
+        "head/down/kernel": P("tensor", "fsdp"),
+        "norm/scale": P(None),
+    }
 
 
 @pytest.mark.parametrize(
     ("path", "shape"),
-    [("llm/layers/mlp/experts/kernel", (2, 8, 8)), ("llm/layers/mlp/up_proj/kernel", (8, 8)), ("extra", (8,))],
+    [("llm/layers/mlp/experts", (2, 8, 8)), ("llm/layers/up/kernel", (8, 8)), ("extra", (8,))],
 )
 def test_a_parameter_without_a_rule_is_refused(path, shape):
-    text = (
-        f"no rule says how to split the parameter {path} of shape {list(shape)}. Add one to mars_jax.runtime.sharding."
-    )
+    text = f"no rule matches the parameter {path} of shape {list(shape)}. Add one to the model family's shardings."
     with pytest.raises(ConfigError, match=re.escape(text)):
-        base_shardings(abstract({path: shape}), make_mesh({"lane": -1}))
+        split_by_rules({path: shape}, make_mesh({"lane": -1}), RULES)
 
 
 def test_dimensions_that_the_mesh_does_not_divide_are_refused_by_name():
     shapes = {
-        "llm/layers/self_attn/k_proj/kernel": (3, 16, 12),
-        "llm/layers/mlp/down_proj/kernel": (3, 36, 16),
-        "llm/embed_tokens/embedding": (409, 12),
+        "llm/layers/up/kernel": (3, 16, 12),
+        "llm/layers/down/kernel": (3, 36, 16),
+        "embedding": (409, 12),
         "llm/norm/scale": (7,),
     }
     with pytest.raises(ConfigError) as refusal:
-        base_shardings(abstract(shapes), make_mesh({"tensor": 8}))
+        split_by_rules(shapes, make_mesh({"tensor": 8}), RULES)
     assert str(refusal.value) == (
         "mesh: these dimensions can't be split evenly:\n"
-        "  llm/layers/self_attn/k_proj/kernel [3, 16, 12]: axis 2 has size 12, mesh axis tensor has size 8\n"
-        "  llm/layers/mlp/down_proj/kernel [3, 36, 16]: axis 1 has size 36, mesh axis tensor has size 8\n"
-        "  llm/embed_tokens/embedding [409, 12]: axis 1 has size 12, mesh axis fsdp x tensor has size 8\n"
+        "  llm/layers/up/kernel [3, 16, 12]: axis 2 has size 12, mesh axis tensor has size 8\n"
+        "  llm/layers/down/kernel [3, 36, 16]: axis 1 has size 36, mesh axis tensor has size 8\n"
+        "  embedding [409, 12]: axis 1 has size 12, mesh axis fsdp x tensor has size 8\n"
         "Sizes that divide all: tensor 1, 2, 3, 4, 6, 12; fsdp x tensor 1, 2, 3, 4, 6, 12."
     )
-    base_shardings(abstract(shapes), make_mesh({"tensor": 2, "fsdp": 2, "lane": 2}))
-    base_shardings(abstract(shapes), make_mesh({"lane": 8}))
+    split_by_rules(shapes, make_mesh({"tensor": 2, "fsdp": 2, "lane": 2}), RULES)
+    split_by_rules(shapes, make_mesh({"lane": 8}), RULES)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
@@ -170,21 +151,21 @@ def test_a_sharded_base_gives_the_loss_and_gradients_of_a_whole_one():
     base = tiny_lanes.base()
     batch = jax.tree.map(lambda leaf: leaf[0], tiny_lanes.VALIDATION)
     shapes = jax.eval_shape(
-        lambda: lora.init_adapters(jax.random.key(0), tiny_lanes.TARGETS, tiny_lanes.PADDED)  # b would be zero
+        lambda: init_adapters(jax.random.key(0), tiny_lanes.TARGETS, tiny_lanes.PADDED)  # b would be zero
     )
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda leaf: rng.normal(0.0, 0.5, leaf.shape).astype(np.float32), shapes)
-    trainable, scales = lora.split_trainable(adapters)
+    trainable, scales = split_trainable(adapters)
 
     def loss(trainable, base, batch):
-        variables = {"params": base, "lora": lora.join_trainable(trainable, scales)}
+        variables = {"params": base, "lora": join_trainable(trainable, scales)}
         logits = tiny_lanes.MODEL.apply(variables, batch)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
 
     both = partial(jax.jit, jax.value_and_grad(loss), compiler_options=QUICK)
     expected, expected_gradients = both()(trainable, base, batch)
     replicated = jax.sharding.NamedSharding(mesh, P())
-    shardings = base_shardings(base, mesh)
+    shardings = base_shardings(tiny_lanes.CONFIG, mesh)
     sharded = place(base, shardings)
     assert sharded["llm"]["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[0].data.shape == (1, 8, 12)
     program = both(in_shardings=(replicated, shardings, batch_sharding(mesh)))
@@ -204,11 +185,11 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
-from mars_jax.runtime.sharding import base_shardings, lane_sharding, make_mesh, place
+from mars_jax.runtime.sharding import lane_sharding, make_mesh, place, split_by_rules
 kernel = np.arange(32, dtype=np.float32).reshape(4, 8)
 mesh = make_mesh({"fsdp": 2, "tensor": -1})
 base = {"llm": {"lm_head": {"kernel": kernel}}}
-shardings = base_shardings(base, mesh)
+shardings = split_by_rules({"llm/lm_head/kernel": kernel.shape}, mesh, [(".*/kernel", ("fsdp", "tensor"))])
 ours = place(base, shardings)
 local = place(jax.tree.map(jax.numpy.asarray, base), shardings)
 moved = place(ours["llm"]["lm_head"]["kernel"], lane_sharding(make_mesh({"lane": -1})))

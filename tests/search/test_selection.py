@@ -14,41 +14,21 @@ from mars_jax.lanes.halving import halving_schedule, survivors
 from mars_jax.laws.balance import balanced_rank, balanced_rank_continuous
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.law_c import ConvergenceLaw
-from mars_jax.laws.law_p import Overfit, PerformanceLaw
+from mars_jax.laws.law_p import Overfit
 from mars_jax.search.selection import Selection
-from mars_jax.search.strategies.halving import candidates_for_sweep, decide_by_sweep
-from mars_jax.search.strategies.laws import select
+from mars_jax.search.strategies.best_probes import best_probed, decided_by_final_runs
+from mars_jax.search.strategies.laws import pick_by_laws
+from mars_jax.search.strategies.paper import pick_as_published
+from tests.helpers.planted_laws import law_c, law_p, laws
 
 GRID = (4, 8, 16, 32, 64)
 GRIDS = {"vision": GRID, "llm": GRID, "projector": (8,)}
 PARAMETERS = {"vision": 100, "llm": 1000, "projector": 10}
-S = 100
-
-
-def law_c(k, gamma, delta, offset=0.0, spread=0.01):
-    draws = np.tile([k, gamma, delta, offset], (S, 1))
-    draws[:, 0] *= np.exp(spread * np.random.default_rng(0).normal(size=S))
-    return ConvergenceLaw(k, gamma, delta, offset, {}, 20, 0.05, 0, draws)
-
-
-def law_p(alpha, spread=0.0, overfit=None):
-    columns = [10.0, 0.8, 0.3, *alpha.values()]
-    if overfit:
-        columns += [overfit.C, overfit.eta, *overfit.kappa.values()]
-    draws = np.tile(columns, (S, 1))
-    draws[:, 3 : 3 + len(alpha)] += spread * np.random.default_rng(1).normal(size=(S, len(alpha)))
-    form = "power_overfit" if overfit else "power"
-    return PerformanceLaw(form, 10.0, alpha, 0.3, 0.8, overfit, {}, 0.01, 1.0, draws)
-
-
-def laws(vision=None, llm=None, performance=None):
-    performance = performance or law_p({"vision": 0.1, "llm": 0.2})
-    convergence = {"vision": vision or law_c(20.0, -0.4, 0.6), "llm": llm or law_c(20.0, -0.4, 0.6)}
-    return Laws(convergence, {}, performance, law_p({"vision": 0.1, "llm": 0.2}), 0)
 
 
 def pick(these, method="laws", samples=1024, grids=GRIDS, **options):
-    return select(these, grids, samples, method=method, parameters_per_rank=PARAMETERS, **options)
+    pick_by = {"laws": pick_by_laws, "paper": pick_as_published}[method]
+    return pick_by(these, grids, samples, PARAMETERS, **options)
 
 
 # The balance solver
@@ -116,13 +96,13 @@ def test_equal_laws_keep_the_diagonal_and_pick_its_largest_ranks():
 
 
 def test_numbers_of_a_candidate():
-    found = pick(laws(), constant_parameters=7)
+    found = pick(laws())
     one = next(c for c in found.candidates if c.ranks == {"vision": 4, "llm": 16, "projector": 8})
     time = {m: 20.0 * r**-0.4 * 1024**0.6 for m, r in (("vision", 4), ("llm", 16))}
     assert one.convergence_steps == pytest.approx(time)
     assert one.imbalance == pytest.approx(0.4 * math.log(4))
     assert one.predicted_loss == pytest.approx(10 / (4**0.1 * 16**0.2 * 1024**0.3) + 0.8)
-    assert one.parameters == 7 + 400 + 16_000 + 80
+    assert one.parameters == 400 + 16_000 + 80
     assert not one.kept
     assert one.reason == "modules converge a factor 1.74 apart; more than 1.25"
     sizes = [c.parameters for c in found.candidates]
@@ -222,19 +202,19 @@ def probed():
 def test_the_sweep_takes_the_best_probes_with_their_seeds_averaged(probed):
     assert [candidate.probed_loss for candidate in probed.candidates].count(None) == 22
     second, first, third = PROBED[0][0], PROBED[2][0], PROBED[3][0]
-    assert candidates_for_sweep(probed, 8) == (first, second, third)
-    assert candidates_for_sweep(probed, 2) == (first, second)
-    assert candidates_for_sweep(pick(laws()), 8) == ()
+    assert best_probed(probed, 8) == (first, second, third)
+    assert best_probed(probed, 2) == (first, second)
+    assert best_probed(pick(laws()), 8) == ()
 
 
 def test_the_sweep_decides_by_the_losses_of_the_final_runs(probed):
-    first, second = candidates_for_sweep(probed, 2)
-    decided = decide_by_sweep(probed, [(first, 1.1), (second, 1.05)])
+    first, second = best_probed(probed, 2)
+    decided = decided_by_final_runs(probed, [(first, 1.1), (second, 1.05)])
     assert decided.pick == second
     assert decided.method == "local_sweep"
     assert "where the laws had picked vision 64, llm 64, projector 8" in decided.explanation
     assert "vision 8, llm 64, projector 8: 1.0500; vision 64, llm 8, projector 8: 1.1000" in decided.explanation
-    agreed = decide_by_sweep(probed, [(probed.pick, 1.0), (second, float("nan"))])
+    agreed = decided_by_final_runs(probed, [(probed.pick, 1.0), (second, float("nan"))])
     assert agreed.pick == probed.pick
     assert "which the laws had picked as well" in agreed.explanation
     assert agreed.candidates == probed.candidates
@@ -242,12 +222,12 @@ def test_the_sweep_decides_by_the_losses_of_the_final_runs(probed):
 
 def test_sweep_without_a_finite_loss_is_refused(probed):
     with pytest.raises(NoValidResultError, match="no loss is finite"):
-        decide_by_sweep(probed, [(probed.pick, float("inf"))])
+        decided_by_final_runs(probed, [(probed.pick, float("inf"))])
 
 
 def test_sweep_of_an_unknown_vector_is_refused(probed):
     with pytest.raises(ConfigError, match="vision 3, llm 3, which is not in the rank grid"):
-        decide_by_sweep(probed, [({"vision": 3, "llm": 3}, 1.0)])
+        decided_by_final_runs(probed, [({"vision": 3, "llm": 3}, 1.0)])
 
 
 def test_halving_schedule():
@@ -277,7 +257,6 @@ def test_survivors_are_the_smallest_finite_losses(losses, keep):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"method": "best"}, "selection method is 'best'; allowed: laws, paper"),
         ({"samples": 0}, "target number of samples is 0"),
         ({"grids": {**GRIDS, "llm": ()}}, r"rank grid of module 'llm' is \[\]"),
         (

@@ -17,9 +17,9 @@ def test_lanes_begin_from_the_adapters_that_they_are_given():
     first = least_model.run(lanes, rates, schedule([0, 8]))
     initial = first.lane_state(0).trainable
     again = least_model.run(lanes, rates, schedule([0]), initial={0: initial})
-    (row,) = again.rows[0]
-    assert row["validation_loss"] == first.rows[0][-1]["validation_loss"] != first.rows[0][0]["validation_loss"]
-    assert row["update_norm"] == first.rows[0][-1]["update_norm"]
+    (row,) = again.points[0]
+    assert row.validation_loss == first.points[0][-1].validation_loss != first.points[0][0].validation_loss
+    assert row.update_norm == first.points[0][-1].update_norm
     for name in ("trainable", "best"):
         np.testing.assert_array_equal(getattr(again.lane_state(0), name), initial)
 

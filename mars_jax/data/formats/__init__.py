@@ -1,1 +1,1 @@
-"""Data formats, one a file."""
+"""Data formats of samples, one file each."""

@@ -1,1 +1,1 @@
-"""Model families, one a folder."""
+"""Model families, one folder each, listed in `registry`."""

@@ -1,21 +1,22 @@
-"""Reads architectures from Hugging Face `config.json` dictionaries, as transformers 4 or 5 writes them."""
+"""Reads architectures from Hugging Face `config.json` dictionaries written by transformers 4 or 5."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import TextConfig, VisionConfig
 
 Json = Mapping[str, Any]
+"""A parsed JSON object, read only."""
 
 TEXT_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 VISION_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
-
 _ACTIVATIONS = {"siglip_vision_model": "gelu_pytorch_tanh", "clip_vision_model": "quick_gelu", "dinov2": "gelu"}
-# What transformers leaves out of a file, being its defaults, by the part's `model_type`.
+# Defaults that transformers omits from files, by `model_type`, for parts that several families share.
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
-_DEFAULTS: dict[Any, Json] = {
+_DEFAULTS: dict[str, Json] = {
     "llama": {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -33,35 +34,47 @@ _DEFAULTS: dict[Any, Json] = {
     "siglip_vision_model": {**_BASE, "intermediate_size": 3072, "patch_size": 16},
     "clip_vision_model": {**_BASE, "intermediate_size": 3072, "patch_size": 32},
     "dinov2": {**_BASE, "patch_size": 14},
-    # of the vision encoder, which has the family's name in older files
-    "qwen2_5_vl": {
-        "depth": 32,
-        "hidden_size": 3584,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "patch_size": 14,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
 }
-_DEFAULTS["qwen2_5_vl_vision"] = _DEFAULTS["qwen2_5_vl"]
-_DEFAULTS["qwen2_5_vl_text"] = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 
 
-def read_parts(
-    config: Json, source: str, kinds: tuple[str, str], text_keys: tuple[str, ...], vision_keys: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of decoder and encoder, both there and complete; `kinds` are theirs where the file doesn't say."""
-    for name, kind in zip(("text_config", "vision_config"), kinds, strict=True):
-        part = config.get(name)
-        if isinstance(part, Mapping):
-            part = {"model_type": kind, **part}
-            # The decoder of a flat file has the name of the family; defaults by that are the encoder's.
-            flat = name == "text_config" and part["model_type"] == "qwen2_5_vl"
-            config = {**config, name: {**_DEFAULTS.get("qwen2_5_vl_text" if flat else part["model_type"], {}), **part}}
-    needed = {"text_config": text_keys, "vision_config": vision_keys}
-    missing = [name for name in needed if not isinstance(config.get(name), Mapping)]
-    missing += [f"{name}.{key}" for name, keys in needed.items() for key in keys if key not in config.get(name, keys)]
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Requirements of a family on `text_config` or `vision_config`.
+
+    Attributes:
+        kind: its default `model_type`.
+        keys: required settings, in the file or among the defaults.
+        defaults: `model_type` -> settings that a file may omit, for parts that only this family has.
+    """
+
+    kind: str
+    keys: tuple[str, ...]
+    defaults: Mapping[str, Json] = field(default_factory=dict)
+
+
+def read_parts(config: Json, source: str, text: Part, vision: Part) -> tuple[Json, Json]:
+    """The settings of decoder and encoder, completed with defaults.
+
+    Args:
+        config: the parsed file.
+        source: its path, for error messages.
+        text: requirements on the decoder's part.
+        vision: requirements on the encoder's part.
+
+    Raises:
+        ConfigError: a part or a setting is missing.
+    """
+    parts = {"text_config": text, "vision_config": vision}
+    for name, part in parts.items():
+        settings = config.get(name)
+        if isinstance(settings, Mapping):
+            kind = settings.get("model_type", part.kind)
+            defaults = part.defaults.get(kind, _DEFAULTS.get(kind, {}))
+            config = {**config, name: {**defaults, "model_type": kind, **settings}}
+    missing = [name for name in parts if not isinstance(config.get(name), Mapping)]
+    missing += [
+        f"{name}.{key}" for name, part in parts.items() for key in part.keys if key not in config.get(name, part.keys)
+    ]
     if missing:
         raise ConfigError(
             f"{source}: {', '.join(missing)} is missing. Take the config.json that belongs to the checkpoint."
@@ -70,7 +83,7 @@ def read_parts(
 
 
 def read_vision_config(vision: Json, source: str, kinds: tuple[str, ...]) -> VisionConfig:
-    """The settings of a vision transformer of one of some kinds."""
+    """Reads a vision transformer's settings; its `model_type` must be one of `kinds`."""
     kind = vision.get("model_type")
     require(source, "vision_config.model_type", kind, kinds)
     if kind == "dinov2":
@@ -92,9 +105,21 @@ def read_vision_config(vision: Json, source: str, kinds: tuple[str, ...]) -> Vis
     )
 
 
-def read_text_config(text: Json, source: str, *, tied: bool, mrope: bool = False) -> TextConfig:
-    """A decoder's settings. transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`."""
-    kinds = ("qwen2_5_vl_text", "qwen2_5_vl") if mrope else ("qwen2", "llama")
+def read_text_config(
+    text: Json, source: str, *, tied: bool, kinds: tuple[str, ...] = ("qwen2", "llama"), mrope: bool = False
+) -> TextConfig:
+    """Reads a decoder's settings. transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`.
+
+    Args:
+        text: the part of the file, completed with defaults.
+        source: path of the file, for error messages.
+        tied: whether the head is the embedding.
+        kinds: supported decoders, by `model_type`.
+        mrope: whether rotary positions have three axes.
+
+    Raises:
+        ConfigError: a setting that this version does not implement.
+    """
     kind = text["model_type"]
     require(source, "text_config.model_type", kind, kinds)
     heads = text["num_attention_heads"]
@@ -129,7 +154,7 @@ def read_text_config(text: Json, source: str, *, tied: bool, mrope: bool = False
 
 
 def read_image_token(config: Json, source: str, default: int) -> int:
-    """LLaVA's files and older ones say `image_token_index`, others `image_token_id`."""
+    """The id of the image token: `image_token_index` in LLaVA's and older files, `image_token_id` in others."""
     for key in ("image_token_index", "image_token_id"):
         if key in config:
             if not isinstance(config[key], int):
@@ -142,7 +167,7 @@ def require(source: str, key: str, value: object, allowed: tuple[object, ...]) -
     """Refuses a setting that this version does not implement.
 
     Raises:
-        ConfigError: the value is not among those allowed.
+        ConfigError: the value is not in `allowed`.
     """
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)

@@ -1,19 +1,41 @@
-"""transformers' numpy image processors of a checkpoint folder (no torch, no torchvision)."""
+"""Loads transformers' numpy image processors, without torch and torchvision."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
 
 from mars_jax.errors import ConfigError
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def load_processor(processor_class: Any, directory: Path, **settings: Any) -> Any:
-    """The folder's image processor, an instance of `processor_class`, with some settings changed.
+class ImageProcessor(Protocol):
+    """An image processor of transformers, as the families call it."""
+
+    def __call__(
+        self, images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]], *, return_tensors: str
+    ) -> Mapping[str, np.ndarray]:
+        """Maps pictures, or the pictures of each record, to arrays; `return_tensors` is "np"."""
+        ...
+
+
+def load_processor(processor_class: Any, directory: Path, **settings: int) -> Any:
+    """Loads the image processor of a checkpoint folder.
+
+    Args:
+        processor_class: its class in transformers.
+        directory: the folder.
+        **settings: settings that replace those in the folder.
+
+    Returns:
+        An instance of `processor_class`.
 
     Raises:
-        ConfigError: the folder has none, or one that can't be read.
+        ConfigError: the folder has no image processor, or its configuration cannot be read.
     """
     _check_there(directory)
     try:
@@ -23,10 +45,10 @@ def load_processor(processor_class: Any, directory: Path, **settings: Any) -> An
 
 
 def processor_type(directory: Path) -> str:
-    """The class that the folder's image processor was saved by.
+    """Name of the class that saved the image processor of a folder.
 
     Raises:
-        ConfigError: the folder has none, one that can't be read, or one without its class.
+        ConfigError: the folder has no image processor, or its configuration cannot be read.
     """
     _check_there(directory)
     file = next(directory / name for name in _FILES if (directory / name).is_file())
@@ -41,8 +63,8 @@ def processor_type(directory: Path) -> str:
 def _check_there(directory: Path) -> None:
     if not any((directory / name).is_file() for name in _FILES):
         raise ConfigError(
-            f"{directory} has neither {_FILES[0]} nor {_FILES[1]}. Copy it from the checkpoint's source: it says how "
-            "the vision encoder expects pictures scaled and normalised."
+            f"{directory} has neither {_FILES[0]} nor {_FILES[1]}. Copy it from the checkpoint's source: it holds "
+            "the vision encoder's scaling and normalisation of pictures."
         )
 
 

@@ -1,45 +1,37 @@
-"""The registry of model families."""
+"""Registry of model families, and functions of a configuration that its family implements.
 
-from collections.abc import Callable
+How to add a family:
+
+1. Make the folder `mars_jax/models/families/NAME`; `qwen2_5_vl` is an example of
+   - `config.py`: frozen dataclasses that are a `ModelConfig` and an `EncoderConfig` (`models/configs.py`), and the
+     function that reads them from config.json with the functions of `hf_json.py`;
+   - `model.py`: a subclass of `Multimodal` with the modules `vision`, `projector` and `llm`;
+   - `table.py`: the `CheckpointTable`, a row for every parameter. Layers are in `vision/layers` and `llm/layers`, and
+     linears have the names in `models/flops.py` and `models/shardings.py` (`q_proj`, `fc1`, `linear_1`, ...);
+   - a `Pictures` (`pictures.py`), which converts pictures to tiles and image tokens;
+   - `family.py`: the `Family`, which combines these.
+2. Add a line to `FAMILIES` below. A family outside the package calls `FAMILIES.register(family)` instead.
+3. Add a tiny config.json and image processor to `BASES` in benchmarks/compat/adapter_bases.py: the tests of the
+   registry and the adapter matrix run over them. Compare logits and LoRA gradients with transformers and PEFT in a
+   separate test, as tests/models/families/test_qwen2_5_vl.py does.
+"""
 
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import ModelConfig
+from mars_jax.models.families.base import Family
 from mars_jax.models.families.hf_json import Json
-from mars_jax.models.families.llava import table as llava
-from mars_jax.models.families.llava.config import read_llava, read_llava_onevision
-from mars_jax.models.families.llava.model import Llava, LlavaOnevision
-from mars_jax.models.families.qwen2_5_vl import table as qwen2_5_vl
-from mars_jax.models.families.qwen2_5_vl.config import read_qwen2_5_vl
-from mars_jax.models.families.qwen2_5_vl.model import Qwen25Vl
-from mars_jax.models.families.tables import Family, Parameter
+from mars_jax.models.families.tables import CheckpointTable, Parameter
 from mars_jax.models.multimodal import Multimodal
+from mars_jax.runtime.registry import Registry
 
-_MODELS: dict[str, type[Multimodal]] = {"llava": Llava, "llava_onevision": LlavaOnevision, "qwen2_5_vl": Qwen25Vl}
-
-
-def build_model(config: ModelConfig, remat: str = "none") -> Multimodal:
-    """The Linen module of an architecture; see `Multimodal`."""
-    return _MODELS[config.family](config, remat)
-
-
-_FAMILIES: dict[str, Family] = {
-    "llava clip_vision_model": llava.WITH_CLIP,
-    "llava dinov2": llava.WITH_DINOV2,
-    "llava siglip_vision_model": llava.WITH_SIGLIP,
-    "llava_onevision siglip_vision_model": llava.ONEVISION,
-    "qwen2_5_vl": qwen2_5_vl.FAMILY,
-}
-
-
-def family_of(config: ModelConfig) -> Family:
-    """How the checkpoints of this model are stored."""
-    kind = getattr(config.vision, "kind", "")
-    return _FAMILIES[f"{config.family} {kind}".strip()]
-
-
-def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Every parameter of this model, with its shape and hub keys."""
-    return family_of(config).parameters(config)
+FAMILIES: Registry[Family[ModelConfig]] = Registry(
+    "model family",
+    {
+        "llava": "mars_jax.models.families.llava.family:LLAVA",
+        "llava_onevision": "mars_jax.models.families.llava.family:LLAVA_ONEVISION",
+        "qwen2_5_vl": "mars_jax.models.families.qwen2_5_vl.family:FAMILY",
+    },
+)
 
 
 def model_config(config: Json, source: str = "config.json") -> ModelConfig:
@@ -47,22 +39,35 @@ def model_config(config: Json, source: str = "config.json") -> ModelConfig:
 
     Args:
         config: the parsed file.
-        source: where it came from, for error messages.
+        source: path of the file, for error messages.
 
     Raises:
-        ConfigError: another model family, or a setting that this version does not implement.
+        ConfigError: the family is not supported, or a setting is not implemented.
     """
-    family = config.get("model_type")
-    if family not in _READERS:
+    name = config.get("model_type")
+    if name not in FAMILIES.names:
         raise ConfigError(
-            f"{source}: model_type is {family!r}, which is not supported. Supported families: "
-            f"{', '.join(_READERS)}. Point model.checkpoint at a checkpoint of one of them."
+            f"{source}: model_type is {name!r}, which is not supported. Supported families: "
+            f"{', '.join(FAMILIES.names)}. Point model.checkpoint at a checkpoint of one of them."
         )
-    return _READERS[family](config, source)
+    return FAMILIES[name].read_config(config, source)
 
 
-_READERS: dict[str, Callable[[Json, str], ModelConfig]] = {
-    "llava": read_llava,
-    "llava_onevision": read_llava_onevision,
-    "qwen2_5_vl": read_qwen2_5_vl,
-}
+def family_of(config: ModelConfig) -> Family[ModelConfig]:
+    """The family of an architecture."""
+    return FAMILIES[config.family]
+
+
+def build_model(config: ModelConfig, remat: str = "none") -> Multimodal:
+    """The Linen module of an architecture; see `Multimodal`."""
+    return family_of(config).model(config, remat)
+
+
+def checkpoint_table(config: ModelConfig) -> CheckpointTable[ModelConfig]:
+    """The checkpoint table of an architecture."""
+    return family_of(config).table(config)
+
+
+def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Every parameter of an architecture, with its shape and hub keys."""
+    return checkpoint_table(config).parameters(config)

@@ -1,36 +1,40 @@
-"""One table per family: our parameter paths, the hub keys they are stored under, shapes, and the transform between.
+"""Checkpoint tables: our parameter paths with their hub keys, shapes and transforms.
 
-Initial shapes, loading, export of adapters and of whole checkpoints all derive from it. Here is what tables are made
-of; each is in a file of its own, found through `families`. Nothing is read or written here.
+Initial shapes, loading, shardings, and export of adapters and checkpoints derive from them. This module defines the
+types; the tables of a family are in its folder.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar, cast
 
 import numpy as np
 
 from mars_jax.models.configs import ModelConfig, TextConfig
 
 Transform = Literal["copy", "transpose", "patches", "squeeze"]
-HostArray = np.ndarray[Any, Any]
+HostArray = np.ndarray
 
 EMBEDDING_PATH = "llm/embed_tokens/embedding"
 HEAD_PATH = "llm/lm_head/kernel"
 
+# Covariant, so that the table of a family's configuration is also a table of `ModelConfig`. Its functions only receive
+# configurations of the same family, which the types cannot express.
+ConfigT_co = TypeVar("ConfigT_co", bound=ModelConfig, covariant=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table.
+    """One line of a table: a parameter of a family.
 
     Attributes:
-        path: our path, "/"-joined; layers are stacked on a leading axis where `key` has a `{layer}`.
-        key: hub key, with `{layer}` where there is one tensor a layer.
-        shape: names of the dimensions (see `Family.dimensions`) of our array, without the axis of layers.
-        transform: how the stored tensor becomes ours. `copy`: as it is. `transpose`: a torch Linear, [out, in] to
+        path: our path, "/"-joined; layers are stacked on a leading axis if `key` has a `{layer}`.
+        key: hub key, with `{layer}` if there is one tensor per layer.
+        shape: names of the dimensions (see `CheckpointTable.dimensions`) of our array, without the axis of layers.
+        transform: maps the stored tensor to our array. `copy`: unchanged. `transpose`: a torch Linear, [out, in] to
             [in, out]. `patches`: a torch convolution whose stride is its kernel, [D, 3, (t,) p, p] to [3 (t) p p, D].
-            `squeeze`: leading dimensions of one left out; `shape` names them.
+            `squeeze`: leading dimensions of one are dropped; `shape` names them.
     """
 
     path: str
@@ -41,14 +45,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class ModuleKeys:
-    """How the linears of a module are called in adapters.
+    """Names of a module's linears in adapters.
 
     Attributes:
-        prefix: the start of their hub keys, with `{layer}` where there are layers.
-        expression: the same as a regular expression that fits the paths of every transformers version, up to the
+        prefix: prefix of their hub keys, with `{layer}` if there are layers.
+        expression: the same as a regular expression that matches the paths of every transformers version, up to the
             number of the layer.
-        pattern_key: the key under which `rank_pattern` and `alpha_pattern` of PEFT reach them: PEFT matches it up to
-            the end of a path.
+        pattern_key: key in PEFT's `rank_pattern` and `alpha_pattern`, a regular expression that PEFT matches up to the
+            end of a path.
     """
 
     prefix: str
@@ -60,38 +64,37 @@ Substitutions = tuple[tuple[re.Pattern[str], str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """How one model family is stored.
+class CheckpointTable(Generic[ConfigT_co]):
+    """Checkpoint format of a family, or of its models with one kind of encoder.
 
     Attributes:
-        auto_class: its class in transformers.
-        rows: every parameter that a model of the family can have.
-        dimensions: the sizes that rows name.
-        absent: paths of rows that a model doesn't have.
-        stored_patches: shape of a patch embedding's kernel as stored, without the leading D.
-        to_hub: makes a key of any layout in circulation one of the hub's.
-        to_memory: makes a hub key the name that transformers 4.52 and later give it in memory: the adapter layout.
-        unused: whether a hub key may be left over: what the model never reads.
-        head_key: hub key of the head, also where it is tied.
-        modules: module -> how adapters call its linears.
-        layouts: what keys start with, for people.
-        extra_tensors: hub key -> names of its dimensions, and its value, of tensors that transformers builds and never
-            reads.
-        vllm: what vLLM takes of the family: adapters (those of vision and projector behind a switch), only merged
-            checkpoints, or nothing.
-        aliases: end of a linear's hub key -> its name in the memory of the newest transformers, where that isn't the
-            same.
-        loading: what to know of single transformers versions, for the model card.
+        auto_class: model class in transformers.
+        rows: every parameter that such a model can have.
+        dimensions: returns the sizes that rows name.
+        absent: returns the paths of rows that a model lacks.
+        stored_patches: returns the stored shape of a patch embedding's kernel, without the leading D.
+        to_hub: substitutions from keys of every published layout to hub keys.
+        to_memory: substitutions from hub keys to parameter names in transformers 4.52 and later: the adapter layout.
+        unused: returns whether a checkpoint may hold a hub key that the model never reads.
+        head_key: hub key of the head, also if it is tied.
+        modules: module -> names of its linears in adapters.
+        layouts: prefixes of keys, for error messages.
+        extra_tensors: hub key -> names of its dimensions, and its value, for tensors that transformers creates but
+            never reads.
+        vllm: what vLLM can serve: adapters (those of vision and projector need a switch), only merged checkpoints, or
+            nothing.
+        aliases: end of a linear's hub key -> its name in the newest transformers, if different.
+        loading: notes on specific transformers versions, for the model card.
     """
 
     auto_class: str
     rows: tuple[Row, ...]
-    dimensions: Callable[[Any], dict[str, int]]
-    absent: Callable[[Any], set[str]]
-    stored_patches: Callable[[Any], tuple[int, ...]]
+    dimensions: Callable[[ConfigT_co], dict[str, int]]
+    absent: Callable[[ConfigT_co], set[str]]
+    stored_patches: Callable[[ConfigT_co], tuple[int, ...]]
     to_hub: Substitutions
     to_memory: Substitutions
-    unused: Callable[[str, Any], bool]
+    unused: Callable[[str, ConfigT_co], bool]
     head_key: str
     modules: Mapping[str, ModuleKeys]
     layouts: str
@@ -102,7 +105,7 @@ class Family:
 
     @property
     def linears(self) -> dict[str, Row]:
-        """The linears that take an adapter, by the path of the linear: every Linear of the layers and the projector."""
+        """The linears that can be adapted, by path: every Linear of the layers and the projector."""
         return {
             row.path.removesuffix("/kernel"): row
             for row in self.rows
@@ -110,16 +113,17 @@ class Family:
         }
 
     def hub_key(self, key: str) -> str:
-        """The hub's name of a key of any layout."""
+        """The hub key of a key in any layout."""
         return _substituted(key, self.to_hub)
 
     def memory_key(self, key: str) -> str:
-        """The adapter layout's name of a hub key."""
+        """The name of a hub key in the adapter layout."""
         return _substituted(key, self.to_memory)
 
     def parameters(self, config: ModelConfig) -> "tuple[Parameter, ...]":
-        """The table for one model: every parameter it has, with shapes."""
-        sizes, absent = self.dimensions(config), self.absent(config)
+        """Every parameter of one model of the family, with its shape and hub keys."""
+        family_config = cast("ConfigT_co", config)
+        sizes, absent = self.dimensions(family_config), self.absent(family_config)
         layers = {"vision": config.num_vision_layers_used, "llm": config.text.num_layers}
         resolved = []
         for row in self.rows:
@@ -131,7 +135,7 @@ class Family:
                 "copy": shape,
                 "squeeze": named,
                 "transpose": shape[::-1],
-                "patches": (shape[-1], *self.stored_patches(config)),
+                "patches": (shape[-1], *self.stored_patches(family_config)),
             }[row.transform]
             stacked = "{layer}" in row.key
             count = layers[row.path.split("/")[0]] if stacked else 1
@@ -143,11 +147,11 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A row for one model.
+    """A parameter of one model: a row with its sizes.
 
     Attributes:
         path: our path.
-        keys: hub keys, one a layer in order; a single one where layers are not stacked.
+        keys: hub keys, one per layer in order; a single one if layers are not stacked.
         stacked: whether our array has a leading axis of layers.
         shape: shape of our array, with the axis of layers.
         stored_shape: shape of each stored tensor.
@@ -169,7 +173,7 @@ def linear(path: str, key: str, d_in: str, d_out: str, bias: bool = True) -> tup
 
 
 def decoder_rows(prefix: str, head_key: str) -> tuple[Row, ...]:
-    """The rows of a decoder of the Llama kind whose hub keys start with `prefix`; see `absent_from_decoder`."""
+    """The rows of a Llama or Qwen2 decoder whose hub keys start with `prefix`; see `absent_from_decoder`."""
     layer, attention = f"{prefix}.layers.{{layer}}", f"{prefix}.layers.{{layer}}.self_attn"
     return (
         Row(EMBEDDING_PATH, f"{prefix}.embed_tokens.weight", ("vocabulary", "text")),
@@ -199,7 +203,7 @@ def decoder_dimensions(text: TextConfig) -> dict[str, int]:
 
 
 def absent_from_decoder(text: TextConfig) -> set[str]:
-    """The paths of `decoder_rows` that a decoder doesn't have."""
+    """The paths of `decoder_rows` that a decoder lacks."""
     biases = set() if text.attention_bias else {f"llm/layers/self_attn/{name}_proj/bias" for name in "qkv"}
     return biases | ({HEAD_PATH} if text.tie_word_embeddings else set())
 
@@ -211,7 +215,7 @@ def _substituted(key: str, substitutions: Substitutions) -> str:
 
 
 def from_stored(tensor: HostArray, transform: Transform) -> HostArray:
-    """A stored tensor in our orientation; a view where possible."""
+    """Maps a stored tensor to our array; a view if possible."""
     to_ours: dict[Transform, Callable[[HostArray], HostArray]] = {
         "copy": lambda x: x,
         "transpose": lambda x: x.T,
@@ -222,6 +226,6 @@ def from_stored(tensor: HostArray, transform: Transform) -> HostArray:
 
 
 def to_stored(array: HostArray, parameter: Parameter) -> HostArray:
-    """Inverse of `from_stored` for one layer; contiguous, because safetensors writes garbage for views."""
+    """Inverse of `from_stored` for one layer; contiguous, because safetensors writes views incorrectly."""
     oriented = array if parameter.transform in ("copy", "squeeze") else array.T
     return np.ascontiguousarray(oriented).reshape(parameter.stored_shape)

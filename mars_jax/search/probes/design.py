@@ -1,6 +1,6 @@
-"""Which lanes a search runs: the cross design with corners, and the steps at which every lane is looked at.
+"""Which lanes the probe phase runs: the cross design with corners, and the prefixes that are read off each lane.
 
-Pure and cheap: no model, no device. `lanes.loop` runs what is planned here.
+Pure and cheap: no model, no device.
 """
 
 import itertools
@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mars_jax.config.load import Config
-from mars_jax.lanes.lane import Lane
+from mars_jax.lanes.lane import Lane, Ranks
+from mars_jax.laws.convergence.registry import RULES
 
 
 def rank_vectors(grids: Mapping[str, Sequence[int]], corners: bool) -> list[dict[str, int]]:
@@ -29,62 +30,63 @@ def rank_vectors(grids: Mapping[str, Sequence[int]], corners: bool) -> list[dict
     return [dict(key) for key in dict.fromkeys(tuple(vector.items()) for vector in vectors)]
 
 
-def plan_lanes(
-    grids: Mapping[str, Sequence[int]],
-    num_samples: Sequence[int],
-    num_seeds: int,
-    *,
-    corners: bool = True,
-    single_module: bool = False,
-) -> tuple[Lane, ...]:
-    """Every lane of a search, those with the same data next to each other.
+def single_module_vectors(grids: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Rank vectors that adapt one searched module and freeze the others."""
+    frozen = dict.fromkeys(grids, 0)
+    searched = [module for module, ranks in grids.items() if len(ranks) > 1]
+    return [frozen | {module: rank} for module in searched for rank in sorted(grids[module])]
+
+
+def probed_vectors(
+    grids: Mapping[str, Sequence[int]], *, corners: bool = True, single_module: bool = False
+) -> list[dict[str, int]]:
+    """Rank vectors of the probes.
 
     Args:
         grids: module -> ranks to try.
-        num_samples: data sizes D.
-        num_seeds: seeds 0..num_seeds-1 of every cell.
         corners: see `rank_vectors`.
-        single_module: also run lanes that adapt one searched module only, which the `loss_fraction` rule needs.
+        single_module: also those that adapt one searched module only, which some convergence rules need.
     """
     vectors = rank_vectors(grids, corners)
     if single_module:
-        searched = [module for module, ranks in grids.items() if len(ranks) > 1]
-        frozen = dict.fromkeys(grids, 0)
-        single = [frozen | {module: rank} for module in searched for rank in sorted(grids[module])]
         # Where every other module is frozen anyway, these lanes are there already.
-        vectors += [vector for vector in single if vector not in vectors]
+        vectors += [vector for vector in single_module_vectors(grids) if vector not in vectors]
+    return vectors
+
+
+def plan_lanes(vectors: Sequence[Ranks], sizes: Sequence[int], num_seeds: int) -> tuple[Lane, ...]:
+    """Every lane of a search, those with the same data next to each other.
+
+    Args:
+        vectors: rank vectors.
+        sizes: data sizes D.
+        num_seeds: seeds 0..num_seeds-1 of every cell.
+    """
     return tuple(
         Lane(vector, size, seed)
-        for size in sorted(num_samples, reverse=True)
+        for size in sorted(sizes, reverse=True)
         for seed in range(num_seeds)
         for vector in vectors
     )
 
 
+def design(config: Config) -> list[dict[str, int]]:
+    """Rank vectors of a config's probes."""
+    rule = config.convergence.rule
+    single = rule is not None and RULES[rule].needs_single_module
+    return probed_vectors(config.lora.grids, corners=config.probe.corners, single_module=single)
+
+
 def planned_lanes(config: Config) -> tuple[Lane, ...]:
     """The lanes of a config; with nested sampling those of the largest D, which are read at every D."""
     settings = config.probe
-    return plan_lanes(
-        {name: module.ranks for name, module in config.lora.modules.items()},
-        settings.num_samples[-1:] if settings.sampling == "nested" else settings.num_samples,
-        settings.seeds,
-        corners=settings.corners,
-        single_module=config.convergence.rule == "loss_fraction",
-    )
+    sizes = settings.num_samples[-1:] if settings.sampling == "nested" else settings.num_samples
+    return plan_lanes(design(config), sizes, settings.seeds)
 
 
-def readings(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
-    """What is read off a lane: a lane for each D, and its number of steps."""
+def prefixes(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
+    """Lanes that are read off a lane, one for each D, and their numbers of steps."""
     settings = config.probe
     if settings.sampling == "separate":
         return [(lane, settings.horizon)]
     return [(replace(lane, num_samples=size), size // settings.batch_size) for size in reversed(settings.num_samples)]
-
-
-def sweep_size(config: Config, lanes: Sequence[Lane]) -> int:
-    """Final runs that are begun: as many as the sweep takes of the rank vectors that adapt all modules; else one."""
-    if config.selection.method != "laws":
-        return 1
-    most = max(len(lane.adapted) for lane in lanes)
-    joint = {tuple(lane.ranks.items()) for lane in lanes if len(lane.adapted) == most}
-    return min(config.selection.sweep, config.probe.lanes_per_program, len(joint))

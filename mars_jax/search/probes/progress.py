@@ -1,58 +1,69 @@
-"""Progress of the probe phase for people and for progress.json."""
+"""Progress of the probe phase, for people and for progress.json."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Self
 
-import numpy as np
-
-from mars_jax.job.directory import RunDirectory, memory_bytes
-from mars_jax.job.workspace import Workspace
+from mars_jax.job import files
+from mars_jax.job.job import Job
 from mars_jax.lanes.result import Progress
 from mars_jax.runtime.jsonfiles import write_json
+from mars_jax.runtime.process import memory_bytes
 from mars_jax.runtime.progress import Advance
 
 
-@contextmanager
-def following(
-    workspace: Workspace, lanes: int, done_before: int, directory: RunDirectory
-) -> Iterator[Callable[[int, Progress], None]]:
-    """Tells the user and `progress.json` how the phase stands: lanes done, running, queued, steps, loss, memory.
+class ProbeProgress:
+    """Reports how the phase stands: lanes done, running, queued, steps, loss, memory. A context manager."""
 
-    Yields what is to be called with the size of a group and its progress.
-    """
-    horizon = workspace.config.probe.horizon
-    lanes_done, steps, total = done_before, done_before * horizon, lanes * horizon
-    last_write = 0.0
-    advance: Advance | None = None
-    with ExitStack() as stack:
+    def __init__(self, job: Job, lanes: int, done_before: int) -> None:
+        """Of some number of lanes in all, of which earlier runs of the command had finished `done_before`."""
+        self._job = job
+        self._lanes = lanes
+        self._horizon = job.config.probe.horizon
+        self._lanes_done = done_before
+        self._steps = done_before * self._horizon
+        self._last_write = 0.0
+        self._bar: AbstractContextManager[Advance] | None = None
+        self._advance: Advance | None = None
 
-        def follow(size: int, progress: Progress) -> None:
-            nonlocal lanes_done, steps, last_write, advance
-            steps += progress.lane_steps
-            running = progress.running if progress.step < horizon else 0
-            counts = {"done": lanes_done + size - running, "running": running, "queued": lanes - lanes_done - size}
-            if not running:
-                lanes_done += size
-            memory = memory_bytes()
-            if advance is None:
-                # What a killed run had done is told first, and took no time of this one.
-                advance = stack.enter_context(workspace.reporter.progress("probe", total, "lane-steps", done=steps))
-            else:
-                told = ", ".join(f"{number} {name}" for name, number in counts.items())
-                loss = "" if np.isnan(progress.loss) else f", loss {progress.loss:.3f}"
-                detail = f"lanes {told}; step {progress.step}{loss}, {memory / 2**30:.1f} GiB"
-                advance(progress.lane_steps, detail)
-            if time.monotonic() - last_write > 1.0 or not running:
-                status = {
-                    "phase": "probe",
-                    "lanes": counts,
-                    "step": progress.step,
-                    "lane_steps": {"done": steps, "total": total},
-                    "validation_loss": progress.loss,
-                    "memory_bytes": memory,
-                }
-                write_json(directory.progress_file, status)
-                last_write = time.monotonic()
+    def report(self, size: int, progress: Progress) -> None:
+        """Takes the progress of a group of `size` lanes."""
+        self._steps += progress.lane_steps
+        running = progress.running if progress.step < self._horizon else 0
+        done = self._lanes_done + size - running
+        counts = {"done": done, "running": running, "queued": self._lanes - self._lanes_done - size}
+        if not running:
+            self._lanes_done += size
+        memory = memory_bytes()
+        total = self._lanes * self._horizon
+        if self._advance is None:
+            # What a killed run had done comes first: it took no time of this one.
+            self._bar = self._job.reporter.progress("probe", total, "lane-steps", done=self._steps)
+            self._advance = self._bar.__enter__()
+        else:
+            lanes = ", ".join(f"{number} {name}" for name, number in counts.items())
+            loss = "" if math.isnan(progress.loss) else f", loss {progress.loss:.3f}"
+            detail = f"lanes {lanes}; step {progress.step}{loss}, {memory / 2**30:.1f} GiB"
+            self._advance(progress.lane_steps, detail)
+        if time.monotonic() - self._last_write > 1.0 or not running:
+            status = {
+                "phase": "probe",
+                "lanes": counts,
+                "step": progress.step,
+                "lane_steps": {"done": self._steps, "total": total},
+                "validation_loss": progress.loss,
+                "memory_bytes": memory,
+            }
+            write_json(self._job.directory / files.PROGRESS, status)
+            self._last_write = time.monotonic()
 
-        yield follow
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.__exit__(kind, error, trace)

@@ -1,1 +1,1 @@
-"""Strategies, one a file."""
+"""Strategies: how ranks and rates are chosen, one a file."""

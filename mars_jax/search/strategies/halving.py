@@ -1,141 +1,61 @@
-"""The local sweep: final runs of the last candidates, halved by validation loss, rung by rung; the last is kept.
+"""Strategy `halving`: final runs of the design's rank vectors, halved by validation loss, without any probe.
 
-Which candidates, and what follows from the losses, is `mars_jax.search.selection`'s business.
+Successive halving (Jamieson and Talwalkar 2016) on the final schedule: the last one is the final run.
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 
-from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.job.directory import RunDirectory, hash_inputs
-from mars_jax.job.programs import Program, covering_engine
-from mars_jax.job.workspace import Workspace
-from mars_jax.lanes.halving import halving_schedule, lane_steps, survivors
-from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.stopping import Halving, best_loss
-from mars_jax.runtime.checkpoint import Checkpoints
-from mars_jax.runtime.interrupts import Interrupts
-from mars_jax.runtime.jsonfiles import write_json
-from mars_jax.search.finals import final_schedule, run_finals, starts_of, write_final
-from mars_jax.search.selection import Ranks, Selection
-from mars_jax.search.strategies.laws import ranks_text
+from mars_jax.errors import NoValidResultError
+from mars_jax.lanes.halving import halving_schedule
+from mars_jax.lanes.stopping import Halving
+from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.trainer import Configuration, Curve, Trainer, best_curve
 
 
-def run_sweep(
-    workspace: Workspace, programs: Sequence[Program], candidates: Sequence[Ranks], directory: RunDirectory
-) -> list[tuple[Ranks, float]]:
-    """Successive halving over candidates; the best of them is left as the final run, see `write_final`.
+class HalvingStrategy:
+    """Final runs of the rank vectors of the probes' design, halved in rungs; nothing is probed."""
 
-    Args:
-        workspace: of the run.
-        programs: of the probe phase, one of which may serve.
-        candidates: rank vectors, frozen modules at 0.
-        directory: of the run; the curves of all candidates go to its `sweep_file`. The state in `sweep_checkpoints` is
-            left until the pick is written down.
+    name = "halving"
+    needs_probes = False
+    takes_budget = True
+    needs_convergence = False
 
-    Returns:
-        (ranks, best validation loss in nats) of every lane that reached the last rung; its losses are comparable.
+    def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
+        """See `Strategy`; the budget is the number of runs that are begun, by default all of the design."""
+        vectors = [ranks for ranks in space.probed if all(ranks[module] for module in space.adapted)]
+        number = min(budget.runs or len(vectors), space.most_together, len(vectors))
+        curves = halved([space.configuration(ranks) for ranks in vectors[:number]], space, trainer)
+        final = winner(curves, space)
+        ranks = space.of_adapted(final.configuration.ranks)
+        selection = without_laws(
+            self.name,
+            ranks,
+            space.num_samples,
+            f"Of the final runs of {number} rank vectors, halved in rungs, that of {ranks_text(ranks)} has the lowest "
+            f"validation loss, {final.loss:.4f} nats.",
+        )
+        return Outcome(selection, final, tuple(curves))
+
+
+HALVING = HalvingStrategy()
+
+
+def halved(configurations: Sequence[Configuration], space: Space, trainer: Trainer) -> list[Curve]:
+    """Successive halving over final runs of some configurations."""
+    return trainer.train(configurations, Halving(halving_schedule(len(configurations), space.steps)))
+
+
+def winner(curves: Sequence[Curve], space: Space) -> Curve:
+    """The curve with the lowest loss of those that came to the end.
 
     Raises:
-        NoValidResultError: every lane diverged.
+        NoValidResultError: none did.
     """
-    schedule = final_schedule(workspace)
-    rungs = halving_schedule(len(candidates), schedule.horizon)
-    schedule = replace(
-        schedule,
-        looks=sorted({*schedule.looks, *(rung.steps for rung in rungs)}),
-        leaving=Halving(ceiling=schedule.leaving.ceiling, rungs=rungs),
-    )
-    lanes = [Lane(ranks, workspace.target_num_samples(), seed=0) for ranks in candidates]
-    engine = covering_engine(workspace, programs, candidates, lane_steps(rungs) // len(candidates))
-    starts, initial = starts_of(workspace, engine, candidates, directory)
-    state = directory.sweep_checkpoints / hash_inputs(*(lane.name for lane in lanes))[:16]
-    with (
-        workspace.reporter.progress("local sweep", len(lanes) * schedule.horizon, "lane-steps") as advance,
-        Checkpoints(state, workspace.reporter.warn) as checkpoints,
-        Interrupts() as interrupts,
-    ):
-        result = run_finals(
-            workspace,
-            engine,
-            lanes,
-            workspace.learning_rates(workspace.config.finetune.learning_rate),
-            schedule=schedule,
-            checkpoints=checkpoints,
-            initial=initial,
-            interrupts=interrupts,
-            advance=lambda progress: advance(progress.lane_steps, progress.text),
-        )
-    losses = [best_loss(rows, rows[-1]["step"]) for rows in result.rows]
-    ended = [k for k, rows in enumerate(result.rows) if rows[-1]["step"] == schedule.horizon]
-    winners = survivors([losses[k] for k in ended], 1)
-    if not winners:
-        reasons = "; ".join(f"{lane.name}: {rows[-1]['reason']}" for lane, rows in zip(lanes, result.rows, strict=True))
+    best = best_curve(curves, space.steps)
+    if best is None:
+        reasons = "; ".join(f"{curve.configuration.name}: {curve.reason}" for curve in curves)
         raise NoValidResultError(
-            f"no final run of the sweep came to its end ({reasons}). Lower finetune.learning_rate "
-            f"(now {workspace.learning_rates(workspace.config.finetune.learning_rate)})."
+            f"no final run came to its end ({reasons}). Lower finetune.learning_rate (now {dict(space.rates)})."
         )
-    best = ended[winners[0]]
-    write_final(workspace, directory, engine, result, best, lanes[best], starts[best], from_sweep=True)
-    runs = [
-        {
-            "ranks": dict(lane.ranks),
-            "looks": [(row["step"], row["validation_loss"] if row["alive"] else None) for row in rows],
-        }
-        for lane, rows in zip(lanes, result.rows, strict=True)
-    ]
-    write_json(directory.sweep_file, {"runs": runs})
-    return [(lanes[k].ranks, losses[k]) for k in ended]
-
-
-def candidates_for_sweep(selection: Selection, most: int) -> tuple[Ranks, ...]:
-    """Rank vectors worth a final run: those of the `most` probes with the lowest losses, the best first.
-
-    Balanced or not, and without the laws: on tasks where the best ranks are known (docs/evidence.md) the probes' own
-    losses found better ones than what the laws predict from them.
-    """
-    probed = [(c.probed_loss, c.ranks) for c in selection.candidates if c.probed_loss is not None]
-    return tuple(ranks for _, ranks in sorted(probed, key=lambda one: one[0])[:most])
-
-
-def decide_by_sweep(selection: Selection, results: Sequence[tuple[Ranks, float]]) -> Selection:
-    """The selection after a local sweep: the candidate whose final run has the smallest validation loss.
-
-    Args:
-      selection: what the laws said.
-      results: (ranks, validation loss in nats) of each final run that came to its end.
-
-    Returns:
-      The selection with method `local_sweep`; `p_best` stays what the laws gave the new pick.
-
-    Raises:
-      ConfigError: a result is not of a candidate.
-      NoValidResultError: no candidate has only finite losses.
-    """
-    losses: dict[int, float] = {}
-    for ranks, loss in results:
-        found = [i for i, candidate in enumerate(selection.candidates) if candidate.ranks == ranks]
-        if not found:
-            raise ConfigError(f"the sweep has a result for {ranks_text(ranks)}, which is not in the rank grid.")
-        losses[found[0]] = loss
-    ordered = sorted((i for i in losses if math.isfinite(losses[i])), key=lambda i: losses[i])
-    if not ordered:
-        raise NoValidResultError(
-            f"the local sweep gave {len(results)} results, and no loss is finite. Lower the learning rate."
-        )
-    pick = selection.candidates[ordered[0]]
-    ends = "; ".join(f"{ranks_text(selection.candidates[i].ranks)}: {losses[i]:.4f}" for i in ordered)
-    agrees = (
-        "which the laws had picked as well"
-        if pick.ranks == selection.pick
-        else f"where the laws had picked {ranks_text(selection.pick)}"
-    )
-    explanation = (
-        f"Of the final runs that the best probes were given, those that came to their end have these validation losses "
-        f"in nats: {ends}. The pick is {ranks_text(pick.ranks)}, {agrees}."
-    )
-    return dataclasses.replace(
-        selection, pick=pick.ranks, p_best=pick.p_best, method="local_sweep", explanation=explanation
-    )
+    return best

@@ -1,34 +1,28 @@
-"""Optuna's tree-structured Parzen estimator with successive halving over a rank grid, an alternative in `mars compare`.
+"""Strategy `tpe`: Optuna's tree-structured Parzen estimator with successive halving over the rank grid.
 
-An optional dependency: the search of this library needs none of it. What trains is the caller's business.
+Optuna is an optional dependency: the other strategies need none of it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from mars_jax.errors import ConfigError
+from mars_jax.lanes.eval_points import EvalPoint, Points
+from mars_jax.lanes.stopping import AskEach
+from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
+from mars_jax.search.strategies.halving import winner
+from mars_jax.search.trainer import Curve, Trainer
 
 if TYPE_CHECKING:
     import optuna
-from mars_jax.lanes.stopping import GoesOn, Look, until_stopped
-
-Ranks = dict[str, int]
 
 _RANDOM_FIRST = 4  # before there is something to model
 _ASKS_PER_RUN = 20  # it suggests again what it knows to be good
 _FIRST_RUNG = 4  # a quarter of the steps, then half of them: the worse half of those that came so far stops there
-
-
-class Run(NamedTuple):
-    """A rank vector that was trained, to the end or to where it was stopped."""
-
-    ranks: Ranks
-    looks: Sequence[Look]
-
-    @property
-    def steps(self) -> int:
-        """Steps that it had."""
-        return self.looks[-1][0]
 
 
 def is_installed() -> bool:
@@ -36,69 +30,101 @@ def is_installed() -> bool:
     return find_spec("optuna") is not None
 
 
-def search(
-    grids: Mapping[str, Sequence[int]],
-    steps: int,
-    budget: float,
-    seed: int,
-    train: Callable[[Ranks, GoesOn], Sequence[Look]],
-) -> list[Run]:
-    """Runs what TPE suggests, one after the other, each with the losses of those before in view.
+class Tpe:
+    """Tree-structured Parzen estimator over ranks, with asynchronous successive halving."""
 
-    Successive halving is asynchronous (Li et al. 2020), as Optuna has it: a run stops at a rung if its loss there isn't
-    in the lower half of those that came to it before.
+    name = "tpe"
+    needs_probes = False
+    takes_budget = True
+    needs_convergence = False
 
-    Args:
-        grids: module -> ranks to choose from.
-        steps: of a run that isn't stopped.
-        budget: no run starts once those before had as many steps in all.
-        seed: of the sampler: the same losses lead to the same runs.
-        train: trains a rank vector, asks at each look whether to go on, and gives its looks. Not asked twice of the
-            same vector.
+    def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
+        """Trains what TPE suggests, one after the other, each with the losses of those before in view.
 
-    Returns:
-        The runs, first asked first; it may keep to those that it knows and leave some of the budget.
-    """
+        Successive halving is asynchronous (Li et al. 2020), as Optuna has it: a run stops at a rung if its loss there
+        isn't in the lower half of those that came to it before. No run starts once those before had the steps of the
+        budget in all; it may keep to those that it knows and leave some of it. The same losses lead to the same runs.
+
+        Raises:
+            ConfigError: Optuna is not installed.
+            NoValidResultError: no run came to its end.
+        """
+        curves = self._curves(space, trainer, (budget.runs or DEFAULT_RUNS) * space.steps)
+        final = winner(curves, space)
+        ranks = space.of_adapted(final.configuration.ranks)
+        explanation = (
+            f"Of {len(curves)} final runs that TPE suggested, {sum(c.steps == space.steps for c in curves)} of which "
+            f"were not stopped, that of {ranks_text(ranks)} has the lowest validation loss, {final.loss:.4f} nats."
+        )
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+
+    def _curves(self, space: Space, trainer: Trainer, steps: int) -> list[Curve]:
+        """The runs, first asked first."""
+        if not is_installed():
+            raise ConfigError("the strategy tpe needs Optuna. Run `pip install 'mars_jax[compare]'`.")
+        import optuna
+
+        grids = {module: sorted(space.grids[module]) for module in space.searched}
+        runs: dict[tuple[int, ...], Curve] = {}
+        sampler = optuna.samplers.TPESampler(seed=space.seed, n_startup_trials=_RANDOM_FIRST)
+        rung = max(1, space.steps // _FIRST_RUNG)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=2)
+        with _quiet():
+            study = optuna.create_study(sampler=sampler, pruner=pruner)
+            for _ in range(math.ceil(_ASKS_PER_RUN * steps / space.steps)):
+                spent = sum(run.steps for run in runs.values())
+                if spent >= steps or len(runs) == math.prod(map(len, grids.values())):
+                    break
+                trial = study.ask()
+                ranks = {module: int(trial.suggest_categorical(module, grid)) for module, grid in grids.items()}
+                key, goes_on = tuple(ranks.values()), _Pruned(trial, space.steps)
+                if key not in runs:
+                    (runs[key],) = trainer.train([space.configuration(ranks)], AskEach(goes_on))
+                last, losses = _until_stopped(runs[key].points, goes_on)
+                if not math.isfinite(last.validation_loss) or not last.alive:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                elif last.step < space.steps:
+                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                else:
+                    study.tell(trial, min(losses))
+        return list(runs.values())
+
+
+TPE = Tpe()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     import optuna
 
-    runs: dict[tuple[int, ...], Run] = {}
-    pairs = math.prod(len(ranks) for ranks in grids.values())
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_FIRST)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // _FIRST_RUNG), reduction_factor=2)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        study = optuna.create_study(sampler=sampler, pruner=pruner)
-        for _ in range(math.ceil(_ASKS_PER_RUN * budget / steps)):
-            if sum(run.steps for run in runs.values()) >= budget or len(runs) == pairs:
-                break
-            trial = study.ask()
-            ranks = {module: int(trial.suggest_categorical(module, list(some))) for module, some in grids.items()}
-            key, goes_on = tuple(ranks.values()), _Halving(trial, steps)
-            if key not in runs:
-                runs[key] = Run(ranks, train(ranks, goes_on))
-            looks = until_stopped(runs[key].looks, goes_on)
-            if not math.isfinite(looks[-1][1]):
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            elif looks[-1][0] < steps:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            else:
-                study.tell(trial, min(loss for _, loss in looks))
+        yield
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return list(runs.values())
 
 
-class _Halving:
-    """Whether a trial goes on after a look. May be told of a look again: Optuna is asked once, so the answer stands."""
+def _until_stopped(points: Points, goes_on: "_Pruned") -> tuple[EvalPoint, list[float]]:
+    """The last eval point before which a run went on, and the losses up to it."""
+    losses: list[float] = []
+    for point in points:
+        losses.append(point.validation_loss if point.alive else math.inf)
+        if not goes_on(point.step, losses[-1]):
+            break
+    return point, losses
+
+
+class _Pruned:
+    """Whether a trial goes on after an eval point. Optuna is asked once of each, so the answer stands."""
 
     def __init__(self, trial: "optuna.Trial", steps: int) -> None:
         self._trial, self._steps = trial, steps
-        self._stopped, self._told = False, 0
+        self._stopped, self._reported = False, 0
 
     def __call__(self, step: int, loss: float) -> bool:
-        if not self._stopped and self._told < step < self._steps and math.isfinite(loss):
-            self._told = step
+        if not self._stopped and self._reported < step < self._steps and math.isfinite(loss):
+            self._reported = step
             self._trial.report(loss, step)
             self._stopped = self._trial.should_prune()
-        return not (self._stopped and step >= self._told)
+        return not (self._stopped and step >= self._reported)

@@ -133,9 +133,7 @@ def test_scienceqa_parquet_is_asked_by_letters(tmp_path):
     assert isinstance(seen.images[0], PictureBytes)
     assert load_rgb(seen.images[0]).size == (11, 9)
     assert seen.group == again.group  # the same bytes
-    with pytest.raises(
-        DataError, match=r"which split is meant isn't said. Write one of ScienceQA#test, ScienceQA#train"
-    ):
+    with pytest.raises(DataError, match=r"the split is not given. Write one of ScienceQA#test, ScienceQA#train"):
         load_records(folder)
     with pytest.raises(DataError, match=r"there is no split 'val'"):
         load_records(folder.with_name("ScienceQA#val"))
@@ -161,6 +159,18 @@ def test_the_original_folder_of_scienceqa(tmp_path):
     write(folder / "pid_splits.json", {"train": ["3", "99"]})
     with pytest.raises(DataError, match=r"problems.json has no 99, which pid_splits.json lists"):
         load_records(tmp_path / "ScienceQA")
+
+
+def test_files_of_scienceqa_that_hold_something_else_are_faults(tmp_path):
+    write(tmp_path / "problems.json", {"3": "a text"})
+    write(tmp_path / "pid_splits.json", {"train": ["3"], "val": "3"})
+    with pytest.raises(DataError, match=r"problems.json 3 \(id 'item-0'\): the record is a JSON str"):
+        load_records(tmp_path.with_name(f"{tmp_path.name}#train"))
+    with pytest.raises(DataError, match=r"a split of pid_splits.json is '3'; a list of problems' numbers is expected"):
+        load_records(tmp_path.with_name(f"{tmp_path.name}#val"))
+    write(tmp_path / "pid_splits.json", ["3"])
+    with pytest.raises(DataError, match=r"pid_splits.json: the file holds a JSON list; an object is expected"):
+        load_records(tmp_path)
 
 
 @pytest.mark.parametrize(

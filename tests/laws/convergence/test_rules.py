@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mars_jax.errors import ConfigError
-from mars_jax.laws.convergence.base import ConvergenceRule
-from mars_jax.laws.convergence.registry import converge
+from mars_jax.laws.convergence.base import ConvergenceRule, converge
 
 LOSS = ConvergenceRule("loss_fraction", 0.1, 3)
 DRIFT = ConvergenceRule("drift", 0.1, 3)
@@ -23,12 +22,12 @@ def decay(tau, floor=1.0, drop=2.0, rise=0.0):
 def test_loss_fraction_times_of_exponentials():
     curves = np.stack([decay(20.0), decay(60.0)])
     found = converge(LOSS, STEPS, curves)
-    # exp(-t / tau) = 0.1 at t = tau * log(10); the looks are 20 steps apart and the curve is convex between them.
+    # exp(-t / tau) = 0.1 at t = tau * log(10); the eval points are 20 steps apart and the curve is convex between them.
     np.testing.assert_allclose(found.steps, np.log(10) * np.array([20.0, 60.0]), atol=4.0)
     assert not np.any(found.censored)
 
 
-def test_loss_fraction_interpolates_linearly_between_looks():
+def test_loss_fraction_interpolates_linearly_between_eval_points():
     losses = np.array([[1.0, 0.6, 0.2, 0.0, 0.1, 0.2]])
     found = converge(ConvergenceRule("loss_fraction", 0.4, 1), np.arange(6) * 10, losses)
     assert float(found.steps[0]) == pytest.approx(15.0)
@@ -80,7 +79,7 @@ def test_a_lane_that_never_improved_is_undefined():
     assert not np.any(found.censored)
 
 
-GRID = 10.0 * 2.0 ** (np.arange(29) / 4)  # ratio 2**(1/4): t/2 lies four looks before
+GRID = 10.0 * 2.0 ** (np.arange(29) / 4)  # ratio 2**(1/4): t/2 lies four eval points before
 NO_HALF = np.full(4, np.nan)
 
 
@@ -121,7 +120,7 @@ def test_drift_of_a_module_that_did_not_move_or_diverged_is_undefined():
     assert not np.any(found.censored)
 
 
-def test_drift_below_from_the_first_look_is_that_look():
+def test_drift_below_from_the_first_eval_point_is_that_eval_point():
     drift = np.concatenate([NO_HALF, np.full(25, 0.01)])
     assert float(converge(DRIFT, GRID, drift[None, None, :]).steps[0, 0]) == pytest.approx(GRID[4])
 
@@ -166,10 +165,10 @@ def test_a_curve_cut_short_of_its_convergence_is_censored_at_its_end():
     assert (float(found.steps[0]), bool(found.censored[0])) == (200.0, True)
 
 
-@pytest.mark.parametrize("num_looks", [[1], [52], [5, 5]])
-def test_a_number_of_looks_that_no_curve_has_is_refused(num_looks):
-    with pytest.raises(ValueError, match=r"num_looks must be \[1\] numbers from 2 to 51; got \[\d"):
-        converge(LOSS, STEPS, decay(30.0)[None, :], num_looks)
+@pytest.mark.parametrize("num_points", [[1], [52], [5, 5]])
+def test_a_number_of_looks_that_no_curve_has_is_refused(num_points):
+    with pytest.raises(ValueError, match=r"num_points must be \[1\] numbers from 2 to 51; got \[\d"):
+        converge(LOSS, STEPS, decay(30.0)[None, :], num_points)
 
 
 def test_rules_can_be_jitted_and_returned_as_a_pytree():
@@ -180,7 +179,7 @@ def test_rules_can_be_jitted_and_returned_as_a_pytree():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("slope", 0.1, 3), "name is 'slope'; allowed: loss_fraction, splice, drift"),
+        (("slope", 0.1, 3), "convergence rule is 'slope'; allowed: loss_fraction, splice, drift"),
         (("drift", 0.0, 3), "epsilon is 0.0; allowed: between 0 and 1"),
         (("drift", 1.5, 3), "epsilon is 1.5"),
         (("drift", 0.1, 0), "sustain is 0; allowed: 1 or more"),
@@ -192,7 +191,7 @@ def test_bad_rules_are_refused(arguments, text):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"curves \[K, N\]; got steps \(51,\) and curves \(51,\)"):
+    with pytest.raises(ValueError, match=r"curves \[K, N\] or \[K, M, N\]; got steps \(51,\) and curves \(51,\)"):
         converge(LOSS, STEPS, decay(30.0))
     with pytest.raises(ValueError, match=r"curves \[K, M, N\]"):
         converge(DRIFT, STEPS, np.ones((2, 51)))

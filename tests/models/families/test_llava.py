@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mars_jax.adapters.targets import find_targets
-from mars_jax.config.schema import DEFAULT_MODULES
+from mars_jax.config.adapted import DEFAULT_MODULES
 from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.errors import ConfigError
@@ -20,8 +20,8 @@ from mars_jax.hub.adapter import read_adapter, write_adapter
 from mars_jax.hub.read import read_checkpoint, read_json
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_checkpoint, write_merged
-from mars_jax.models.families.registry import build_model, family_of, model_config, parameters
-from mars_jax.models.flops import evaluation_flops, lane_step_flops
+from mars_jax.models.families.registry import build_model, checkpoint_table, model_config, parameters
+from mars_jax.models.flops import BatchShape, evaluation_flops, lane_step_flops
 from mars_jax.runtime.trees import flatten, unflatten
 from tests.helpers import tiny_data
 from tests.helpers.llava_kinds import CLIP, DINOV2, KINDS, TEXT
@@ -60,7 +60,7 @@ def logits_of(directory, batch, adapters=None):
 def random_adapters(config, params):
     """Adapters of every linear, with random a and b."""
     rng, flat, shapes = np.random.default_rng(0), {}, flatten(params)
-    for path in family_of(config).linears:
+    for path in checkpoint_table(config).linears:
         *layers, d_in, d_out = shapes[f"{path}/kernel"].shape
         rank = RANKS[path.split("/")[0]]
         flat[f"{path}/a"] = rng.normal(0, 0.15, (*layers, d_in, rank)).astype(np.float32)
@@ -161,11 +161,11 @@ def test_a_lane_step_is_counted_for_every_kind(name):
     config = model_config(top)
     base = unflatten({p.path: jax.ShapeDtypeStruct(p.shape, np.float32) for p in parameters(config)})
     targets = find_targets(base, {name: module["targets"] for name, module in DEFAULT_MODULES.items()})
-    assert set(targets) == set(family_of(config).linears)
-    sizes = {"batch_size": 2, "tokens": 20, "tiles": 1, "supervised": 3}
-    step = lane_step_flops(config, targets, RANKS, **sizes)
-    assert step.total > evaluation_flops(config, targets, RANKS, **sizes).total > 0
-    assert min(step.encoder, step.projector, step.llm, step.lora, step.attention) > 0
+    assert set(targets) == set(checkpoint_table(config).linears)
+    shape = BatchShape(batch_size=2, tokens=20, tiles=1, supervised=3)
+    step = lane_step_flops(config, targets, RANKS, shape)
+    assert step.total > evaluation_flops(config, targets, RANKS, shape).total > 0
+    assert min(step.encoder, step.projector, step.llm, step.adapters, step.attention) > 0
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_processor_that_does_not_fit_is_refused(tmp_path):
     kind = KINDS["clip, llama"]
     kind.checkpoint(tmp_path)
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 14, "width": 14}).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"makes pictures of 14 x 14 pixels, but config.json says 28 x 28"):
+    with pytest.raises(ConfigError, match=r"makes pictures of 14 x 14 pixels, but config.json has 28 x 28"):
         load_preprocessor(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_processor_type": "BlipImageProcessor"}))

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from mars_jax.adapters.lora import join_trainable, split_trainable
+from mars_jax.adapters.tree import join_trainable, split_trainable
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.hub.adapter import read_adapter, write_adapter
@@ -24,7 +24,7 @@ from mars_jax.hub.read import read_checkpoint, read_json
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_checkpoint, write_merged
 from mars_jax.models.families.pictures import rotary_positions
-from mars_jax.models.families.qwen2_5_vl.table import FAMILY
+from mars_jax.models.families.qwen2_5_vl.table import TABLE
 from mars_jax.models.families.qwen2_5_vl.windows import WindowGeometry, window_tokens
 from mars_jax.models.families.registry import build_model, model_config
 from mars_jax.runtime.trees import flatten, unflatten
@@ -72,7 +72,7 @@ def random_adapters(params, ranks=RANKS, scale=1.7):
     """Adapters of every linear, with random a and b."""
     rng, flat = np.random.default_rng(0), {}
     shapes = flatten(params)
-    for path in FAMILY.linears:
+    for path in TABLE.linears:
         *layers, d_in, d_out = shapes[f"{path}/kernel"].shape
         rank = ranks[path.split("/")[0]]
         flat[f"{path}/a"] = rng.normal(0, 0.15, (*layers, d_in, rank)).astype(np.float32)
@@ -126,7 +126,7 @@ def test_lora_gradients_equal_peft_and_remat_changes_nothing(base, tmp_path):
     compared = 0
     for path, gradient in flatten(gradients).items():
         linear, _, side = path.rpartition("/")
-        key = FAMILY.memory_key(FAMILY.linears[linear].key.removesuffix(".weight"))
+        key = TABLE.memory_key(TABLE.linears[linear].key.removesuffix(".weight"))
         for layer, ours in enumerate(gradient if gradient.ndim == 3 else gradient[None]):
             name = f"base_model.model.{key.format(layer=layer)}.lora_{side.upper()}.default.weight"
             expected = their_gradients[name].numpy().T
@@ -168,7 +168,7 @@ def test_every_layout_is_read_and_written_back(base, layout, tmp_path):
     write_checkpoint(tmp_path, config_json, params, "float32")
     if layout == "memory":
         tensors = load_file(tmp_path / "model.safetensors")
-        save_file({FAMILY.memory_key(key): value for key, value in tensors.items()}, tmp_path / "model.safetensors")
+        save_file({TABLE.memory_key(key): value for key, value in tensors.items()}, tmp_path / "model.safetensors")
     config, again = read_checkpoint(tmp_path, "float32")
     assert config == read_checkpoint(directory, "float32")[0]
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -287,7 +287,7 @@ def test_a_processor_of_another_model_is_refused(base, tmp_path):
     directory = shutil.copytree(base[1], tmp_path / "base")
     path = directory / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 16}))
-    with pytest.raises(ConfigError, match=r"the image processor has patch_size = 16, but config.json says 14"):
+    with pytest.raises(ConfigError, match=r"the image processor has patch_size = 16, but config.json has 14"):
         load_preprocessor(directory)
 
 

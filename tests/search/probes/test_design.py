@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.schedule import look_steps
-from mars_jax.search.probes.design import plan_lanes, rank_vectors
+from mars_jax.lanes.schedule import eval_steps
+from mars_jax.search.probes.design import plan_lanes, probed_vectors, rank_vectors
 
 RANKS = st.lists(st.integers(1, 64), min_size=1, max_size=5, unique=True).map(sorted)
 GRIDS = st.dictionaries(st.sampled_from(["vision", "projector", "llm"]), RANKS, min_size=1)
@@ -47,7 +47,7 @@ def test_a_module_with_one_rank_is_not_searched():
 
 @given(GRIDS, st.lists(st.integers(1, 999), min_size=1, max_size=3, unique=True), st.integers(1, 3), st.booleans())
 def test_lanes_are_unique_and_every_rank_meets_every_size_and_seed(grids, sizes, seeds, single):
-    lanes = plan_lanes(grids, sizes, seeds, single_module=single)
+    lanes = plan_lanes(probed_vectors(grids, single_module=single), sizes, seeds)
     assert len({lane.name for lane in lanes}) == len(lanes)
     for module, ranks in grids.items():
         cells = {(lane.ranks[module], lane.num_samples, lane.seed) for lane in lanes}
@@ -59,7 +59,7 @@ def test_lanes_are_unique_and_every_rank_meets_every_size_and_seed(grids, sizes,
 
 def test_single_module_lanes_adapt_one_searched_module_with_every_rank():
     grids = {"vision": [2, 4], "projector": [16], "llm": [8, 16]}
-    lanes = plan_lanes(grids, [64], 1, single_module=True)
+    lanes = plan_lanes(probed_vectors(grids, single_module=True), [64], 1)
     single = [dict(lane.ranks) for lane in lanes if len(lane.adapted) == 1]
     assert single == [
         {"vision": 2, "projector": 0, "llm": 0},
@@ -67,17 +67,17 @@ def test_single_module_lanes_adapt_one_searched_module_with_every_rank():
         {"vision": 0, "projector": 0, "llm": 8},
         {"vision": 0, "projector": 0, "llm": 16},
     ]
-    assert len(lanes) == 4 + len(plan_lanes(grids, [64], 1, single_module=False))
+    assert len(lanes) == 4 + len(plan_lanes(probed_vectors(grids), [64], 1))
 
 
 def test_single_module_lanes_were_planned_twice_where_the_others_are_frozen_anyway():
-    lanes = plan_lanes({"vision": [0], "llm": [4, 8, 16]}, [64], 1, single_module=True)
+    lanes = plan_lanes(probed_vectors({"vision": [0], "llm": [4, 8, 16]}, single_module=True), [64], 1)
     assert sorted(lane.ranks["llm"] for lane in lanes) == [4, 8, 16]
 
 
 @given(horizon=st.integers(1, 100_000), n=st.integers(1, 12), first=st.integers(1, 32))
 def test_looks_are_log_spaced_from_the_first_to_the_horizon(horizon, n, first):
-    looks = look_steps(horizon, n, first)
+    looks = eval_steps(horizon, n, first)
     assert looks == sorted(set(looks))
     assert looks[0] == 0
     assert looks[-1] == horizon

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from mars_jax.config.load import load_config
 from mars_jax.data.batches import nested_stream, subset
 from mars_jax.errors import ConfigError
+from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.schedule import look_steps
+from mars_jax.lanes.schedule import eval_steps
 from mars_jax.laws.convergence.base import ConvergenceRule
-from mars_jax.search.probes.design import planned_lanes, readings
+from mars_jax.search.probes.design import planned_lanes, prefixes
 from mars_jax.search.probes.records import lane_records
 from tests.helpers import tiny_job, tiny_lanes
-from tests.helpers.tiny_lanes import LANES, schedule
+from tests.helpers.tiny_lanes import LANES, assert_same_points, schedule
 
 BATCH = 2
 SIZES = (8, 16, 32)
@@ -78,19 +79,19 @@ def single_pass(sizes):
     """The lanes after one pass over the largest of these sizes."""
     steps = sizes[-1] // BATCH
     stream = nested_stream(Pictures(), range(sizes[-1]), sizes, seed=3, batch_size=BATCH)
-    timing = schedule(look_steps(steps, tiny_lanes.LOOKS_PER_DOUBLING), looks_per_doubling=2)
+    timing = schedule(eval_steps(steps, tiny_lanes.LOOKS_PER_DOUBLING), per_doubling=2)
     return tiny_lanes.run(LANES, tiny_lanes.padded_engine(), timing, stream=stream)
 
 
 def test_a_lane_read_at_each_size_is_the_separate_single_pass_over_that_size_bit_for_bit():
     nested = single_pass(SIZES)
-    assert [row["step"] for row in nested.rows[0]] == [0, 4, 6, 8, 11, 16]
+    assert [row.step for row in nested.points[0]] == [0, 4, 6, 8, 11, 16]
     for number, size in enumerate(SIZES):
         separate = single_pass(SIZES[: number + 1])
-        for rows, nested_rows in zip(separate.rows, nested.rows, strict=True):
-            read = [row for row in nested_rows if row["step"] <= size // BATCH]
-            assert read[-1]["step"] == size // BATCH
-            np.testing.assert_equal(read, rows)
+        for rows, nested_rows in zip(separate.points, nested.points, strict=True):
+            read = [row for row in nested_rows if row.step <= size // BATCH]
+            assert read[-1].step == size // BATCH
+            assert_same_points(read, rows)
 
 
 # The settings of a search.
@@ -106,7 +107,7 @@ def test_a_search_plans_lanes_of_the_largest_size_and_reads_each_at_every_size(t
     lanes = planned_lanes(nested)
     separate = planned_lanes(config(tmp_path, "probe.num_samples=[16, 32, 64]", "probe.sampling=separate"))
     assert {lane.num_samples for lane in lanes} == {64}
-    reads = [read for lane in lanes for read in readings(nested, lane)]
+    reads = [read for lane in lanes for read in prefixes(nested, lane)]
     assert [steps for _, steps in reads[:3]] == [16, 8, 4]
     assert sorted(read.name for read, _ in reads) == sorted(lane.name for lane in separate)
     assert nested.probe.horizon == 16
@@ -116,20 +117,20 @@ def test_a_lane_that_diverges_late_is_sound_at_the_sizes_before(tmp_path):
     lane = Lane({"llm": 4}, 64, 0)
     losses = {0: 4.0, 4: 3.0, 8: 2.5, 11: np.nan}
     rows = [
-        {
-            "step": step,
-            "validation_loss": loss,
-            "update_norm": {"llm": float(step)},
-            "drift": {"llm": 0.9},
-            "alive": np.isfinite(loss),
-            "reason": None if np.isfinite(loss) else "the loss was not finite between steps 8 and 11",
-        }
+        EvalPoint(
+            step,
+            loss,
+            update_norm={"llm": float(step)},
+            drift={"llm": 0.9},
+            alive=bool(np.isfinite(loss)),
+            reason=None if np.isfinite(loss) else "the loss was not finite between steps 8 and 11",
+        )
         for step, loss in losses.items()
     ]
-    reads = readings(config(tmp_path, "probe.num_samples=[16, 32, 64]"), lane)
-    curves = [[row for row in rows if row["step"] <= steps] for _, steps in reads]
+    reads = prefixes(config(tmp_path, "probe.num_samples=[16, 32, 64]"), lane)
+    curves = [[row for row in rows if row.step <= steps] for _, steps in reads]
     records = lane_records([read for read, _ in reads], curves, ConvergenceRule("drift", 0.5, 1), {"llm": 1.0})
-    assert [(r["num_samples"], r["status"], r["best_loss"]) for r in records] == [
+    assert [(r.num_samples, r.status, r.best_loss) for r in records] == [
         (64, "diverged", 2.5),
         (32, "horizon", 2.5),
         (16, "horizon", 3.0),
@@ -141,11 +142,14 @@ def test_a_lane_that_diverges_late_is_sound_at_the_sizes_before(tmp_path):
     [
         (
             "probe.num_samples=[16, 48, 64]",
-            "reads one pass over 64 samples at each of num_samples, which must be it halved",
+            "from one pass over 64 samples, so each must be 64 halved any number of times",
         ),
-        ("probe.num_samples=[16, 21]", "multiples of batch_size 4"),
-        ("probe.num_samples=[18, 36]", "multiples of batch_size 4; seen 18"),
-        ("probe.num_samples=[8, 16, 32]", "after at least 4 batches of 4 samples, for the first look; seen 8"),
+        ("probe.num_samples=[16, 21]", "21 halved any number of times, and a multiple of batch_size 4; seen 16"),
+        ("probe.num_samples=[18, 36]", "a multiple of batch_size 4; seen 18"),
+        (
+            "probe.num_samples=[8, 16, 32]",
+            "at least 4 batches of 4 samples in each of num_samples, for the first eval point; seen 8",
+        ),
     ],
 )
 def test_sizes_that_one_pass_cannot_be_read_at_are_refused(tmp_path, override, text):
@@ -182,9 +186,8 @@ def test_a_nested_search_records_every_lane_at_every_size(tmp_path):
     for record in records:
         assert record["steps"] == record["num_samples"] // 4
         assert record["lane"].endswith(f"-D{record['num_samples']}-s0")
-    own = dict.fromkeys(
-        ("lane", "remaining", "interaction", "hybrids")
-    )  # what remained is told from the best look up to each size
+    # What remained is measured from the best eval point up to each size.
+    own = dict.fromkeys(("lane", "remaining", "interaction", "hybrids"))
     rows = {name: [{**row, **own} for row in curves if row["lane"] == name] for name in (*small, *large)}
     for record in records:
         at_best = [

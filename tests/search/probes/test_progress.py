@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
+from mars_jax.job.status import run_status
 from mars_jax.runtime.jsonfiles import write_json
 from tests.helpers import killable_job
 from tests.helpers.killable_job import LANES, STEPS, Job, assert_alike, error_of, lines, wait_for
@@ -20,9 +22,9 @@ def job(tmp_path_factory) -> Job:
 
 def test_progress_of_a_process_that_is_gone_is_not_shown(tmp_path):
     run = RunDirectory(tmp_path)
-    write_json(run.state_file, {"phases": {"probe": {"status": "running", "inputs_hash": "h", "started": "now"}}})
-    write_json(run.progress_file, {"phase": "probe", "lanes": {"done": 0, "running": 6, "queued": 12}})
-    status = run.status(json.loads)
+    write_json((run / files.STATE), {"phases": {"probe": {"status": "running", "inputs_hash": "h", "started": "now"}}})
+    write_json((run / files.PROGRESS), {"phase": "probe", "lanes": {"done": 0, "running": 6, "queued": 12}})
+    status = run_status(run, json.loads)
     assert status["progress"] is None
     assert status["phases"]["probe"]["status"] == "interrupted"
 
@@ -34,8 +36,8 @@ def stopped_at(run: RunDirectory, number: signal.Signals, code: int, out: str, e
         rf"stopped by {number.name}: a checkpoint of step (\d+) was saved; run the same command again to go on",
         error_of(out, err),
     )
-    assert run.state()["phases"]["probe"]["status"] == "interrupted"
-    (group,) = run.probe_checkpoints.iterdir()
+    assert run.book.state()["phases"]["probe"]["status"] == "interrupted"
+    (group,) = (run / files.PROBE_CHECKPOINTS).iterdir()
     assert max(int(path.name) for path in group.iterdir()) == int(said[1])
     return int(said[1])
 
@@ -44,21 +46,21 @@ def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit_and_tells_what_is_true(
     run = RunDirectory(tmp_path / "run")
     group = LANES // 2
     process = job.start("probe", run.path)
-    wait_for(process, lambda: len(lines(run.lanes_file)) == group)
+    wait_for(process, lambda: len(lines(run / files.LANES)) == group)
     process.send_signal(signal.SIGTERM)  # as the second group begins
     out, err = process.communicate()
     stopped_at(run, signal.SIGTERM, process.returncode, out, err)
     step_before = stopped_at(run, signal.SIGINT, *job.stop("probe", run.path, signal.SIGINT))
     assert 0 < step_before < STEPS
-    run.progress_file.unlink()
+    (run / files.PROGRESS).unlink()
 
     told = []
     process = job.start("probe", run.path)
     while process.poll() is None:
-        text = run.progress_file.read_text() if run.progress_file.exists() else None
+        text = (run / files.PROGRESS).read_text() if (run / files.PROGRESS).exists() else None
         if text and (not told or json.loads(text) != told[-1]):
             told.append(json.loads(text))
-            assert run.status(pytest.fail)["process"] in (process.pid, None)
+            assert run_status(run, pytest.fail)["process"] in (process.pid, None)
         time.sleep(0.002)
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -75,12 +77,12 @@ def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit_and_tells_what_is_true(
         assert progress["lane_steps"] == {"done": steps, "total": LANES * STEPS}
         assert progress["memory_bytes"] > 2**26
     assert (told[-1]["lanes"]["done"], told[-1]["step"]) == (LANES, STEPS)
-    best = {json.loads(line)["lane"]: json.loads(line)["validation_loss"] for line in lines(run.curves_file)}
+    best = {json.loads(line)["lane"]: json.loads(line)["validation_loss"] for line in lines(run / files.CURVES)}
     assert told[-1]["validation_loss"] == min(list(best.values())[group:])
 
-    events = [json.loads(line) for line in lines(run.events_file)]
+    events = [json.loads(line) for line in lines(run / files.EVENTS)]
     groups = [event for event in events if event["event"] == "group"]
-    recorded = [json.loads(line)["lane"] for line in lines(run.lanes_file)]
+    recorded = [json.loads(line)["lane"] for line in lines(run / files.LANES)]
     assert [lane for event in groups for lane in event["lanes"]] == recorded
     assert len(set(recorded)) == LANES
     for event in groups:

@@ -9,24 +9,26 @@ import jax
 import numpy as np
 import pytest
 
+from mars_jax.adapters.vector import Fixed
 from mars_jax.errors import DataError, Interrupted
+from mars_jax.lanes.eval_points import ModuleSwaps
+from mars_jax.lanes.inputs import LaneInputs
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.losses import losses_of
-from mars_jax.lanes.schedule import Schedule, look_steps
+from mars_jax.lanes.schedule import Schedule, eval_steps
 from mars_jax.lanes.snapshots import Snapshots
 from mars_jax.lanes.step import mean_loss
-from mars_jax.laws.convergence.base import ConvergenceRule
-from mars_jax.laws.convergence.registry import converge
+from mars_jax.laws.convergence.base import ConvergenceRule, converge
 from mars_jax.runtime.checkpoint import Checkpoints
 from mars_jax.runtime.trees import flatten, unflatten
-from mars_jax.search.probes.swaps import Reading, count_hybrids, hybrids, parties, remaining_losses, what_remains
+from mars_jax.search.probes.swaps import Prefix, count_swaps, module_swaps, swap_groups, swapped, what_remains
 from tests.helpers import least_model
 from tests.helpers.least_model import Numbers, TwoLinears
 from tests.helpers.tiny_lanes import schedule
 
 RULE = ConvergenceRule("splice", 0.1, 3)
 STEPS = np.concatenate([[0], np.geomspace(4, 1024, 33)])
-LOOKS = look_steps(16, 2)
+LOOKS = eval_steps(16, 2)
 LANES = [
     Lane({"vision": 4, "llm": 2}, 8, 1),
     Lane({"vision": 1, "llm": 4}, 8, 1),
@@ -46,29 +48,29 @@ def subsets(modules):
 def test_what_remains_for_a_module_is_what_putting_it_back_costs_the_best_adapters():
     worth = {"vision": 0.5, "projector": 0.1, "llm": 2.0}
     losses = {some: 1.0 + sum(worth[m] for m in worth if m not in some) for some in [*subsets(worth)]}
-    read = {some: losses[some] for some in (frozenset(), *hybrids(list(worth)), frozenset(worth))}
+    read = {some: losses[some] for some in (frozenset(), *swapped(list(worth)), frozenset(worth))}
     found = what_remains(read)
-    assert found.of == pytest.approx(worth)
+    assert found.remaining == pytest.approx(worth)
     assert found.interaction == pytest.approx(0.0, abs=1e-12)
 
 
 def test_modules_that_only_work_together_have_each_the_whole_to_lose():
     losses = {some: 1.0 if len(some) == 2 else 3.0 for some in subsets(["vision", "llm"])}
     found = what_remains(losses)
-    assert found.of == {"vision": 2.0, "llm": 2.0}
+    assert found.remaining == {"vision": 2.0, "llm": 2.0}
     # L(t,T) + L(T,t) - L(t,t) - L(T,T)
     assert found.interaction == 3.0 + 3.0 - 3.0 - 1.0
 
 
 def test_a_module_that_trains_alone_has_all_that_the_lane_has():
     found = what_remains({frozenset(): 3.0, frozenset({"llm"}): 1.0})
-    assert (found.of, found.interaction) == ({"llm": 2.0}, 0.0)
+    assert (found.remaining, found.interaction) == ({"llm": 2.0}, 0.0)
 
 
 def test_what_a_module_does_among_modules_that_have_not_learned_was_taken_for_its_own():
     # The encoder alone takes 5 nats off a language model that doesn't know the words, and 0.1 off one that does.
     losses = dict(zip(subsets(["vision", "llm"]), (8.0, 3.0, 0.6, 0.5), strict=True))
-    assert what_remains(losses).of["vision"] == pytest.approx(0.1)
+    assert what_remains(losses).remaining["vision"] == pytest.approx(0.1)
 
 
 # The rule.
@@ -135,18 +137,15 @@ def spliced(snapshots, timing: Schedule, rates=RATES, **changes):
     engine = least_model.engine()
     result = least_model.run(LANES, rates, timing, snapshots=snapshots, **changes)
     readings = [
-        Reading(k, parties(lane.adapted, RATES), rows)
-        for k, (lane, rows) in enumerate(zip(LANES, result.rows, strict=True))
+        Prefix(k, swap_groups(lane.adapted, RATES), rows)
+        for k, (lane, rows) in enumerate(zip(LANES, result.points, strict=True))
     ]
     read = partial(
         losses_of,
         engine=engine,
         state=result.state,
-        base=least_model.base(),
-        batch=Numbers(0)[0],
-        validation=VALIDATION,
+        inputs=LaneInputs(least_model.base(), Numbers(0), VALIDATION, rates),
         chunk_steps=timing.chunk_steps,
-        look_batches=1,
     )
     seen = []
 
@@ -154,9 +153,9 @@ def spliced(snapshots, timing: Schedule, rates=RATES, **changes):
         seen.extend(losses := read(adapters))
         return losses
 
-    found = remaining_losses(engine, result, snapshots, readings, counted)
-    assert len(seen) == count_hybrids(readings)
-    return result.rows, found
+    found = module_swaps(engine, result, snapshots, readings, counted)
+    assert len(seen) == count_swaps(readings)
+    return result.points, found
 
 
 @pytest.fixture
@@ -170,11 +169,11 @@ def test_what_remains_is_that_of_adapters_mixed_by_hand(snapshots):
     layout = least_model.engine().layout
     loss = jax.jit(lambda adapters: mean_loss(TwoLinears(), least_model.base(), adapters, Numbers(99)[0]))
     lane, look = LANES[0], 2
-    best = min(range(len(LOOKS)), key=lambda i: rows[0][i]["validation_loss"])
+    best = min(range(len(LOOKS)), key=lambda i: rows[0][i].validation_loss)
     assert best > look
 
     def adapters(step):
-        tree = layout.adapters(snapshots.read(step, 0), dict.fromkeys(RATES, 2.0))
+        tree = layout.adapters(snapshots.read(step, 0), Fixed({module: {"scale": 2.0} for module in RATES}, {}))
         return flatten(tree)
 
     early, late = adapters(LOOKS[look]), adapters(LOOKS[best])
@@ -191,42 +190,43 @@ def test_what_remains_is_that_of_adapters_mixed_by_hand(snapshots):
         )
         for some in subsets(lane.adapted)
     }
-    assert losses[frozenset()] == pytest.approx(rows[0][look]["validation_loss"], abs=1e-5)
-    expected = what_remains({some: losses[some] for some in found[0][look].losses})
-    assert found[0][look].of == pytest.approx(expected.of, abs=2e-5)
+    assert losses[frozenset()] == pytest.approx(rows[0][look].validation_loss, abs=1e-5)
+    assert set(found[0][look].losses) == {"", "vision", "llm", "llm+vision"}
+    expected = what_remains(losses)
+    assert found[0][look].remaining == pytest.approx(expected.remaining, abs=2e-5)
     assert found[0][look].interaction == pytest.approx(expected.interaction, abs=2e-5)
-    assert len({round(nats, 4) for nats in expected.of.values()}) == 2
+    assert len({round(nats, 4) for nats in expected.remaining.values()}) == 2
     assert abs(expected.interaction) > 1e-4
 
 
 def test_what_remains_and_the_interaction_add_up_and_end_at_zero(snapshots):
     rows, found = spliced(snapshots, schedule(LOOKS))
     for lane, lane_rows, remaining in zip(LANES, rows, found, strict=True):
-        losses = [row["validation_loss"] for row in lane_rows]
+        losses = [row.validation_loss for row in lane_rows]
         best = int(np.argmin(losses))
-        assert [left is None for left in remaining] == [i > best for i in range(len(losses))]
+        assert [left == ModuleSwaps() for left in remaining] == [i > best for i in range(len(losses))]
         for loss, left in zip(losses[: best + 1], remaining, strict=False):
-            assert sorted(left.of) == sorted(lane.adapted)
-            assert sum(left.of.values()) - left.interaction == pytest.approx(loss - losses[best], abs=1e-6)
-        assert set(remaining[best].of.values()) == {0.0}
+            assert sorted(left.remaining) == sorted(lane.adapted)
+            assert sum(left.remaining.values()) - left.interaction == pytest.approx(loss - losses[best], abs=1e-6)
+        assert set(remaining[best].remaining.values()) == {0.0}
 
 
 def test_there_is_a_hybrid_for_each_of_two_or_more_modules():
-    assert [len(hybrids("abcd"[:count])) for count in (1, 2, 3, 4)] == [0, 2, 3, 4]
+    assert [len(swapped("abcd"[:count])) for count in (1, 2, 3, 4)] == [0, 2, 3, 4]
 
 
 def test_modules_that_are_not_searched_are_switched_with_the_first_that_is():
     every = ["vision", "projector", "llm"]
-    assert parties(every, ["vision", "llm"]) == {"vision": ["vision", "projector"], "llm": ["llm"]}
-    assert parties(every, ["llm"]) == {"llm": ["llm", "vision", "projector"]}
-    assert parties(["projector", "llm"], ["vision", "llm"]) == {"llm": ["llm", "projector"]}
-    assert parties(["projector"], ["vision", "llm"]) == {"projector": ["projector"]}
-    assert parties(every, every) == {module: [module] for module in every}
+    assert swap_groups(every, ["vision", "llm"]) == {"vision": ["vision", "projector"], "llm": ["llm"]}
+    assert swap_groups(every, ["llm"]) == {"llm": ["llm", "vision", "projector"]}
+    assert swap_groups(["projector", "llm"], ["vision", "llm"]) == {"llm": ["llm", "projector"]}
+    assert swap_groups(["projector"], ["vision", "llm"]) == {"projector": ["projector"]}
+    assert swap_groups(every, every) == {module: [module] for module in every}
 
 
 def test_a_lane_that_diverged_has_nothing_to_split(snapshots):
     _, found = spliced(snapshots, schedule(LOOKS), rates=dict.fromkeys(RATES, math.nan))
-    assert all(left is None for remaining in found for left in remaining)
+    assert all(left == ModuleSwaps() for remaining in found for left in remaining)
 
 
 def test_a_group_that_was_stopped_splices_as_one_that_was_not(snapshots, tmp_path):

@@ -1,7 +1,7 @@
-"""Pictures to tiles, and the order in which an image's features enter the LLM (LLaVA-OneVision's "anyres" tiling).
+"""Any-resolution tiling of LLaVA-OneVision: tiles of a picture, and the order of its features in the LLM's input.
 
-Tiling is transformers' numpy processor. The order of features is worked out here in numpy, from the picture's size
-alone, as a gather. Nothing here runs a model.
+Tiles are cut by transformers' numpy processor. The order of features is computed here in numpy as gather indices, from
+the picture's size alone.
 """
 
 import math
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,22 +17,19 @@ from PIL import Image
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.models.families.llava.config import LlavaOnevisionConfig
-from mars_jax.models.families.pictures import NEWLINE, ImageTokens, Size, gathered
-from mars_jax.models.families.processors import load_processor
-
-if TYPE_CHECKING:
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from mars_jax.models.families.pictures import NEWLINE, ImageTokens, Size, gathered, refuse_max_pixels
+from mars_jax.models.families.processors import ImageProcessor, load_processor
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What decides how many tiles and tokens a picture becomes.
+    """Settings that determine the number of tiles and tokens of a picture.
 
     Attributes:
         image_size: side of a tile in pixels.
         patch_size: side of a patch in pixels.
-        image_grid_pinpoints: (height, width) of the canvases a picture may be fitted into, multiples of `image_size`.
-        max_patches: N of `anyres_max_N`: a picture of more than about N tiles' worth of features is scaled down.
+        image_grid_pinpoints: (height, width) of the canvases that pictures are fitted into, multiples of `image_size`.
+        max_patches: N of `anyres_max_N`: features are scaled down if there are more than those of about N tiles.
     """
 
     image_size: int
@@ -53,10 +49,10 @@ class Geometry:
 
     @classmethod
     def from_config(cls, config: LlavaOnevisionConfig, source: str = "config.json") -> "Geometry":
-        """What of a checkpoint's configuration concerns pictures.
+        """The geometry in a checkpoint's configuration.
 
         Raises:
-            ConfigError: a setting that this version does not implement.
+            ConfigError: a setting is not implemented.
         """
         match = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
         if match is None:
@@ -64,10 +60,10 @@ class Geometry:
                 f"{source}: vision_aspect_ratio is {config.vision_aspect_ratio!r}; only 'anyres_max_N' is supported."
             )
         side, pinpoints = config.vision.image_size, config.image_grid_pinpoints
-        odd = [point for point in pinpoints if point[0] % side or point[1] % side]
-        if odd:
+        misfits = [point for point in pinpoints if point[0] % side or point[1] % side]
+        if misfits:
             raise ConfigError(
-                f"{source}: image_grid_pinpoints has {list(odd[0])}; every height and width must be a multiple of "
+                f"{source}: image_grid_pinpoints has {list(misfits[0])}; every height and width must be a multiple of "
                 f"vision_config.image_size = {side}."
             )
         return cls(side, config.vision.patch_size, pinpoints, int(match.group(1)))
@@ -75,23 +71,23 @@ class Geometry:
 
 @lru_cache(maxsize=64)
 def image_tokens(height: int, width: int, geometry: Geometry) -> ImageTokens:
-    """Which features, in which order, a single picture of this size gives to the LLM.
+    """The image tokens of a single picture.
 
     First the P patches of the thumbnail tile, then the rows of the fitted picture: tiles joined, padding cut off, a
-    newline vector after each row. If more than 1.1^2 `max_patches` tiles' worth of features are left, they are scaled
-    down bilinearly (half-pixel centres, no antialiasing). This is the "higher AnyRes" of
-    LLaVA-OneVision (arXiv 2408.03326), with the rounding of transformers' `pack_image_features`.
+    newline vector after each row. If more features remain than 1.1^2 `max_patches` tiles have, they are scaled down
+    bilinearly (half-pixel centres, no antialiasing). This is the "higher AnyRes" of LLaVA-OneVision
+    (arXiv 2408.03326), with the rounding of transformers' `pack_image_features`.
 
     Args:
-        height: pixels of the upright picture.
-        width: pixels of the upright picture.
-        geometry: of the checkpoint.
+        height: height of the upright picture in pixels.
+        width: width of the upright picture in pixels.
+        geometry: geometry of the checkpoint.
 
     Returns:
-        Read-only arrays; one result is shared by all pictures of the same size.
+        Tokens with read-only arrays, shared by all pictures of the same size.
 
     Raises:
-        DataError: the picture is so thin that no row or column of it is left.
+        DataError: the picture is so thin that no row or column of it remains.
     """
     canvas = _best_canvas(height, width, geometry.image_grid_pinpoints)
     side, patches = geometry.grid_size, geometry.num_patches
@@ -121,7 +117,7 @@ def image_tokens(height: int, width: int, geometry: Geometry) -> ImageTokens:
 
 
 def _best_canvas(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The canvas that keeps most of the picture's pixels, and among those the one that wastes least."""
+    """The canvas that keeps most pixels of the picture; among equals, the one with least padding."""
 
     def kept_and_unwasted(canvas: tuple[int, int]) -> tuple[int, int]:
         scale = min(canvas[1] / width, canvas[0] / height)
@@ -135,10 +131,10 @@ def _best_canvas(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]
 
 
 def _unpad(grid: NDArray[np.int64], height: int, width: int) -> NDArray[np.int64]:
-    """Cuts off the rows or columns of features [rows, columns] that only saw padding."""
+    """Removes the rows or columns of features [rows, columns] that cover only padding."""
     rows, columns = grid.shape
     if width / height > columns / rows:
-        # Rounded to 7 digits before the cut to an integer, and in this order, because transformers does so.
+        # Rounded to 7 digits before truncation to an integer, in this order, as in transformers.
         kept = int(round(height * (columns / width), 7))
         padding = (rows - kept) // 2
         return grid[padding : rows - padding]
@@ -148,7 +144,7 @@ def _unpad(grid: NDArray[np.int64], height: int, width: int) -> NDArray[np.int64
 
 
 def _bilinear(grid: NDArray[np.int64], size: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Corners and weights [*size, 4] that scale `grid` down to `size`."""
+    """Feature rows and weights [*size, 4] that scale `grid` down to `size`."""
     (top, bottom, down), (left, right, across) = (_linear(old, new) for old, new in zip(grid.shape, size, strict=True))
     index = np.stack([grid[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)], axis=-1)
     weight = np.stack([np.outer(y, x) for y in (1 - down, down) for x in (1 - across, across)], axis=-1)
@@ -156,7 +152,7 @@ def _bilinear(grid: NDArray[np.int64], size: tuple[int, int]) -> tuple[NDArray[n
 
 
 def _linear(old: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Per output sample: lower neighbour, upper neighbour, and the upper one's weight."""
+    """Lower neighbour, upper neighbour, and weight of the upper one for each output sample, [new] each."""
     position = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
     lower = np.minimum(position.astype(np.int64), old - 1)
     return lower, np.minimum(lower + 1, old - 1), position - lower
@@ -165,25 +161,25 @@ def _linear(old: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.int64], N
 def _too_thin(height: int, width: int) -> DataError:
     return DataError(
         f"a picture of height {height} and width {width} is too thin: scaled to fit the model's tiles, nothing of it "
-        "is left. Crop or pad it."
+        "remains. Crop or pad it."
     )
 
 
 @lru_cache(maxsize=8)
 def _one_tile(num_patches: int) -> ImageTokens:
-    """The image tokens of one of several pictures: its patches as they are, and a newline vector."""
+    """The image tokens of one of several pictures: its patches, and a newline vector."""
     return gathered(np.append(np.arange(num_patches), NEWLINE), 1)
 
 
 class AnyresPictures:
     """LLaVA-OneVision's `Pictures`: tiles are `pixels` float32 [N, 3, H, W].
 
-    A picture that is alone in its record is cut into tiles, a thumbnail first; each of several is one tile.
+    The picture of a record with one picture is cut into tiles, a thumbnail first; otherwise each picture is one tile.
     """
 
-    def __init__(self, geometry: Geometry, processor: "LlavaOnevisionImageProcessorPil") -> None:
+    def __init__(self, geometry: Geometry, processor: ImageProcessor) -> None:
         self.geometry = geometry
-        self._processor: Any = processor  # its annotations leave out lists of lists
+        self._processor = processor
 
     @property
     def rows_per_tile(self) -> int:
@@ -196,17 +192,17 @@ class AnyresPictures:
             return (image_tokens(*sizes[0], self.geometry),)
         return (_one_tile(self.geometry.num_patches),) * len(sizes)
 
-    def tiles(self, images: Sequence[Image.Image]) -> dict[str, NDArray[Any]]:
+    def tiles(self, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
         """Scaled and normalised tiles, one picture after the other."""
-        made = self._processor([list(images)], return_tensors="np")["pixel_values"]
-        return {"pixels": np.concatenate([np.asarray(tiles, np.float32) for tiles in made])}
+        by_picture = self._processor([list(images)], return_tensors="np")["pixel_values"]
+        return {"pixels": np.concatenate([np.asarray(tiles, np.float32) for tiles in by_picture])}
 
-    def torch_inputs(self, records: Sequence[Sequence[Image.Image]]) -> dict[str, NDArray[Any]]:
+    def torch_inputs(self, records: Sequence[Sequence[Image.Image]]) -> dict[str, np.ndarray]:
         """`pixel_values`, `image_sizes` and `batch_num_images`."""
         return dict(self._processor([list(images) for images in records], return_tensors="np"))
 
-    def padding(self, count: int) -> dict[str, NDArray[Any]]:
-        """Mean grey."""
+    def padding(self, count: int) -> dict[str, np.ndarray]:
+        """Tiles of zeros: mean grey."""
         return {"pixels": np.zeros((count, 3, self.geometry.image_size, self.geometry.image_size), np.float32)}
 
 
@@ -214,7 +210,7 @@ def load_anyres_pictures(directory: Path, geometry: Geometry) -> AnyresPictures:
     """Reads the image processor of a checkpoint folder.
 
     Raises:
-        ConfigError: the folder has no processor, or one that does not cut tiles the way `geometry` counts them.
+        ConfigError: the folder has no processor, or its settings differ from `geometry`.
     """
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -226,7 +222,20 @@ def load_anyres_pictures(directory: Path, geometry: Geometry) -> AnyresPictures:
     ):
         if seen != expected:
             raise ConfigError(
-                f"{directory}: the image processor has {name} = {seen}, but config.json says {expected}. The files "
+                f"{directory}: the image processor has {name} = {seen}, but config.json has {expected}. The files "
                 "come from different checkpoints; copy both from one."
             )
     return AnyresPictures(geometry, processor)
+
+
+def load_onevision_pictures(
+    directory: Path, config: LlavaOnevisionConfig, max_pixels: int | None = None
+) -> AnyresPictures:
+    """Reads the image processor of a checkpoint folder.
+
+    Raises:
+        ConfigError: as `load_anyres_pictures` and `Geometry.from_config`; or a limit of pixels is set, which would have
+            no effect.
+    """
+    refuse_max_pixels(directory, config, max_pixels)
+    return load_anyres_pictures(directory, Geometry.from_config(config, str(directory / "config.json")))

@@ -1,7 +1,8 @@
 """Configurations of LLaVA-1.5 and LLaVA-OneVision."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, TypedDict
 
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import TextConfig, VisionConfig
@@ -9,6 +10,7 @@ from mars_jax.models.families.hf_json import (
     TEXT_KEYS,
     VISION_KEYS,
     Json,
+    Part,
     read_image_token,
     read_parts,
     read_text_config,
@@ -19,11 +21,11 @@ from mars_jax.models.families.hf_json import (
 
 @dataclass(frozen=True, slots=True)
 class LlavaConfig:
-    """LLaVA-1.5 (arXiv 2310.03744) and its kin: an encoder and a decoder joined by a two-layer projector.
+    """LLaVA-1.5 (arXiv 2310.03744) and variants: an encoder and a decoder joined by a two-layer projector.
 
     Attributes:
-        vision_feature_layers: hidden states of the encoder that the projector reads side by side; 0: the embeddings.
-        drop_first: whether image tokens leave out the first token of a tile, as the strategy "default" does.
+        vision_feature_layers: indices of the hidden states that are concatenated for the projector; 0: the embeddings.
+        drop_first: whether the first token of a tile gives no image token: `vision_feature_select_strategy` "default".
     """
 
     family: ClassVar[str] = "llava"
@@ -38,13 +40,31 @@ class LlavaConfig:
 
     @property
     def num_vision_layers_used(self) -> int:
-        """Encoder layers that reach the projector."""
+        """Number of encoder layers whose output reaches the projector."""
         return max(self.vision_feature_layers)
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the concatenated hidden states."""
+        return self.vision.hidden_size * len(self.vision_feature_layers)
+
+    @property
+    def trimmed_settings(self) -> Mapping[str, object]:
+        """The number of layers in use, and the indices of hidden states counted from the first."""
+        layers = list(self.vision_feature_layers)
+        return {
+            "vision_config.num_hidden_layers": self.num_vision_layers_used,
+            "vision_feature_layer": layers if len(layers) > 1 else layers[0],
+        }
+
+    def with_all_vision_layers(self) -> Self:
+        """The same architecture, with the last hidden state in use."""
+        return replace(self, vision_feature_layers=(self.vision.num_layers,))
 
 
 @dataclass(frozen=True, slots=True)
 class LlavaOnevisionConfig(LlavaConfig):
-    """The same, with pictures cut into tiles, and a learned vector at the end of a row of features."""
+    """LLaVA-OneVision (arXiv 2408.03326): as LLaVA, with pictures cut into tiles and a newline vector."""
 
     family: ClassVar[str] = "llava_onevision"
 
@@ -58,8 +78,8 @@ _DEFAULT_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) f
 def read_llava(config: Json, source: str) -> LlavaConfig:
     """Reads the `config.json` of a LLaVA-1.5."""
     kinds, strategies = ("clip_vision_model", "siglip_vision_model", "dinov2"), ("default", "full")
-    parts = _llava_parts(config, source, "llama", kinds, strategies, strategy="default", layer=-2, token=32000)
-    return LlavaConfig(**parts)
+    common = _common_settings(config, source, "llama", kinds, strategies, strategy="default", layer=-2, token=32000)
+    return LlavaConfig(**common)
 
 
 def read_llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
@@ -67,13 +87,25 @@ def read_llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
     pinpoints = config.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS
     kinds = ("siglip_vision_model",)
     return LlavaOnevisionConfig(
-        **_llava_parts(config, source, "qwen2", kinds, ("full",), strategy="full", layer=-1, token=151646),
+        **_common_settings(config, source, "qwen2", kinds, ("full",), strategy="full", layer=-1, token=151646),
         image_grid_pinpoints=tuple((int(height), int(width)) for height, width in pinpoints),
         vision_aspect_ratio=config.get("vision_aspect_ratio", "anyres_max_9"),
     )
 
 
-def _llava_parts(
+class _CommonSettings(TypedDict):
+    """Arguments that the configurations of all LLaVA families have."""
+
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int
+    vision_feature_layers: tuple[int, ...]
+    drop_first: bool
+    projector_activation: str
+    projector_bias: bool
+
+
+def _common_settings(
     config: Json,
     source: str,
     decoder: str,
@@ -83,22 +115,22 @@ def _llava_parts(
     strategy: str,
     layer: int,
     token: int,
-) -> dict[str, Any]:
-    """What the LLaVA families have in common, as arguments of their configurations.
+) -> _CommonSettings:
+    """Reads the settings that the LLaVA families have in common.
 
     Args:
         config: the parsed file.
-        source: where it came from.
-        decoder: the one where the file doesn't say.
-        kinds: the encoders that are supported, first the one where the file doesn't say.
-        strategies: those of `vision_feature_select_strategy` that are supported.
-        strategy: the default.
-        layer: the default of `vision_feature_layer`.
-        token: the default of `image_token_index`.
+        source: path of the file, for error messages.
+        decoder: default `model_type` of the decoder.
+        kinds: supported encoders, by `model_type`; the first is the default.
+        strategies: supported values of `vision_feature_select_strategy`.
+        strategy: default of `vision_feature_select_strategy`.
+        layer: default of `vision_feature_layer`.
+        token: default of `image_token_index`.
     """
-    text, vision = read_parts(config, source, (decoder, kinds[0]), TEXT_KEYS, VISION_KEYS)
-    chosen = config.get("vision_feature_select_strategy", strategy)
-    require(source, "vision_feature_select_strategy", chosen, strategies)
+    text, vision = read_parts(config, source, Part(decoder, TEXT_KEYS), Part(kinds[0], VISION_KEYS))
+    strategy = config.get("vision_feature_select_strategy", strategy)
+    require(source, "vision_feature_select_strategy", strategy, strategies)
     layers = config.get("vision_feature_layer", layer)
     layers = [layers] if isinstance(layers, int) else layers
     count = vision["num_hidden_layers"]
@@ -113,7 +145,7 @@ def _llava_parts(
         "text": read_text_config(text, source, tied=bool(tied)),
         "image_token_id": read_image_token(config, source, token),
         "vision_feature_layers": tuple(n if n >= 0 else count + 1 + n for n in layers),
-        "drop_first": chosen == "default",
+        "drop_first": strategy == "default",
         "projector_activation": config.get("projector_hidden_act", "gelu"),
         "projector_bias": config.get("multimodal_projector_bias", True),
     }

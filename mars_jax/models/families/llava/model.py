@@ -1,7 +1,7 @@
-"""The LLaVA families: a vision transformer, a two-layer projector and a decoder of the Llama kind.
+"""Models of the LLaVA families: a vision transformer, a two-layer projector and a Llama or Qwen2 decoder.
 
-LLaVA-1.5 (arXiv 2310.03744) gives a picture one tile. LLaVA-OneVision (arXiv 2408.03326) cuts it into tiles and ends
-rows of features with a learned vector; tiles, unpadding and newline positions arrive as index arrays made in the input
+In LLaVA-1.5 (arXiv 2310.03744) a picture is one tile. LLaVA-OneVision (arXiv 2408.03326) cuts it into tiles and ends
+rows of features with a learned vector; tiling, unpadding and newline positions are index arrays from the input
 pipeline.
 """
 
@@ -30,12 +30,12 @@ class Projector(nn.Module):
 
 
 class Llava(Multimodal):
-    """The whole model; methods and attributes as in `Multimodal`."""
+    """LLaVA-1.5; methods and attributes as in `Multimodal`."""
 
     config: LlavaConfig
 
     def setup(self) -> None:
-        """Names the modules as adapters, laws and reports do: vision, projector, llm."""
+        """Creates the modules vision, projector and llm, named as in adapters, laws and reports."""
         config = self.config
         self.vision = VisionTransformer(config.vision, config.vision_feature_layers, self.remat)
         self.projector = Projector(config)
@@ -54,12 +54,12 @@ class Llava(Multimodal):
 
 
 class LlavaOnevision(Llava):
-    """The whole model; methods and attributes as in `Multimodal`."""
+    """LLaVA-OneVision; methods and attributes as in `Multimodal`."""
 
     config: LlavaOnevisionConfig
 
     def setup(self) -> None:
-        """The same modules, and the newline vector."""
+        """Creates the same modules, and the newline vector."""
         super().setup()
         width = self.config.text.hidden_size
         self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,))

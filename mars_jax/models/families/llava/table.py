@@ -1,4 +1,4 @@
-"""The tables of the LLaVA families' checkpoints. Three key layouts are in circulation, of which one is the hub's own:
+"""Checkpoint tables of the LLaVA families. Three key layouts are published, the first of them on the hub:
 
     hub files, transformers 4    language_model.model.layers.0...        vision_tower.vision_model.encoder...
     in memory, transformers 5    model.language_model.layers.0...        model.vision_tower.encoder...
@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from mars_jax.models.families.llava.config import LlavaConfig
 from mars_jax.models.families.tables import (
-    Family,
+    CheckpointTable,
     ModuleKeys,
     Row,
     absent_from_decoder,
@@ -34,7 +34,7 @@ _DINO = "vision_tower.encoder.layer.{layer}"
 _PROJECTOR = "multi_modal_projector"
 _HEAD_KEY = "language_model.lm_head.weight"
 
-# Stored, but never read by the model: the encoder is used up to a state before its last norm.
+# Stored in checkpoints but not used: the encoder ends at a hidden state before its last norm.
 _UNUSED = re.compile(
     r"vision_tower\.(vision_model\.(post_layernorm|head)|layernorm)\..*|vision_tower\.embeddings\.mask_token"
     r"|.*\.position_ids|.*\.rotary_emb\.inv_freq"
@@ -114,7 +114,7 @@ def _dimensions(config: LlavaConfig) -> dict[str, int]:
         "positions": vision.num_positions,
         "vision": vision.hidden_size,
         "vision_ffn": vision.intermediate_size,
-        "features": vision.hidden_size * len(config.vision_feature_layers),
+        "features": config.feature_width,
         "one": 1,
     }
 
@@ -125,14 +125,14 @@ def _absent(config: LlavaConfig) -> set[str]:
 
 
 def _unused(key: str, config: LlavaConfig) -> bool:
-    """Norms and heads past the hidden states that the model reads, and buffers."""
+    """Whether a key belongs to layers, norms and heads after the last hidden state in use, or to a buffer."""
     layer = _LAYER_OF_VISION.fullmatch(key)
     if layer:
         return config.num_vision_layers_used <= int(layer[1]) < config.vision.num_layers
     return bool(_UNUSED.fullmatch(key))
 
 
-ONEVISION = Family(
+ONEVISION: CheckpointTable[LlavaConfig] = CheckpointTable(
     auto_class="LlavaOnevisionForConditionalGeneration",
     rows=(*_SIGLIP, Row("image_newline", "image_newline", ("text",)), *_JOINED),
     dimensions=_dimensions,
@@ -144,7 +144,7 @@ ONEVISION = Family(
         (re.compile(r"^lm_head\."), "language_model.lm_head."),
         (re.compile(r"^vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."),
     ),
-    # `vision_model.` stays: transformers 5.6 and later take the longer name, earlier ones take no other.
+    # `vision_model.` is kept: transformers 5.6 and later accept the longer name, earlier versions require it.
     to_memory=(
         (re.compile(r"^language_model\.model\."), "model.language_model."),
         (re.compile(r"^language_model\.lm_head"), "lm_head"),
@@ -160,7 +160,7 @@ ONEVISION = Family(
         ),
     },
     layouts="language_model.model., model.language_model., vision_tower. or model.vision_tower.",
-    # transformers builds this norm although the model never reads it, and warns where it is missing.
+    # transformers creates this norm although the model never uses it, and warns if it is missing.
     extra_tensors={
         f"{_VISION}.post_layernorm.weight": (("vision",), 1.0),
         f"{_VISION}.post_layernorm.bias": (("vision",), 0.0),
@@ -191,7 +191,7 @@ WITH_DINOV2 = replace(
         **WITH_SIGLIP.modules,
         "vision": ModuleKeys(f"{_DINO}.", r"vision_tower\.encoder\.layer\.", r".*vision_tower\..*"),
     },
-    # transformers 5.23 has other names for these in memory, and reads adapters with the older ones.
+    # transformers 5.23 renames these in memory, and still reads adapters with the older names.
     aliases={
         **{f"attention.attention.{name}": f"attention.{short}" for name, short in _QUERIES.items()},
         "attention.output.dense": "attention.o_proj",
@@ -202,3 +202,9 @@ WITH_DINOV2 = replace(
         "vision_tower.embeddings.mask_token": (("one", "vision"), 0.0),
     },
 )
+_BY_ENCODER = {"clip_vision_model": WITH_CLIP, "dinov2": WITH_DINOV2, "siglip_vision_model": WITH_SIGLIP}
+
+
+def llava_table(config: LlavaConfig) -> CheckpointTable[LlavaConfig]:
+    """The checkpoint table of LLaVA-1.5 with the configuration's kind of encoder."""
+    return _BY_ENCODER[config.vision.kind]

@@ -1,11 +1,11 @@
-"""The table of Qwen2.5-VL's checkpoints. Two key layouts are in circulation:
+"""Checkpoint table of Qwen2.5-VL. Two key layouts are published:
 
     hub files, saved by any version   model.layers.0...                  visual.blocks.0...         lm_head
     in memory, transformers 4.52 on   model.language_model.layers.0...   model.visual.blocks.0...   lm_head
 
->>> FAMILY.hub_key("model.visual.blocks.0.attn.qkv.weight")
+>>> TABLE.hub_key("model.visual.blocks.0.attn.qkv.weight")
 'visual.blocks.0.attn.qkv.weight'
->>> FAMILY.memory_key("model.layers.0.mlp.up_proj")
+>>> TABLE.memory_key("model.layers.0.mlp.up_proj")
 'model.language_model.layers.0.mlp.up_proj'
 """
 
@@ -13,7 +13,7 @@ import re
 
 from mars_jax.models.families.qwen2_5_vl.config import Qwen25VlConfig
 from mars_jax.models.families.tables import (
-    Family,
+    CheckpointTable,
     ModuleKeys,
     Row,
     absent_from_decoder,
@@ -34,7 +34,7 @@ def _dimensions(config: Qwen25VlConfig) -> dict[str, int]:
         "vision": vision.hidden_size,
         "vision_qkv": 3 * vision.hidden_size,
         "vision_ffn": vision.intermediate_size,
-        "group": vision.hidden_size * vision.merge_size**2,
+        "group": vision.hidden_size * vision.group,
     }
 
 
@@ -43,7 +43,7 @@ def _stored_patches(config: Qwen25VlConfig) -> tuple[int, ...]:
     return 3, vision.temporal_patch_size, vision.patch_size, vision.patch_size
 
 
-FAMILY = Family(
+TABLE: CheckpointTable[Qwen25VlConfig] = CheckpointTable(
     auto_class="Qwen2_5_VLForConditionalGeneration",
     rows=(
         Row("vision/patch_embed/kernel", "visual.patch_embed.proj.weight", ("pixels", "vision"), "patches"),
@@ -83,7 +83,7 @@ FAMILY = Family(
     extra_tensors={},
     vllm="adapters",
     loading=(
-        "transformers 5.3 to 5.5 (until 5.5.4) place the pictures of this family wrongly, with and without an adapter "
-        "(its issue 45325)."
+        "transformers 5.3 to 5.5 (until 5.5.4) compute wrong positions for pictures of this family, with and without "
+        "an adapter (its issue 45325)."
     ),
 )

@@ -1,7 +1,7 @@
-"""Pictures of any size to the windows of Qwen2.5-VL's encoder (arXiv 2502.13923), and their image tokens.
+"""Windows and image tokens of pictures of any size, for Qwen2.5-VL's encoder (arXiv 2502.13923).
 
-Scaling, normalising and cutting into patches is transformers' numpy processor; where each patch goes is worked out
-here. Every window is padded to one size, so that a picture is a whole number of tiles. Nothing here runs a model.
+transformers' numpy processor scales, normalises and cuts pictures into patches; this module assigns the patches to
+windows. Every window is padded to one size, so that a picture is a whole number of tiles.
 """
 
 import math
@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.models.families.pictures import ImageTokens, Size, gathered
 from mars_jax.models.families.processors import load_processor
-from mars_jax.models.families.qwen2_5_vl.config import QwenVisionConfig
+from mars_jax.models.families.qwen2_5_vl.config import Qwen25VlConfig, QwenVisionConfig
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -28,14 +27,14 @@ _MAX_ASPECT_RATIO = 200
 
 @dataclass(frozen=True, slots=True)
 class WindowGeometry:
-    """What decides how many windows and tokens a picture becomes.
+    """Settings that determine the number of windows and tokens of a picture.
 
     Attributes:
         patch_size: side of a patch in pixels.
         merge_size: patches along a side of a group; a group is an image token.
         window_groups: groups along a side of a window.
-        min_pixels: smaller pictures are enlarged to about as many.
-        max_pixels: larger ones are scaled down to at most as many.
+        min_pixels: pictures with fewer pixels are scaled up to at least as many.
+        max_pixels: pictures with more pixels are scaled down to at most as many.
     """
 
     patch_size: int
@@ -45,7 +44,7 @@ class WindowGeometry:
     max_pixels: int
 
     def grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of groups of a picture, once it is scaled to whole groups, with transformers' rounding.
+        """Rows and columns of groups of a picture, after scaling to whole groups with transformers' rounding.
 
         Raises:
             DataError: a side is more than 200 times the other.
@@ -69,12 +68,16 @@ class WindowGeometry:
 
 @lru_cache(maxsize=64)
 def window_tokens(grid: tuple[int, int], window_groups: int) -> ImageTokens:
-    """The image tokens of a picture of `grid` rows and columns of groups: where each group lies in its windows.
+    """The image tokens of a picture: the feature row of each group in its window.
 
-    Windows are numbered row by row, and so are the groups of a window; those beyond the picture are padding.
+    Windows are numbered row by row, and so are the groups of a window; groups outside the picture are padding.
+
+    Args:
+        grid: rows and columns of groups.
+        window_groups: groups along a side of a window.
 
     Returns:
-        Read-only arrays; row `n * window_groups^2 + g` is group g of window n.
+        Tokens with read-only arrays; feature row `n * window_groups^2 + g` is group g of window n.
     """
     rows, columns = grid
     across = -(-columns // window_groups)
@@ -87,9 +90,9 @@ def window_tokens(grid: tuple[int, int], window_groups: int) -> ImageTokens:
 class WindowPictures:
     """Qwen2.5-VL's `Pictures`. Tiles are windows of P patches:
 
-    pixels           float32 [N, P, values]  numbers of a patch: channel, moment, row, column
+    pixels           float32 [N, P, values]  values of a patch: channel, frame, row, column
     patch_positions  int32   [N, P, 2]       row and column of the patch in its picture
-    patch_images     int32   [N, P]          which picture of the record it belongs to, -1 for padding
+    patch_images     int32   [N, P]          index of its picture in the record, -1 for padding
     """
 
     def __init__(self, config: QwenVisionConfig, processor: "Qwen2VLImageProcessorPil") -> None:
@@ -105,19 +108,19 @@ class WindowPictures:
         return self.geometry.window_groups**2
 
     def tokens(self, sizes: Sequence[Size]) -> tuple[ImageTokens, ...]:
-        """The image tokens of each picture, whatever others there are."""
+        """The image tokens of each picture, which do not depend on the other pictures."""
         return tuple(window_tokens(self.geometry.grid(size), self.geometry.window_groups) for size in sizes)
 
-    def tiles(self, images: Sequence[Image.Image]) -> dict[str, NDArray[Any]]:
+    def tiles(self, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
         """Windows of all pictures, one picture after the other."""
         parts = [self._windows(number, image) for number, image in enumerate(images)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def torch_inputs(self, records: Sequence[Sequence[Image.Image]]) -> dict[str, NDArray[Any]]:
+    def torch_inputs(self, records: Sequence[Sequence[Image.Image]]) -> dict[str, np.ndarray]:
         """`pixel_values` and `image_grid_thw`."""
         return dict(self._processor([image for images in records for image in images], return_tensors="np"))
 
-    def padding(self, count: int) -> dict[str, NDArray[Any]]:
+    def padding(self, count: int) -> dict[str, np.ndarray]:
         """Windows without a patch."""
         patches = self._config.num_patches
         return {
@@ -126,35 +129,35 @@ class WindowPictures:
             "patch_images": np.full((count, patches), -1, np.int32),
         }
 
-    def _windows(self, number: int, image: Image.Image) -> dict[str, NDArray[Any]]:
-        made = self._processor([image], return_tensors="np")
+    def _windows(self, number: int, image: Image.Image) -> dict[str, np.ndarray]:
+        processed = self._processor([image], return_tensors="np")
         merge = self._config.merge_size
-        _, height, width = made["image_grid_thw"][0].tolist()
+        _, height, width = processed["image_grid_thw"][0].tolist()
         tokens = window_tokens((height // merge, width // merge), self.geometry.window_groups)
         row, column = np.divmod(np.arange(len(tokens.index)), width // merge)
         down, across = np.divmod(np.arange(merge**2), merge)
-        # The processor's patches come group by group, as the merger joins them.
+        # The processor returns patches group by group, in the order of the merger.
         slots = (tokens.index * merge**2 + np.arange(merge**2)[None]).reshape(-1)
-        places = np.stack([row[:, None] * merge + down[None], column[:, None] * merge + across[None]], axis=-1).reshape(
-            -1, 2
-        )
+        rows, columns = row[:, None] * merge + down[None], column[:, None] * merge + across[None]
+        positions = np.stack([rows, columns], axis=-1).reshape(-1, 2)
         windows = self.padding(tokens.num_tiles)
-        for name, values in (("pixels", made["pixel_values"]), ("patch_positions", places), ("patch_images", number)):
+        arrays = {"pixels": processed["pixel_values"], "patch_positions": positions, "patch_images": number}
+        for name, values in arrays.items():
             windows[name].reshape(-1, *windows[name].shape[2:])[slots] = values
         return windows
 
 
-def load_window_pictures(directory: Path, config: QwenVisionConfig, max_pixels: int | None = None) -> WindowPictures:
+def load_window_pictures(directory: Path, config: Qwen25VlConfig, max_pixels: int | None = None) -> WindowPictures:
     """Reads the image processor of a checkpoint folder (no torch, no torchvision).
 
     Args:
         directory: the folder.
-        config: the encoder.
-        max_pixels: of a picture, in place of what the folder says.
+        config: the architecture.
+        max_pixels: limit of pixels per picture; None: the limit in the folder.
 
     Raises:
-        ConfigError: the folder has no processor, or one that cuts other patches than the model takes, or `max_pixels`
-            is below its smallest picture.
+        ConfigError: the folder has no processor, its patches differ from the model's, or `max_pixels` is below its
+            smallest picture.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -167,14 +170,15 @@ def load_window_pictures(directory: Path, config: QwenVisionConfig, max_pixels: 
             f"data.max_pixels is {max_pixels}, but the image processor in {directory} enlarges every picture to "
             f"{smallest} pixels at least. Give at least as many."
         )
+    vision = config.vision
     for name, expected in (
-        ("patch_size", config.patch_size),
-        ("merge_size", config.merge_size),
-        ("temporal_patch_size", config.temporal_patch_size),
+        ("patch_size", vision.patch_size),
+        ("merge_size", vision.merge_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
     ):
         if getattr(processor, name) != expected:
             raise ConfigError(
-                f"{directory}: the image processor has {name} = {getattr(processor, name)}, but config.json says "
+                f"{directory}: the image processor has {name} = {getattr(processor, name)}, but config.json has "
                 f"{expected}. The files come from different checkpoints; copy both from one."
             )
-    return WindowPictures(config, processor)
+    return WindowPictures(vision, processor)

@@ -1,0 +1,114 @@
+"""Settings of what is adapted: the method, LoRA's alpha, the modules with their targets and ranks."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from mars_jax.adapters.registry import METHODS
+from mars_jax.config.fields import CountOrZero, Positive, Section, member_name
+
+# Linears adapted by default: those of every layer, and the projector's.
+DEFAULT_MODULES: Mapping[str, Mapping[str, Sequence[str | int]]] = {
+    "vision": {"targets": ["vision/layers/(self_attn|mlp)/.*"], "ranks": [4, 8, 16, 32, 64]},
+    "projector": {"targets": ["projector/linear_[12]"], "ranks": [16]},
+    "llm": {
+        "targets": ["llm/layers/self_attn/(q|k|v|o)_proj", "llm/layers/mlp/(gate|up|down)_proj"],
+        "ranks": [4, 8, 16, 32, 64],
+    },
+}
+
+
+class AdapterConfig(Section):
+    """How the linears of `lora.modules` are adapted."""
+
+    method: str = Field(default="lora", description="adapter method: lora, or full_rank, which has no ranks")
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        return member_name(METHODS, method)
+
+
+class AlphaConfig(Section):
+    """The rule that gives LoRA's alpha from the rank r; it is part of every result."""
+
+    rule: Literal["proportional", "fixed", "rslora"] = Field(
+        default="proportional", description="scale: value (proportional), value / r (fixed), value / sqrt(r) (rslora)"
+    )
+    value: Positive = Field(default=2.0, description="the value in the rule")
+
+
+class ModuleConfig(Section):
+    """The adapted linears of one module, and the ranks to try."""
+
+    targets: tuple[str, ...] = Field(min_length=1, description="regular expressions over whole parameter paths")
+    ranks: tuple[CountOrZero, ...] = Field(
+        min_length=1, description="ranks to search, rising; one rank is used as it is, 0 freezes the module"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        for target in targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"{target!r} is not a regular expression: {error}") from None
+        return targets
+
+    @field_validator("ranks")
+    @classmethod
+    def _check_ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if list(ranks) != sorted(set(ranks)):
+            raise ValueError(f"ranks must rise without repeats, e.g. {sorted(set(ranks))}; seen {list(ranks)}")
+        if len(ranks) > 1 and ranks[0] == 0:
+            raise ValueError(f"rank 0 freezes a module, so it can't be searched with others; seen {list(ranks)}")
+        return ranks
+
+
+def _default_modules() -> dict[str, ModuleConfig]:
+    return {name: ModuleConfig.model_validate(settings) for name, settings in DEFAULT_MODULES.items()}
+
+
+class LoraConfig(Section):
+    """Which modules are adapted. A module that isn't listed stays frozen."""
+
+    alpha: AlphaConfig = AlphaConfig()
+    modules: dict[str, ModuleConfig] = Field(
+        default_factory=_default_modules,
+        description="adapted modules by name; vision, projector and llm have default targets and ranks",
+    )
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _fill_defaults(cls, modules: object) -> object:
+        if not isinstance(modules, Mapping):
+            return modules
+        return {
+            name: {**DEFAULT_MODULES.get(name, {}), **settings} if isinstance(settings, Mapping) else settings
+            for name, settings in modules.items()
+        }
+
+    @field_validator("modules")
+    @classmethod
+    def _check_adapted(cls, modules: dict[str, ModuleConfig]) -> dict[str, ModuleConfig]:
+        if not any(max(module.ranks) > 0 for module in modules.values()):
+            raise ValueError("at least one module needs a rank above 0")
+        return modules
+
+    @property
+    def grids(self) -> dict[str, tuple[int, ...]]:
+        """Module -> ranks to try."""
+        return {name: module.ranks for name, module in self.modules.items()}
+
+    @property
+    def searched(self) -> list[str]:
+        """Modules with ranks to choose from."""
+        return [name for name, ranks in self.grids.items() if len(ranks) > 1]
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether some module has ranks to choose from."""
+        return bool(self.searched)

@@ -1,0 +1,47 @@
+"""ScienceQA in the files of LLaVA: conversations whose last question lists its options.
+
+The question has a line "Options: (A) ... (B) ...", and the answer is a letter of them, alone or as "The answer is X.".
+Rows with a lecture before the answer are plain `llava`.
+"""
+
+import re
+import string
+from collections.abc import Mapping
+
+from mars_jax.data.formats.base import FaultError, Format, Turn, read_turns
+from mars_jax.data.formats.llava import read
+
+
+def _detect(row: Mapping[str, object]) -> bool:
+    conversation = row.get("conversations")
+    if not isinstance(conversation, list):
+        return False
+    try:
+        last = read_turns({"conversations": conversation[-2:]}, "conversations", "from", "value")
+    except FaultError:
+        return False
+    return bool(_options(row, last))
+
+
+def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
+    """The allowed answers of the last question; none if it lists no options or its answer is not one of them."""
+    if [turn.role for turn in turns[-2:]] != ["user", "assistant"]:
+        return ()
+    listed = re.search(r"^Options: (\(A\) .*)$", turns[-2].text, re.MULTILINE)
+    answer = re.fullmatch(r"(The answer is )?([A-Z])(\.?)", turns[-1].text.strip())
+    letters = ""
+    for letter in re.findall(r"\(([A-Z])\) ", listed[1]) if listed else ():
+        # Choices may contain such letters too; the letters of the list come in alphabetical order.
+        letters += letter if letter == string.ascii_uppercase[len(letters)] else ""
+    if answer is None or answer[2] not in letters:
+        return ()
+    return tuple(f"{answer[1] or ''}{letter}{answer[3]}" for letter in letters)
+
+
+LLAVA_SCIENCEQA = Format(
+    name="llava_scienceqa",
+    detect=_detect,
+    read=read,
+    options=_options,
+    answer_rules=("llava", "lmms", "letter"),
+)

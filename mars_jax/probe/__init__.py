@@ -1,1 +1,0 @@
-"""The probe engine: the plan of lanes, the compiled chunk, and the loop that drives it."""

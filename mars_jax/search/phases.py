@@ -1,0 +1,251 @@
+"""The phases of a search: plan, probe, fit, select, finetune and compare."""
+
+import shutil
+
+import jax
+
+from mars_jax.config.load import Config
+from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.job import files
+from mars_jax.job.checks import check_searched, check_there
+from mars_jax.job.job import Job
+from mars_jax.job.phase import Inputs, Phase, sections
+from mars_jax.job.pick import picked_ranks
+from mars_jax.job.programs import Program, probe_programs
+from mars_jax.lanes.lane import Ranks
+from mars_jax.lanes.stopping import Patience
+from mars_jax.laws.convergence.registry import RULES
+from mars_jax.runtime.devices import physical_memory_bytes
+from mars_jax.runtime.jsonfiles import Document, read_json, write_json
+from mars_jax.search.compare import compare_run
+from mars_jax.search.cost import lane_costs
+from mars_jax.search.finals import adapters_of, final_run, leave_final_run, left_final_run, rates_of, write_final
+from mars_jax.search.lane_trainer import LaneTrainer
+from mars_jax.search.probes.block_size import lane_block, measure_lane_block
+from mars_jax.search.probes.design import planned_lanes
+from mars_jax.search.probes.run import recorded_probes, run_probes
+from mars_jax.search.selection import Selection, without_laws
+from mars_jax.search.space import fit_records, job_space
+from mars_jax.search.strategies.base import Budget
+from mars_jax.search.strategies.registry import STRATEGIES
+from mars_jax.search.trainer import Configuration, Curve
+
+
+def needs_probes(config: Config) -> bool:
+    """Whether the config's strategy asks for probes and laws."""
+    return config.lora.is_searched and STRATEGIES[config.selection.method].needs_probes
+
+
+def check_strategy(config: Config) -> None:
+    """Refuses a strategy that there is not, or settings that it does not take.
+
+    Raises:
+        ConfigError: an unknown name, a number of final runs for a strategy that begins none, or no convergence rule
+            for one that needs convergence times.
+    """
+    strategy, settings = STRATEGIES[config.selection.method], config.selection
+    if settings.sweep is not None and not strategy.takes_budget:
+        raise ConfigError(
+            f"selection.sweep is {settings.sweep}, but selection.method: {strategy.name} picks without final runs of "
+            "its own. Leave selection.sweep out, or choose another method, such as best_probes."
+        )
+    if config.lora.is_searched and strategy.needs_convergence and config.convergence.rule is None:
+        raise ConfigError(
+            f"selection.method: {strategy.name} balances the modules' convergence, which convergence.rule: null "
+            f"doesn't measure. Name a rule ({', '.join(RULES.names)}), or choose selection.method: laws."
+        )
+
+
+def check_probes(config: Config) -> None:
+    """Refuses to probe where nothing asks for it.
+
+    Raises:
+        ConfigError: the config gives every module one rank, or its strategy needs no probes.
+    """
+    check_searched(config)
+    if not needs_probes(config):
+        raise ConfigError(
+            f"selection.method: {config.selection.method} picks without probes, so there is nothing to plan, to probe "
+            "or to fit. Run `mars run`, or choose another method."
+        )
+
+
+def programs_of(job: Job) -> tuple[Program, ...]:
+    """The programs of the probe phase, which final runs may use too; none where nothing is probed."""
+    if not needs_probes(job.config):
+        return ()
+    return probe_programs(job, planned_lanes(job.config), lane_block(job))
+
+
+# Plan.
+
+
+def _plan_inputs(job: Job) -> Inputs:
+    check_probes(job.config)
+    machine = f"{physical_memory_bytes()} {[str(device) for device in jax.devices()]}"
+    names = ("model", "lora", "adapter", "probe", "convergence", "selection", "finetune", "mesh")
+    return job.directory / files.DATA, machine, sections(job.config, *names)
+
+
+def _plan(job: Job) -> Document:
+    document = lane_costs(job, planned_lanes(job.config))
+    write_json(job.directory / files.PLAN, document)
+    job.reporter.notice(
+        f"plan: {document['lanes']} lanes, {document['lane_steps']} lane-steps; then {document['final_runs']} "
+        f"final runs, halved in rungs, {document['final_steps']}; the full grid of final runs would be "
+        f"{document['full_grid_steps']}"
+    )
+    return document
+
+
+PLAN = Phase("plan", _plan_inputs, files.PLAN, _plan, applies=needs_probes)
+
+
+# Probe.
+
+
+def _probe_inputs(job: Job) -> Inputs:
+    check_probes(job.config)
+    names = ("seed", "model", "data", "lora", "adapter", "optimizer", "probe", "convergence")
+    return job.directory / files.DATA, sections(job.config, *names)
+
+
+def _probe(job: Job) -> Document:
+    lanes = planned_lanes(job.config)
+    measure_lane_block(job, lanes)
+    run_probes(job, lanes, programs_of(job))
+    return _lane_counts(job)
+
+
+def _lane_counts(job: Job) -> Document:
+    statuses = [record.status for record in recorded_probes(job)]
+    return {"lanes": len(statuses), **{status: statuses.count(status) for status in sorted(set(statuses))}}
+
+
+PROBE = Phase("probe", _probe_inputs, files.LANES, _probe, _lane_counts, applies=needs_probes)
+
+
+# Fit.
+
+
+def _fit_inputs(job: Job) -> Inputs:
+    check_there(job.directory / files.LANES, "probe")
+    return job.directory / files.LANES, sections(job.config, "laws", "seed")
+
+
+def _fit(job: Job) -> Document:
+    laws = fit_records(job.config, recorded_probes(job))
+    write_json(job.directory / files.LAWS, laws.to_json())
+    return _without_draws(laws.to_json())
+
+
+def _without_draws(laws: Document) -> Document:
+    return {name: value for name, value in laws.items() if name != "draws"}
+
+
+FIT = Phase(
+    "fit",
+    _fit_inputs,
+    files.LAWS,
+    _fit,
+    lambda job: _without_draws(read_json(job.directory / files.LAWS)),
+    applies=needs_probes,
+)
+
+
+# Select.
+
+
+def _select_inputs(job: Job) -> Inputs:
+    config, directory = job.config, job.directory
+    if not config.lora.is_searched:
+        return (sections(config, "selection", "lora"),)
+    names = ("selection", "lora", "adapter", "seed", "optimizer", "finetune")
+    if not needs_probes(config):
+        return directory / files.DATA, sections(config, *names, "model", "data", "probe")
+    check_there(directory / files.LAWS, "fit")
+    return directory / files.LAWS, directory / files.LANES, sections(config, *names)
+
+
+def _select(job: Job) -> Document:
+    selection = _searched(job) if job.config.lora.is_searched else _given(job)
+    document = selection.to_json()
+    write_json(job.directory / files.SELECTION, document)
+    shutil.rmtree(job.directory / files.SWEEP_CHECKPOINTS, ignore_errors=True)
+    job.reporter.notice(f"select: {document['explanation']}")
+    return document
+
+
+def _given(job: Job) -> Selection:
+    ranks = {module: grid[0] for module, grid in job.config.lora.grids.items() if grid[0]}
+    explanation = "lora.modules gives every module one rank, so these were taken and nothing was searched."
+    return without_laws("given", ranks, job.data.target_num_samples(), explanation)
+
+
+def _searched(job: Job) -> Selection:
+    strategy = STRATEGIES[job.config.selection.method]
+    trainer = LaneTrainer(job, programs_of(job), job.directory / files.SWEEP_CHECKPOINTS, "final runs")
+    outcome = strategy.search(job_space(job), trainer, Budget(job.config.selection.sweep))
+    if outcome.final:
+        leave_final_run(job, outcome.final)
+    if outcome.curves:
+        write_json(job.directory / files.SWEEP, {"runs": [_begun(curve) for curve in outcome.curves]})
+    return outcome.selection
+
+
+def _begun(curve: Curve) -> Document:
+    return {
+        "ranks": dict(curve.configuration.ranks),
+        "looks": [(point.step, point.validation_loss if point.alive else None) for point in curve.points],
+    }
+
+
+SELECT = Phase("select", _select_inputs, files.SELECTION, _select)
+
+
+# Finetune.
+
+
+def _finetune_inputs(job: Job) -> Inputs:
+    check_there(job.directory / files.SELECTION, "select")
+    return job.directory / files.SELECTION, sections(job.config, "seed", "finetune", "optimizer")
+
+
+def _finetune(job: Job) -> Document:
+    ranks = picked_ranks(job)
+    left = left_final_run(job, ranks)
+    if left:
+        job.reporter.notice("finetune: the final run that the search kept is taken")
+        return write_final(job, *left, from_sweep=True)
+    curve = _trained(job, ranks)
+    return write_final(job, final_run(job, curve), adapters_of(curve), from_sweep=False)
+
+
+def _trained(job: Job, ranks: Ranks) -> Curve:
+    trainer = LaneTrainer(job, programs_of(job), job.directory / files.FINETUNE_CHECKPOINTS, "fine-tune")
+    (curve,) = trainer.train([Configuration(ranks)], Patience())
+    if curve.reason is not None:
+        raise NoValidResultError(
+            f"the final run with ranks {dict(ranks)} diverged by step {curve.steps}: {curve.reason}. Lower "
+            f"finetune.learning_rate (now {rates_of(job.config, curve.configuration)})."
+        )
+    return curve
+
+
+FINETUNE = Phase("finetune", _finetune_inputs, files.SUMMARY, _finetune)
+
+
+# Compare.
+
+
+def _compare_inputs(job: Job) -> Inputs:
+    check_searched(job.config)
+    return job.directory / files.SELECTION, sections(job.config, "seed", "finetune", "optimizer", "evaluate")
+
+
+def _compare(job: Job) -> Document:
+    selection = Selection.from_json(read_json(job.directory / files.SELECTION))
+    return compare_run(job, programs_of(job), selection)
+
+
+COMPARE = Phase("compare", _compare_inputs, files.COMPARISON, _compare)

@@ -1,0 +1,127 @@
+"""What all strategies share: the space they search, what they may spend, and what they come to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+from mars_jax.lanes.lane import Ranks
+from mars_jax.laws.fit import Laws
+from mars_jax.laws.records import LaneRecord
+from mars_jax.search.selection import Selection
+from mars_jax.search.trainer import Configuration, Curve, Trainer
+
+
+@dataclass(frozen=True)
+class Space:
+    """What can be chosen, and for which final run.
+
+    Attributes:
+        grids: module -> ranks to choose among; a module with one rank is carried through, 0 freezes it.
+        num_samples: D of the final run.
+        steps: its optimizer steps.
+        probed: rank vectors of the probes' design.
+        sizes: numbers of samples D of the probes.
+        parameters_per_rank: module -> trainable parameters of one rank.
+        rates: module -> learning rate of the final run.
+        fit: laws of the probes' records.
+        most_together: final runs that one stopping rule can decide over.
+        seed: of strategies that draw.
+    """
+
+    grids: Mapping[str, Sequence[int]]
+    num_samples: int
+    steps: int
+    probed: Sequence[Ranks]
+    sizes: Sequence[int]
+    parameters_per_rank: Mapping[str, int]
+    rates: Mapping[str, float]
+    fit: Callable[[Sequence[LaneRecord]], Laws]
+    most_together: int
+    seed: int = 0
+
+    @property
+    def searched(self) -> list[str]:
+        """Modules with ranks to choose from."""
+        return [module for module, ranks in self.grids.items() if len(ranks) > 1]
+
+    @property
+    def adapted(self) -> dict[str, Sequence[int]]:
+        """The grids of modules that are not frozen."""
+        return {module: ranks for module, ranks in self.grids.items() if max(ranks) > 0}
+
+    def configuration(self, ranks: Ranks, factors: Mapping[str, float] | None = None) -> Configuration:
+        """Ranks of some modules, with those that the others have in any case."""
+        whole = {module: ranks.get(module, grid[0]) for module, grid in self.grids.items()}
+        return Configuration(whole, dict(factors or {}))
+
+    def every(self) -> list[Configuration]:
+        """All rank vectors."""
+        grids = [self.grids[module] for module in self.searched]
+        return [self.configuration(dict(zip(self.searched, ranks, strict=True))) for ranks in product(*grids)]
+
+    def of_adapted(self, ranks: Ranks) -> dict[str, int]:
+        """Ranks without the frozen modules."""
+        return {module: ranks[module] for module in self.adapted}
+
+
+DEFAULT_RUNS = 4
+"""Final runs that a strategy begins where the config has no number."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a strategy may spend.
+
+    Attributes:
+        runs: final runs, each of the space's steps, stopped ones counted by their steps; None: the strategy's default.
+    """
+
+    runs: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy came to.
+
+    Attributes:
+        selection: the pick, and why.
+        final: its final run, if the strategy trained it.
+        curves: all final runs that were trained, its own among them.
+    """
+
+    selection: Selection
+    final: Curve | None = None
+    curves: tuple[Curve, ...] = ()
+
+
+class Strategy(Protocol):
+    """How ranks and rates are chosen. One stateless object each."""
+
+    @property
+    def name(self) -> str:
+        """What configs say."""
+        ...
+
+    @property
+    def needs_probes(self) -> bool:
+        """Whether it asks for probes and laws; without, the phases before it are left out."""
+        ...
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether it begins final runs of its own, whose number a config may set."""
+        ...
+
+    @property
+    def needs_convergence(self) -> bool:
+        """Whether it cannot do without convergence times, and so without a convergence rule."""
+        ...
+
+    def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
+        """Picks from the space.
+
+        Raises:
+            NoValidResultError: nothing that it trained or fitted allows a pick.
+        """
+        ...

@@ -1,0 +1,40 @@
+"""Strategy `random`: final runs of rank vectors drawn at random, each to its end; the best is kept."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mars_jax.lanes.stopping import Patience
+from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
+from mars_jax.search.strategies.halving import winner
+from mars_jax.search.trainer import Configuration, Trainer
+
+
+class RandomSearch:
+    """The best of randomly drawn rank vectors."""
+
+    name = "random"
+    needs_probes = False
+    takes_budget = True
+    needs_convergence = False
+
+    def configurations(self, space: Space, budget: Budget) -> Sequence[Configuration]:
+        """Those that are drawn, without repeats; by default 4, and at least 2."""
+        every = space.every()
+        order = np.random.default_rng(space.seed).permutation(len(every))
+        return [every[i] for i in order[: max(2, budget.runs or DEFAULT_RUNS)]]
+
+    def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
+        """See `Strategy`; the budget is the number of runs."""
+        curves = trainer.train(self.configurations(space, budget), Patience())
+        final = winner(curves, space)
+        ranks = space.of_adapted(final.configuration.ranks)
+        explanation = (
+            f"Of the final runs of {len(curves)} rank vectors drawn at random, that of {ranks_text(ranks)} has the "
+            f"lowest validation loss, {final.loss:.4f} nats."
+        )
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+
+
+RANDOM = RandomSearch()

@@ -1,0 +1,58 @@
+"""Strategy `uniform`: one rank for all searched modules, as people guess it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mars_jax.errors import ConfigError
+from mars_jax.lanes.stopping import Patience
+from mars_jax.search.selection import without_laws
+from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.halving import winner
+from mars_jax.search.trainer import Configuration, Trainer
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """One rank for all searched modules.
+
+    Attributes:
+        rank: the rank; None: the middle one of those that all grids share.
+    """
+
+    rank: int | None = None
+
+    name = "uniform"
+    needs_probes = False
+    takes_budget = False
+    needs_convergence = False
+
+    def configurations(self, space: Space, budget: Budget) -> Sequence[Configuration]:
+        """The one that is trained.
+
+        Raises:
+            ConfigError: the grids share no rank.
+        """
+        shared = shared_ranks(space)
+        if not shared:
+            raise ConfigError(
+                f"selection.method: uniform needs a rank that all searched modules have; the grids of "
+                f"{', '.join(space.searched)} share none. Give them one in lora.modules."
+            )
+        rank = self.rank or shared[len(shared) // 2]
+        return [space.configuration(dict.fromkeys(space.searched, rank))]
+
+    def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
+        """See `Strategy`."""
+        curves = trainer.train(self.configurations(space, budget), Patience())
+        final = winner(curves, space)
+        ranks = space.of_adapted(final.configuration.ranks)
+        explanation = f"Rank {ranks[space.searched[0]]} was taken for every searched module; nothing was searched."
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+
+
+UNIFORM = Uniform()
+
+
+def shared_ranks(space: Space) -> list[int]:
+    """Ranks above 0 that the grids of all searched modules have."""
+    return sorted(set.intersection(*(set(space.grids[module]) for module in space.searched)) - {0})

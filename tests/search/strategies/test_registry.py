@@ -1,0 +1,189 @@
+"""One suite over every strategy, on recorded curves whose best rank vector is known; and a strategy from outside."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.lanes.eval_points import EvalPoint
+from mars_jax.lanes.stopping import Patience
+from mars_jax.laws.records import LaneRecord
+from mars_jax.search.probes.design import rank_vectors
+from mars_jax.search.recorded_trainer import RecordedTrainer
+from mars_jax.search.selection import without_laws
+from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.registry import STRATEGIES
+from mars_jax.search.trainer import Curve
+from tests.helpers.planted_laws import law_p, laws
+
+GRIDS = {"vision": (2, 8, 32), "projector": (8,), "llm": (2, 8, 32)}
+STEPS, SIZES = 64, (256, 512, 1024)
+
+
+def loss(ranks, samples):
+    """Lowest at (8, 32); more samples help; by Law-P's form but for the bend in vision."""
+    bend = 0.02 * math.log2(ranks["vision"] / 8) ** 2
+    return 0.5 + 6.0 / (ranks["vision"] ** 0.1 * ranks["llm"] ** 0.2 * samples**0.3) + bend
+
+
+def time(rank, samples):
+    return 20.0 * rank**-0.3 * samples**0.4
+
+
+def laws_of(records):
+    """Laws that fit the records, but for the bend."""
+    assert records
+    return laws(performance=law_p({"vision": 0.1, "llm": 0.2}))
+
+
+SPACE = Space(
+    grids=GRIDS,
+    num_samples=4096,
+    steps=STEPS,
+    probed=rank_vectors(GRIDS, corners=True),
+    sizes=SIZES,
+    parameters_per_rank={"vision": 100, "projector": 10, "llm": 1000},
+    rates=dict.fromkeys(GRIDS, 1e-3),
+    fit=laws_of,
+    most_together=16,
+)
+
+
+def record(ranks, samples):
+    name = "-".join(f"{module}{rank}" for module, rank in ranks.items()) + f"-D{samples}-s0"
+    times = {module: time(ranks[module], samples) for module in ("vision", "llm")}
+    return LaneRecord(
+        name, ranks, samples, 10_000, times, dict.fromkeys(times, False), loss(ranks, samples), "converged"
+    )
+
+
+def curve(configuration):
+    end = loss(configuration.ranks, SPACE.num_samples) + 0.1 * sum(
+        abs(math.log(factor)) for factor in configuration.factors.values()
+    )
+    points = [EvalPoint(step, end + 3.0 * (1 - step / STEPS)) for step in range(0, STEPS + 1, 8)]
+    return Curve(configuration, tuple(points))
+
+
+def trainer():
+    whole = SPACE.every()
+    factors = [{module: factor} for module in SPACE.searched for factor in (1 / 3, 3.0)]
+    rated = [SPACE.configuration(c.ranks, f) for c in whole for f in factors]
+    records = [record(ranks, samples) for ranks in SPACE.probed for samples in SIZES]
+    return RecordedTrainer(map(curve, [*whole, *rated]), records)
+
+
+BEST = min((c.ranks for c in SPACE.every()), key=lambda ranks: loss(ranks, SPACE.num_samples))
+
+
+@pytest.mark.parametrize("name", STRATEGIES.names)
+class TestEveryStrategy:
+    def test_it_picks_one_rank_of_each_grid_and_says_why(self, name):
+        selection = STRATEGIES[name].search(SPACE, trainer(), Budget()).selection
+        assert set(selection.pick) == set(GRIDS)
+        assert all(rank in GRIDS[module] for module, rank in selection.pick.items())
+        assert selection.explanation
+        assert selection.target_num_samples == SPACE.num_samples
+
+    def test_its_final_run_has_the_ranks_of_the_pick_and_came_to_the_end(self, name):
+        outcome = STRATEGIES[name].search(SPACE, trainer(), Budget())
+        if outcome.final is None:
+            assert not outcome.curves
+        else:
+            assert outcome.final.configuration.ranks == outcome.selection.pick
+            assert outcome.final.steps == STEPS
+            assert outcome.final in outcome.curves
+            assert outcome.final.loss == min(c.loss for c in outcome.curves if c.steps == STEPS)
+
+    def test_it_asks_for_probes_only_if_it_says_so(self, name):
+        replayed = trainer()
+        STRATEGIES[name].search(SPACE, replayed, Budget())
+        assert bool(replayed.probed) == STRATEGIES[name].needs_probes
+
+    def test_the_same_search_comes_to_the_same_pick(self, name):
+        picks = [STRATEGIES[name].search(SPACE, trainer(), Budget()).selection.pick for _ in range(2)]
+        assert picks[0] == picks[1]
+
+    def test_a_budget_bounds_the_steps_of_its_final_runs(self, name):
+        if not STRATEGIES[name].takes_budget:
+            return
+        replayed = trainer()
+        STRATEGIES[name].search(SPACE, replayed, Budget(runs=2))
+        # TPE looks at its account before a run, so the last one may go beyond it.
+        assert sum(c.steps for c in replayed.trained) <= (2 + (name == "tpe")) * STEPS
+
+
+def test_strategies_that_see_every_probe_or_run_find_the_best_and_halve_the_rest():
+    replayed = trainer()
+    outcome = STRATEGIES["best_probes"].search(SPACE, replayed, Budget())
+    assert outcome.selection.pick == BEST
+    assert sorted(c.steps for c in outcome.curves) == [32, 32, 64, 64]
+    assert STRATEGIES["halving"].search(SPACE, trainer(), Budget()).selection.pick == BEST
+
+
+def test_the_laws_pick_where_the_config_says_laws():
+    # The name was once given to what picked by the probes' losses, whatever the laws said.
+    by_laws = STRATEGIES["laws"].search(SPACE, trainer(), Budget())
+    assert by_laws.final is None
+    lowest = min((c for c in by_laws.selection.candidates if c.kept), key=lambda c: c.predicted_loss)
+    assert loss(by_laws.selection.pick, 4096) <= 1.05 * loss(lowest.ranks, 4096)
+    assert by_laws.selection.method == "laws"
+    assert STRATEGIES["paper"].search(SPACE, trainer(), Budget()).selection.method == "paper"
+
+
+def test_separate_rates_keep_the_factor_of_the_best_run():
+    outcome = STRATEGIES["separate_rates"].search(SPACE, trainer(), Budget())
+    assert outcome.final.configuration.factors == {}
+    assert [c.configuration.factors for c in outcome.curves] == [
+        {}, {"vision": 1 / 3}, {"vision": 3.0}, {"llm": 1 / 3}, {"llm": 3.0},
+    ]  # fmt: skip
+
+
+def test_a_search_whose_runs_all_diverge_names_them_and_the_rates():
+    dead = [
+        Curve(c, (EvalPoint(0, 3.0), EvalPoint(8, math.nan, alive=False, reason="the validation loss was not finite")))
+        for c in SPACE.every()
+    ]
+    with pytest.raises(
+        NoValidResultError, match=r"no final run came to its end \(vision\d.*not finite.*Lower finetune"
+    ):
+        STRATEGIES["random"].search(SPACE, RecordedTrainer(dead), Budget())
+
+
+class Smallest:
+    """A strategy of somebody else's: the smallest ranks, trained."""
+
+    name = "smallest"
+    needs_probes = False
+    takes_budget = False
+    needs_convergence = False
+
+    def search(self, space, trainer, budget):
+        configuration = space.configuration({module: min(space.grids[module]) for module in space.searched})
+        (final,) = trainer.train([configuration], Patience())
+        ranks = space.of_adapted(configuration.ranks)
+        return Outcome(
+            without_laws(self.name, ranks, space.num_samples, "the smallest were asked for"), final, (final,)
+        )
+
+
+def test_a_strategy_from_outside_is_one_registration(monkeypatch):
+    monkeypatch.setattr(STRATEGIES, "_members", dict(STRATEGIES._members))
+    with pytest.raises(ConfigError, match=r"strategy \(selection.method\) is 'smallest'; allowed: best_probes"):
+        STRATEGIES["smallest"]
+    STRATEGIES.register(Smallest())
+    outcome = STRATEGIES["smallest"].search(SPACE, trainer(), Budget())
+    assert outcome.selection.pick == {"vision": 2, "projector": 8, "llm": 2}
+
+
+def test_a_configuration_that_was_not_recorded_is_refused():
+    with pytest.raises(ConfigError, match="no final run of vision3-projector8-llm2 was recorded"):
+        trainer().train([SPACE.configuration({"vision": 3, "llm": 2})], Patience())
+
+
+def test_replayed_curves_stop_where_a_rule_stops_them():
+    points = [EvalPoint(step, loss) for step, loss in ((0, 4.0), (8, 1.0), (16, 1.5), (24, 1.6))]
+    (seen,) = RecordedTrainer([Curve(SPACE.every()[0], tuple(points))]).train([SPACE.every()[0]], Patience(2.0))
+    assert [point.step for point in seen.points] == [0, 8, 16]
+    assert np.isfinite(seen.loss)
