@@ -1,5 +1,6 @@
-"""The embedded demo: its base is an ordinary checkpoint that looks at pictures; the library reads its data."""
+"""The embedded demo: its base is an ordinary checkpoint that looks at pictures; the library reads it and its data."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,15 @@ def test_demo_config_is_valid_and_probes_the_whole_grid():
     lanes = planned_lanes(load_config(ROOT / "configs" / "demo.yaml"))
     assert {len(lane.adapted) for lane in lanes} == {3}
     assert len(lanes) == 9
+
+
+def test_the_library_example_of_the_readme_runs(data, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "base").symlink_to(BASE)
+    (tmp_path / "demo" / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape[0] == 8
+    assert names["merged"].keys() == names["base"].keys()
