@@ -37,7 +37,7 @@ class Outcome:
         losses: float [n], summed -log p of the supervised tokens of each of n records, nats.
         tokens: [n], number of supervised tokens of each record.
         choices: int [n], index of the likeliest candidate answer of each record; [0] if accuracy is not scored.
-        correct: bool [n], whether that is the record's answer; [0] likewise.
+        correct: bool [n], whether that is the record's answer; [0] if accuracy is not scored.
         answers: answer generated greedily for each record; empty if none were generated.
     """
 

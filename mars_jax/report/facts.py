@@ -2,6 +2,7 @@
 
 import math
 
+from mars_jax.adapters.registry import METHODS
 from mars_jax.report.collect import Record, RunRecord
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.words import count, listing, number, percent, ranks_text
@@ -77,6 +78,9 @@ def _headline(run: RunRecord) -> str:
             if run.lanes
             else "no probe lane has finished."
         )
+    method = run.config.get("adapter", {}).get("method")
+    if method in METHODS.names and not METHODS[method].has_ranks:
+        return f"Trained by the adapter method {method}, which has no ranks: {listing(list(pick))}."
     searched = searched_modules(run) or list(pick)
     fixed = {module: rank for module, rank in pick.items() if module not in searched}
     chosen = listing([f"rank\u00a0{pick[module]} for {module}" for module in searched])

@@ -1,4 +1,4 @@
-"""The adapter matrix's judgement: what passes, and what a combination that doesn't is told to lack."""
+"""The adapter matrix's judgement: what passes, and what is reported of a combination that doesn't."""
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ from benchmarks.evidence.runs import Run
 from mars_jax.search.strategies.base import Budget, Space
 from mars_jax.search.strategies.halving import HALVING
 from mars_jax.search.strategies.separate_rates import SEPARATE_RATES
-from mars_jax.search.strategies.tpe import TPE, is_installed
+from mars_jax.search.strategies.tpe import TPE
 from mars_jax.search.strategies.uniform import Uniform
 
 # Planted truth.
@@ -163,7 +163,6 @@ def test_separate_rates_are_found_among_the_runs_at_other_rates():
     assert found.compute == 5.0
 
 
-@pytest.mark.skipif(not is_installed(), reason="Optuna is not installed")
 def test_tpe_spends_no_more_than_its_budget_and_a_run():
     found = replay().method("tpe", TPE, Budget(2))
     assert 1.0 <= found.compute < 3.0

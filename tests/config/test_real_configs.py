@@ -132,7 +132,7 @@ def tokenizer(image_token_id: int) -> PreTrainedTokenizerFast:
 
 
 class Told:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps its messages."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

@@ -88,7 +88,7 @@ def test_every_sample_is_in_one_row_whole_with_its_tiles_and_targets(sizes, row_
                 np.testing.assert_array_equal(own, np.arange(own[0], own[0] + len(own)))
                 np.testing.assert_array_equal(one["positions"][own], np.arange(len(own)))
                 targets = np.isin(one["target_positions"], own) & (one["target_weights"] > 0)
-                # Where it came from is told by its random tokens.
+                # Its random tokens identify where it came from.
                 lies = [
                     sample
                     for sample, size in enumerate(sizes)

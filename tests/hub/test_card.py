@@ -1,4 +1,4 @@
-"""The model card: how each family's adapter is loaded, and what vLLM is told about it."""
+"""The model card: how each family's adapter is loaded, and what it says of vLLM."""
 
 import pytest
 

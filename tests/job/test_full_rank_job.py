@@ -62,6 +62,12 @@ def test_only_the_merged_checkpoint_is_written_and_the_reason_is_given(job):
     assert done.stderr.count("PEFT has no format for the adapter method full_rank, so only the merged checkpoint") == 1
 
 
+def test_the_report_spoke_of_rank_1_where_a_method_has_no_ranks(job):
+    folder, _ = job
+    headline = json.loads((folder / "run" / "report" / "report.json").read_text())["verdict"]["headline"]
+    assert headline == "Trained by the adapter method full_rank, which has no ranks: projector and llm."
+
+
 def test_the_merged_checkpoint_computes_what_base_and_adapters_compute(job):
     folder, _ = job
     config, base = read_checkpoint(folder / "base", "float32")

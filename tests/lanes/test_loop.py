@@ -36,7 +36,7 @@ class Kill(Exception):
 
 
 def run_until(steps, directory):
-    """Runs until `steps` lane-steps are told, and is killed there."""
+    """Runs until `steps` lane-steps are reported, and is killed there."""
     told = []
 
     def advance(progress):
@@ -228,6 +228,6 @@ def test_progress_survived_no_group_whose_lanes_had_all_diverged():
     told = []
     result = run(timing=schedule([0, 4, 8]), rates=dict.fromkeys(RATES, 1e30), advance=told.append)
     assert not any(rows[-1].alive for rows in result.points)
-    # The steps that were saved are told as done.
+    # The steps that were saved are reported as done.
     assert (told[-1].step, told[-1].running, sum(progress.lane_steps for progress in told)) == (4, 0, 4 * 8)
     assert math.isnan(told[-1].loss)

@@ -17,7 +17,7 @@ from mars_jax.search.probes.records import lane_records
 from tests.helpers import least_model, tiny_lanes
 from tests.helpers.tiny_lanes import LANES, RATES, assert_same, assert_same_points, schedule
 
-# Only lanes that adapt the vision module diverge at this rate, so they are told apart within one group.
+# Only lanes that adapt the vision module diverge at this rate, which distinguishes them within one group.
 WILD = RATES | {"vision": 1e30}
 DIVERGING = LANES[0]
 STEADY = [Lane({"vision": 0, "projector": p, "llm": n}, 8, 1) for p, n in ((2, 4), (1, 1), (0, 3))]

@@ -1,4 +1,4 @@
-"""A run that is told to stop: how it ends, and that progress.json and events.jsonl are true once it goes on."""
+"""A run that a signal stops: how it ends, and that progress.json and events.jsonl are true once it goes on."""
 
 import json
 import re
