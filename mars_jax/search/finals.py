@@ -14,6 +14,7 @@ from mars_jax.adapters.files import read_adapters, write_adapters
 from mars_jax.config.load import Config
 from mars_jax.job import files
 from mars_jax.job.job import Job
+from mars_jax.job.phase import sections
 from mars_jax.lanes.engine import Engine
 from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.inputs import Rates
@@ -44,7 +45,7 @@ class FinalRun:
     warm_start: str | None
 
     def to_json(self) -> Document:
-        """The document sweep/final.json."""
+        """The run in the document sweep/final.json."""
         return {
             "ranks": dict(self.ranks),
             "num_samples": self.num_samples,
@@ -100,16 +101,25 @@ def final_run(job: Job, curve: Curve) -> FinalRun:
 def leave_final_run(job: Job, curve: Curve) -> None:
     """Keeps a strategy's final run for the finetune phase."""
     write_adapters(job.directory / files.FINAL_ADAPTERS, adapters_of(curve))
-    write_json(job.directory / files.FINAL_RUN, final_run(job, curve).to_json())
+    document = final_run(job, curve).to_json()
+    write_json(job.directory / files.FINAL_RUN, {"settings": settings_of(job.config), "run": document})
 
 
 def left_final_run(job: Job, ranks: Ranks) -> tuple[FinalRun, Tree] | None:
-    """The final run that the strategy left and its adapters, if it has these ranks."""
+    """The final run that the strategy left and its adapters, if it has these ranks and today's settings."""
     file = job.directory / files.FINAL_RUN
     if not file.exists():
         return None
-    run = FinalRun.from_json(read_json(file))
-    return (run, read_adapters(job.directory / files.FINAL_ADAPTERS)) if run.ranks == ranks else None
+    document = read_json(file)
+    run = FinalRun.from_json(document["run"])
+    if run.ranks != ranks or document["settings"] != settings_of(job.config):
+        return None
+    return run, read_adapters(job.directory / files.FINAL_ADAPTERS)
+
+
+def settings_of(config: Config) -> str:
+    """The settings that a final run of given ranks depends on."""
+    return sections(config, "seed", "finetune", "optimizer")
 
 
 def adapters_of(curve: Curve) -> Tree:

@@ -19,7 +19,15 @@ from mars_jax.runtime.devices import physical_memory_bytes
 from mars_jax.runtime.jsonfiles import Document, read_json, write_json
 from mars_jax.search.compare import compare_run
 from mars_jax.search.cost import lane_costs
-from mars_jax.search.finals import adapters_of, final_run, leave_final_run, left_final_run, rates_of, write_final
+from mars_jax.search.finals import (
+    adapters_of,
+    final_run,
+    leave_final_run,
+    left_final_run,
+    rates_of,
+    settings_of,
+    write_final,
+)
 from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.probes.block_size import lane_block, measure_lane_block
 from mars_jax.search.probes.design import planned_lanes
@@ -208,7 +216,7 @@ SELECT = Phase("select", _select_inputs, files.SELECTION, _select)
 
 def _finetune_inputs(job: Job) -> Inputs:
     check_there(job.directory / files.SELECTION, "select")
-    return job.directory / files.SELECTION, sections(job.config, "seed", "finetune", "optimizer")
+    return job.directory / files.SELECTION, settings_of(job.config)
 
 
 def _finetune(job: Job) -> Document:
