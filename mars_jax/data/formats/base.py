@@ -27,10 +27,20 @@ ROLES: Mapping[str, Role] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation; user text holds `<image>` where a picture goes."""
+    """One message of a conversation.
+
+    Attributes:
+        role: who speaks.
+        text: what is said; user text holds `<image>` where a picture goes.
+        learn: for an answer, whether it is trained on. The last answer always is.
+        parts: for a message of typed parts, each of them (`<image>` for a picture), which joined are `text`. Empty for
+            plain text.
+    """
 
     role: Role
     text: str
+    learn: bool = True
+    parts: tuple[str, ...] = ()
 
 
 class Conversation(NamedTuple):
