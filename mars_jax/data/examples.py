@@ -160,7 +160,7 @@ class ExampleSource:
         needed = shapes_of(encoded, pictures)
         if self.shapes.union(needed) != self.shapes:
             raise DataError(f"{record} needs {needed}, more than {self.shapes}. Plan the shapes with this record.")
-        return (encoded, pictures), encoded.token_ids.nbytes + encoded.supervised.nbytes
+        return (encoded, pictures), encoded.token_ids.nbytes + encoded.targets.nbytes + encoded.supervised.nbytes
 
     def _tiles(self, record: Record) -> tuple[dict[str, np.ndarray], int]:
         try:
@@ -180,7 +180,7 @@ def _text_example(encoded: Encoded, shapes: Shapes, pad_token_id: int) -> Exampl
     targets = np.zeros(shapes.max_supervised, np.int32)
     positions = np.zeros(shapes.max_supervised, np.int32)
     weights = np.zeros(shapes.max_supervised, np.float32)
-    targets[:count] = encoded.token_ids[supervised]
+    targets[:count] = encoded.targets[supervised]
     positions[:count] = supervised - 1
     weights[:count] = 1
     return {"tokens": tokens, "targets": targets, "target_positions": positions, "target_weights": weights}
