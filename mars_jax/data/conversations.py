@@ -103,7 +103,7 @@ def conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[st
             f"once for each image.{seen}"
         )
     elif not num_images and numbered.startswith("<img>"):
-        yield f"the text has {shown(numbered)}, which is not read. Give the picture as 'image', and write <image> there."
+        yield f"the text has {shown(numbered)}, which is not read. Give it as 'image', with <image> in the text."
 
 
 def _text_faults(turn: Turn, where: str) -> Iterator[str]:

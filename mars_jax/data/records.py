@@ -158,8 +158,8 @@ def _encoding_faults(row_id: str, made: Draft) -> Iterator[str]:
             text.encode()
         except UnicodeEncodeError as error:
             yield (
-                f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair: the text was cut "
-                "within a character. Write the whole character, or take the half out."
+                f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair: the text was "
+                "cut within a character. Write the whole character, or take the half out."
             )
 
 

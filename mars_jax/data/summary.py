@@ -20,8 +20,8 @@ class DataSummary(TypedDict):
     """Summary of a data set, as written to data.json.
 
     `train`, `validation` and `test` count the samples of each split, `images` their distinct pictures. `shapes` are the
-    fields of `Shapes`. `notes` name what was not read, put right or may surprise. `tokens_per_sample` is the mean number
-    of tokens, text and image tokens alike, of the training samples up to their last target.
+    fields of `Shapes`. `notes` name what was not read, put right or may surprise. `tokens_per_sample` is the mean
+    number of tokens, text and image tokens alike, of the training samples up to their last target.
     """
 
     train: int
