@@ -50,6 +50,10 @@ class DataConfig(Section):
     image_root: InputPath | None = Field(default=None, description="folder of the images; null: that of the data file")
     validation_fraction: Share = Field(default=0.1, description="share split off when validation is null")
     test_fraction: Share = Field(default=0.1, description="share split off when test is null")
+    learn: Literal["all", "last"] = Field(
+        default="all",
+        description="answers of a conversation that are trained on: all but those its row excludes, or the last",
+    )
     max_tokens: Count | None = Field(default=None, description="longer samples are dropped and listed; null: none")
     max_pixels: Count | None = Field(
         default=None,

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from mars_jax.data.images import load_rgb
+from mars_jax.data.images import PictureError, load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import Shapes, encode_text, shapes_of
@@ -165,10 +165,9 @@ class ExampleSource:
     def _tiles(self, record: Record) -> tuple[dict[str, np.ndarray], int]:
         try:
             tiles = self._preprocessor.pictures.tiles([load_rgb(path) for path in record.images])
-        except OSError as error:
-            raise DataError(
-                f"{record}: {error.filename or record.images[0]} cannot be read any more ({error}). Restore the file."
-            ) from error
+        except (OSError, PictureError) as error:
+            name = getattr(error, "filename", None) or record.images[0]
+            raise DataError(f"{record}: {name} cannot be read any more ({error}). Restore the file.") from error
         return tiles, sum(array.nbytes for array in tiles.values())
 
 

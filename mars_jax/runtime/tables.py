@@ -53,7 +53,9 @@ def check_tables(result: Document) -> Iterator["Table"]:
             text.stylize("not dim bold green", start, end)
         return {"id": sample["id"], "text": text, "learned": sample["supervised"]}
 
-    return tables({**result, "samples": [highlighted(sample) for sample in result["samples"]]})
+    notes = [{"note": text} for text in result["data"]["notes"]]
+    samples = [highlighted(sample) for sample in result["samples"]]
+    return tables({**result, "data": {**result["data"], "notes": notes}, "samples": samples})
 
 
 def _is_nested(value: object) -> TypeGuard[_Nested]:
