@@ -128,7 +128,7 @@ def _check_shapes(directory: Path, matches: Sequence[Match]) -> None:
     if wrong:
         header, parameter = wrong[0].header, wrong[0].parameter
         stored, path = (parameter.stored_shape, parameter.path) if parameter else ((), "")
-        more = f" So have {len(wrong) - 1} more tensors." if len(wrong) > 1 else ""
+        more = f" {len(wrong) - 1} more have another shape." if len(wrong) > 1 else ""
         raise ConfigError(
             f"{header.file}: {header.name!r} has shape {list(header.shape)}, but {directory / CONFIG_FILE} asks for "
             f"{list(stored)} ({path}).{more} The two belong to different models; fetch both again."

@@ -61,7 +61,7 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[ModelConfi
     if tied_head is not None and not np.array_equal(tied_head[2], arrays[tables.EMBEDDING_PATH]):
         raise ConfigError(
             f"{tied_head[0]}: {CONFIG_FILE} ties the word embeddings, yet {tied_head[1]!r} differs from the embedding. "
-            f"Set tie_word_embeddings to false in {directory / CONFIG_FILE}, or remove the tensor."
+            f"Set tie_word_embeddings to false in {directory / CONFIG_FILE}, also in text_config, or remove the tensor."
         )
     return config, unflatten(arrays)
 

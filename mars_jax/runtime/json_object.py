@@ -61,8 +61,7 @@ def read_json_object(path: Path) -> Document:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise ConfigError(f"{path}: has {size} bytes; at most {_MAX_BYTES} are read. {again}")
-        # A byte order mark comes from some editors.
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}. {again}"

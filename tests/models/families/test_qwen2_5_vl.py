@@ -264,6 +264,7 @@ def test_defaults_of_the_encoder_are_those_of_transformers():
         "intermediate_size": 8,
         "num_hidden_layers": 1,
         "num_attention_heads": 28,
+        "num_key_value_heads": 4,
         "vocab_size": 9,
     }
     token = {"image_token_id": 3}
