@@ -89,9 +89,12 @@ def read_config(directory: Path) -> ModelConfig:
                 f"{directory}: holds a PEFT adapter ({ADAPTER_CONFIG_FILE}), no model. Point model.checkpoint at its "
                 "base model."
             )
+        # Of a name such as OWNER/NAME, neither folder is there.
+        name = "/".join(directory.parts[-2:])
+        hint = "" if directory.parent.is_dir() else f" If you mean the model on the hub, write hf://{name}."
         raise ConfigError(
             f"{path}: no such file. A checkpoint is a local directory with {CONFIG_FILE} and safetensors files; "
-            f"fetch one with `hf download REPO --local-dir DIR` and point to that directory."
+            f"fetch one with `hf download REPO --local-dir DIR` and point to that directory.{hint}"
         )
     return model_config(read_json_object(path), str(path))
 

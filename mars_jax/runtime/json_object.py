@@ -142,7 +142,9 @@ def _expectation(error: ErrorDetails) -> str:
         return error["msg"].removeprefix("Value error, ")
     for name, words in _BOUNDS.items():
         if name in context:
-            return f"{words.format(context[name])} expected"
+            bound = context[name]
+            whole = isinstance(bound, float) and bound.is_integer()
+            return f"{words.format(int(bound) if whole else bound)} expected"
     return f"{_EXPECTED.get(kind, error['msg'].removeprefix('Input should be '))} expected"
 
 

@@ -244,7 +244,8 @@ def read_text_config(
     kv_heads = settings.num_key_value_heads or heads
     if settings.head_dim is None:
         require_multiple(source, f"{dot}hidden_size", settings.hidden_size, "num_attention_heads", heads)
-    require_multiple(source, f"{dot}num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    kv_name = "num_key_value_heads" if "num_key_value_heads" in text else "num_key_value_heads (by default)"
+    require_multiple(source, f"{dot}num_attention_heads", heads, kv_name, kv_heads)
     head_dim = settings.head_dim or settings.hidden_size // heads
     if head_dim % 2:
         raise refusal(source, f"{dot}head_dim", head_dim, "rotary positions need an even number")

@@ -80,7 +80,7 @@ Pinpoints = Annotated[
 """Heights and widths of canvases."""
 
 
-class _LlavaFile(Settings):
+class LlavaFile(Settings):
     """The top level of the `config.json` of a LLaVA-1.5."""
 
     text_config: dict[str, Any]
@@ -94,7 +94,7 @@ class _LlavaFile(Settings):
     tie_word_embeddings: bool | None = None
 
 
-class _OnevisionFile(_LlavaFile):
+class OnevisionFile(LlavaFile):
     """The top level of the `config.json` of a LLaVA-OneVision."""
 
     vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -1
@@ -108,14 +108,14 @@ _DEFAULT_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) f
 
 def read_llava(config: Json, source: str) -> LlavaConfig:
     """Reads the `config.json` of a LLaVA-1.5."""
-    file = checked(_LlavaFile, config, source)
+    file = checked(LlavaFile, config, source)
     kinds = ("clip_vision_model", "siglip_vision_model", "dinov2")
     return LlavaConfig(**_common_settings(file, source, "llama", kinds, token=32000))
 
 
 def read_llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
     """Reads the `config.json` of a LLaVA-OneVision."""
-    file = checked(_OnevisionFile, config, source)
+    file = checked(OnevisionFile, config, source)
     pinpoints = file.image_grid_pinpoints or _DEFAULT_PINPOINTS
     return LlavaOnevisionConfig(
         **_common_settings(file, source, "qwen2", ("siglip_vision_model",), token=151646),
@@ -137,7 +137,7 @@ class _CommonSettings(TypedDict):
 
 
 def _common_settings(
-    file: _LlavaFile, source: str, decoder: str, encoders: tuple[str, ...], *, token: int
+    file: LlavaFile, source: str, decoder: str, encoders: tuple[str, ...], *, token: int
 ) -> _CommonSettings:
     """Reads the settings that the LLaVA families have in common.
 
@@ -162,7 +162,7 @@ def _common_settings(
     }
 
 
-def _image_token(file: _LlavaFile, source: str, default: int) -> int:
+def _image_token(file: LlavaFile, source: str, default: int) -> int:
     """The id of the image token, which both keys name."""
     index, other = file.image_token_index, file.image_token_id
     if index is not None and other is not None and index != other:
@@ -170,7 +170,7 @@ def _image_token(file: _LlavaFile, source: str, default: int) -> int:
     return next((token for token in (index, other) if token is not None), default)
 
 
-def _hidden_states(file: _LlavaFile, source: str, layers: int) -> tuple[int, ...]:
+def _hidden_states(file: LlavaFile, source: str, layers: int) -> tuple[int, ...]:
     """The indices of the hidden states in use, counted from the embeddings, which are 0."""
     value = file.vision_feature_layer
     asked = [value] if isinstance(value, int) else value

@@ -129,7 +129,7 @@ _MAX_GROUPS = 64
 _LayerNumbers = Annotated[list[Annotated[int, Field(ge=-1024, le=1024)]], Field(max_length=1024)]
 
 
-class _TextSettings(TextSettings):
+class QwenTextSettings(TextSettings):
     """The decoder's settings; transformers' defaults of the sizes are those of the 72B, so files must have them."""
 
     default_theta: ClassVar[float] = 1e6
@@ -143,7 +143,7 @@ class _TextSettings(TextSettings):
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
 
 
-class _VisionSettings(RotarySettings):
+class QwenVisionSettings(RotarySettings):
     """The encoder's settings."""
 
     rope_types: ClassVar[tuple[str, ...]] = ("default", "axial")
@@ -167,7 +167,7 @@ class _VisionSettings(RotarySettings):
     num_attention_heads: Heads | None = None
 
 
-class _File(Settings):
+class QwenFile(Settings):
     """The top level of the file."""
 
     text_config: dict[str, Any] | None = None
@@ -179,13 +179,13 @@ class _File(Settings):
 
 
 # In older files both parts have the family's name as `model_type`.
-_DECODERS: dict[str, type[TextSettings]] = {"qwen2_5_vl_text": _TextSettings, "qwen2_5_vl": _TextSettings}
-_ENCODERS: dict[str, type[Settings]] = {"qwen2_5_vl_vision": _VisionSettings, "qwen2_5_vl": _VisionSettings}
+_DECODERS: dict[str, type[TextSettings]] = {"qwen2_5_vl_text": QwenTextSettings, "qwen2_5_vl": QwenTextSettings}
+_ENCODERS: dict[str, type[Settings]] = {"qwen2_5_vl_vision": QwenVisionSettings, "qwen2_5_vl": QwenVisionSettings}
 
 
 def read_qwen2_5_vl(config: Json, source: str) -> Qwen25VlConfig:
     """Reads `config.json`: decoder settings are at the top level on the hub, in `text_config` from transformers 5."""
-    file = checked(_File, config, source)
+    file = checked(QwenFile, config, source)
     text, section = (config, "") if file.text_config is None else (file.text_config, "text_config")
     kind = kind_of(text, _DECODERS, "qwen2_5_vl_text", source, section or "the decoder")
     decoder = read_text_config(
@@ -208,7 +208,7 @@ def _read_vision(vision: Json, source: str, width: int) -> QwenVisionConfig:
         width: the decoder's width.
     """
     kind_of(vision, _ENCODERS, "qwen2_5_vl", source, "vision_config")
-    settings = checked(_VisionSettings, vision, source, "vision_config")
+    settings = checked(QwenVisionSettings, vision, source, "vision_config")
     key = "vision_config."
     require(source, f"{key}out_hidden_size", settings.out_hidden_size, (width,))
     require(source, f"{key}num_hidden_layers", settings.num_hidden_layers, (None, settings.depth))
