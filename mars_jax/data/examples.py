@@ -75,7 +75,7 @@ class ExampleSource:
         """
         record, shapes = self.records[number], self.shapes
         encoded, pictures = self._cache.get(number, lambda: self._text(record))
-        example = _text_example(encoded, shapes, self._preprocessor.tokenizer.pad_token_id)
+        example = _text_example(encoded, shapes, self._preprocessor.pad_token_id)
         maker = self._preprocessor.pictures
         tiles = self._cache.get(record.images, lambda: self._tiles(record)) if record.images else {}
         spare = maker.padding(shapes.max_tiles - len(next(iter(tiles.values()), ())))
@@ -121,7 +121,7 @@ class ExampleSource:
         start = int(np.flatnonzero(~encoded.supervised[:end])[-1]) + 1
         length = self.shapes.max_tokens
         padding = np.arange(length) >= start
-        tokens = [np.where(padding, self._preprocessor.tokenizer.pad_token_id, example["tokens"])]
+        tokens = [np.where(padding, self._preprocessor.pad_token_id, example["tokens"])]
         before = example.get("positions", np.arange(length)[:, None])
         positions, segments, targets, sources = [before], [np.where(padding, -1, 0)], [], []
         offset, following = length, before[start - 1].max() + 1

@@ -40,7 +40,7 @@ def _preview_of(record: Record, example: Example, preprocessor: Preprocessor) ->
     # The first image token of each picture is kept, and replaced by their number below.
     image_positions = np.flatnonzero(tokens == preprocessor.image_token_id)
     firsts = image_positions[np.cumsum([0, *counts])[:-1]] if counts else image_positions
-    used = np.flatnonzero(tokens != tokenizer.pad_token_id)[-1] + 1
+    used = np.flatnonzero(tokens != preprocessor.pad_token_id)[-1] + 1
     kept = np.setdiff1d(np.arange(used), np.setdiff1d(image_positions, firsts))
     weighted = example["target_weights"] > 0
     learned = example["target_positions"][weighted] + 1

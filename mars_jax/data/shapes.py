@@ -130,7 +130,14 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
         except (DataError, OSError) as error:
             raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
     counts = [len(picture.index) for picture in pictures]
-    return encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts), pictures
+    encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
+    if (largest := int(encoded.token_ids.max(initial=0))) >= preprocessor.num_rows:
+        token = preprocessor.tokenizer.convert_ids_to_tokens(largest)
+        raise DataError(
+            f"{record}: has token {largest} {token!r}, but the base's embedding has {preprocessor.num_rows} rows. "
+            "Leave it out of the text, or take the tokenizer that belongs to the checkpoint."
+        )
+    return encoded, pictures
 
 
 def shapes_of(encoded: Encoded, pictures: Sequence[ImageTokens]) -> Shapes:

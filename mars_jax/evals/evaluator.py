@@ -179,7 +179,7 @@ class Evaluator:
                 partial(
                     generate,
                     model,
-                    pad_token=tokenizer.pad_token_id,
+                    pad_token=preprocessor.pad_token_id,
                     max_new_tokens=max_new_tokens,
                     end_tokens=settings.end_tokens,
                 )

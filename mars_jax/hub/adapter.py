@@ -22,11 +22,12 @@ from mars_jax.adapters.method import AdapterMethod, PeftFormat, leaf_names
 from mars_jax.adapters.targets import Target
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.hub.card import model_card
-from mars_jax.hub.read import read_json, read_tensors
+from mars_jax.hub.read import read_tensors
 from mars_jax.hub.write import write_json
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.registry import checkpoint_table
 from mars_jax.models.families.tables import CheckpointTable, Parameter
+from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import Tree, flatten, unflatten
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -156,7 +157,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
             has no place in the tree.
     """
     directory = Path(directory)
-    settings = read_json(directory / ADAPTER_CONFIG_FILE)
+    settings = read_json_object(directory / ADAPTER_CONFIG_FILE)
     _check_plain_lora(settings, directory / ADAPTER_CONFIG_FILE)
     file = directory / ADAPTER_WEIGHTS_FILE
     if not file.is_file():

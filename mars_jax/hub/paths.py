@@ -56,7 +56,7 @@ def _parse(path: Path) -> tuple[str, str, str | None, str, str]:
     owner, _, rest = address.removeprefix("datasets/").partition("/")
     name, _, within = rest.partition("/")
     name, _, revision = name.partition("@")
-    if not owner or not name:
+    if not owner or not name or ".." in PurePosixPath(address).parts:
         raise ConfigError(
             f"{_written(path)}: is no address of a model (hf://OWNER/NAME) or a data set (hf://datasets/OWNER/NAME)."
         )

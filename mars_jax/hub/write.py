@@ -26,13 +26,13 @@ from mars_jax.hub.read import (
     INDEX_FILE,
     WEIGHTS_FILE,
     read_config,
-    read_json,
     read_tensors,
     weight_files,
 )
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families import tables
 from mars_jax.models.families.registry import checkpoint_table, model_config
+from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import flatten
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
@@ -142,7 +142,7 @@ def write_merged(
         if path.suffix in _COMPANIONS and path.name != INDEX_FILE:
             shutil.copy(path, directory)
     if (base / INDEX_FILE).is_file():
-        write_json(directory / INDEX_FILE, read_json(base / INDEX_FILE) | {"weight_map": weight_map})
+        write_json(directory / INDEX_FILE, read_json_object(base / INDEX_FILE) | {"weight_map": weight_map})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

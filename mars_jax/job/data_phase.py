@@ -7,7 +7,7 @@ from mars_jax.data.rows import source_files
 from mars_jax.errors import ConfigError
 from mars_jax.job import files
 from mars_jax.job.book import hash_inputs
-from mars_jax.job.checks import check_model, check_sizes
+from mars_jax.job.checks import check_data, check_model
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, sections
 from mars_jax.runtime.jsonfiles import Document, read_json, write_json
@@ -43,7 +43,7 @@ def _work(job: Job) -> Document:
     check_model(job.config, job.base)
     job.reporter.notice("data: reading and checking every sample")
     summary = {**job.data.summary(), "files": _hashes(job.config)}
-    check_sizes(job.config, len(job.data.search.train))
+    check_data(job.config, job.base, job.data, job.reporter)
     write_json(job.directory / files.DATA, summary)
     sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))
     formats = ", ".join(summary["formats"])

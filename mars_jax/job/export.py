@@ -122,7 +122,7 @@ def torch_inputs(
 ) -> dict[str, np.ndarray]:
     """The same records as inputs of the Hugging Face model."""
     tokens = batch["tokens"]
-    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != preprocessor.tokenizer.pad_token_id, axis=1)
+    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != preprocessor.pad_token_id, axis=1)
     inputs = {
         "input_ids": tokens.astype(np.int64),
         "attention_mask": (np.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(np.int64),

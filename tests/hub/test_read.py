@@ -150,7 +150,10 @@ def drop(name):
             lambda t: t | {EMBEDDING: t[EMBEDDING][:5]},
             r"embed_tokens.weight' has shape \[5, 32\].*asks for \[128, 32\]",
         ),
-        (lambda t: t | {EMBEDDING: t[EMBEDDING].astype(np.int8)}, r"stored as int8; float16, bfloat16.*not quantised"),
+        (
+            lambda t: t | {EMBEDDING: t[EMBEDDING].astype(np.int8)},
+            rf"the weights are quantised \(stored as I8: '{EMBEDDING}'\).*Take the checkpoint that they were quantised",
+        ),
         (
             lambda t: t | {"model.language_model.embed_tokens.weight": t[EMBEDDING]},
             r"are the same parameter in two key layouts",
@@ -177,7 +180,7 @@ def test_tensors_that_do_not_fit(change, message, copy):
         ),
         ("model.safetensors", None, r"neither model.safetensors nor .* found: config.json.*Only safetensors"),
         ("model.safetensors", "version https://git-lfs", r"not a complete safetensors file \(23 bytes\).*Git LFS"),
-        ("model.safetensors.index.json", "{}", r"has no weight_map"),
+        ("model.safetensors.index.json", "{}", r"index.json: weight_map is missing"),
         (
             "model.safetensors.index.json",
             '{"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}',
