@@ -80,7 +80,7 @@ def read_yaml(text: str) -> YamlText:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = ", ".join(part for part in (error.context, error.problem) if part)
-        raise YamlError(f"the text is not YAML: {reason}", mark and mark.line + 1) from None
+        raise YamlError(f"the text is not YAML: {reason}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise YamlError(f"the text is not YAML: {' '.join(str(error).split())}") from None
 
@@ -89,7 +89,7 @@ def _check_events(text: str) -> None:
     """Refuses depth and explicit tags before anything is built."""
     depth = 0
     for event in yaml.parse(text, _Loader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else None
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
