@@ -22,9 +22,15 @@ def number_or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def dump_json(value: object, indent: int | None = None) -> str:
-    """JSON text of a value, keys in their own order; paths become text, arrays lists, their scalars numbers."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+def dump_json(value: object, indent: int | None = None, ascii: bool = False) -> str:
+    """JSON text of a value, keys in their own order; paths become text, arrays lists, their scalars numbers.
+
+    Args:
+        value: what is written.
+        indent: spaces of a level; None: all on one line.
+        ascii: write other characters as escapes, for streams of any encoding and terminals.
+    """
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
