@@ -104,7 +104,7 @@ def test_a_config_error_as_json(config_file):
 
 def test_status_of_a_run_from_its_config_or_its_directory(config_file):
     with RunDirectory.open(load_config(config_file)) as run, run.book.phase("probe", "h"):
-        append_jsonl((run / files.LANES), {"lane": 0})
+        append_jsonl((run / files.LANES), {"lane": "vision1-D8-s0"})
         with (run / files.LANES).open("a") as file:
             file.write('{"lane": ')
     by_config, by_directory = mars("status", config_file, "--json"), mars("status", run.path, "--json")

@@ -143,8 +143,8 @@ def test_lanes_of_data_that_changed_since_are_refused(tmp_path, base, train):
     code, message = refused("probe", config)
     assert code == 2
     assert message == (
-        f"run directory {tmp_path / 'run'} has lanes of other data: {copy} changed since. Set another run_dir, take "
-        f"the files back, or delete {tmp_path / 'run'} to start again."
+        f"run directory {tmp_path / 'run'} has lanes of other data or of another base: {copy} changed since. Set "
+        f"another run_dir, take the files back, or delete {tmp_path / 'run'} to start again."
     )
 
 

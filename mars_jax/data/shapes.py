@@ -131,7 +131,7 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
             raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
     counts = [len(picture.index) for picture in pictures]
     encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
-    if (largest := int(encoded.token_ids.max(initial=0))) >= preprocessor.num_rows:
+    if (largest := int(max(encoded.token_ids.max(), encoded.targets.max()))) >= preprocessor.num_rows:
         token = preprocessor.tokenizer.convert_ids_to_tokens(largest)
         raise DataError(
             f"{record}: has token {largest} {token!r}, but the base's embedding has {preprocessor.num_rows} rows. "

@@ -91,6 +91,16 @@ class JobData:
     def _plans(self) -> "_Plans":
         return _Plans(self._splits, self.preprocessor, self._config.data.max_tokens or _UNLIMITED)
 
+    def pictures(self) -> dict[Path, str]:
+        """Picture file -> SHA-256 of its bytes, of the samples of all splits."""
+        records = (*self._splits.train, *self._splits.validation, *self._splits.test)
+        return {
+            picture: digest
+            for record in records
+            for picture, digest in zip(record.images, record.digests, strict=True)
+            if isinstance(picture, Path)
+        }
+
     # What data.json says.
 
     def summary(self) -> Document:
