@@ -1,6 +1,7 @@
 """Summary of a data set: numbers of samples and pictures, formats, notes, dropped samples, shapes."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 from typing import TypedDict
@@ -52,7 +53,7 @@ def data_summary(
         "test": len(plans["test"].kept),
         "images": {name: len({d for r in plan.kept for d in r.digests}) for name, plan in plans.items()},
         "formats": sorted({record.format for plan in plans.values() for record in plan.kept}),
-        "notes": list(dict.fromkeys(notes)),
+        "notes": list(dict.fromkeys([*notes, *_prompt_notes(plans.values())])),
         "dropped": [
             {"id": record.id, "split": name, "reason": f"{length} tokens, more than {max_tokens}"}
             for name, plan in plans.items()
@@ -61,3 +62,17 @@ def data_summary(
         "shapes": asdict(shapes),
         "tokens_per_sample": mean(size.tokens for size in plans["train"].sizes),
     }
+
+
+def _prompt_notes(plans: Iterable[ShapePlan]) -> Iterator[str]:
+    """What is odd about the prompts of a data set, and the conversations that became several samples."""
+    plans = tuple(plans)
+    remarks = sum((Counter(plan.remarks) for plan in plans), Counter())
+    for remark, count in sorted(remarks.items()):
+        yield remark.format(count)
+    conversations, samples = (sum(numbers) for numbers in zip(*(plan.separated for plan in plans), strict=True))
+    if conversations:
+        yield (
+            f"{conversations} conversations became {samples} samples: the chat template renders an earlier answer "
+            "otherwise once later turns follow, so each is trained behind the prompt that asks for it"
+        )
