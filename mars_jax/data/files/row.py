@@ -18,8 +18,10 @@ MAX_ROWS = 2_000_000
 MAX_TEXT_BYTES = 2**32
 """Bytes of one JSON, JSON lines, CSV or TSV file."""
 
+MAX_ID = 500
+"""Characters of an id."""
+
 _ID_KEYS = ("id", "question_id", "index")
-_MAX_ID = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,10 @@ class Row:
 
     @property
     def has_valid_id(self) -> bool:
-        """Whether its id, if any, is a text or a number, and no longer than 500 characters."""
+        """Whether its id, if any, is a text or a number, and no longer than `MAX_ID`."""
         value = self._id
         return value is None or (
-            (isinstance(value, str) and len(value) <= _MAX_ID)
+            (isinstance(value, str) and len(value) <= MAX_ID)
             or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
         )
 
