@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mars_jax.data.template import load_tokenizer
+from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.hub.read import read_config
 from mars_jax.models.families.pictures import Pictures
 from mars_jax.models.families.registry import family_of

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
+from mars_jax.adapters.files import save_tensors
 from mars_jax.adapters.lora import LORA
 from mars_jax.adapters.merge import delta_of
 from mars_jax.adapters.method import AdapterMethod, PeftFormat, leaf_names
@@ -128,7 +128,7 @@ def write_adapter(
     }
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor for linear in linears for key, tensor in _peft_tensors(linear, family).items()}
-    save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(directory / ADAPTER_WEIGHTS_FILE, tensors, metadata={"format": "pt"})
     write_json(directory / ADAPTER_CONFIG_FILE, dict(sorted(adapter_config.items())))
     record = {"ranks": dict(ranks), "alpha": alphas, "base_model": base_name, "base_revision": base_revision}
     write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)})

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
+from mars_jax.adapters.files import save_tensors
 from mars_jax.adapters.lora import LORA
 from mars_jax.adapters.merge import delta_of
 from mars_jax.adapters.method import AdapterMethod, leaf_names
@@ -92,7 +92,7 @@ def write_checkpoint(
     for key, (names, value) in table.extra_tensors.items():
         tensors[key] = np.full([sizes[name] for name in names], value, jnp.dtype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata=_METADATA)
+    save_tensors(directory / WEIGHTS_FILE, tensors, metadata=_METADATA)
     write_json(directory / CONFIG_FILE, config_json)
     for file in extra_files:
         shutil.copy(file, directory)
@@ -131,7 +131,7 @@ def write_merged(
             if key in updates:
                 tensor = _merged(tensor, updates.pop(key), method, f"{file}: {name!r}")
             tensors[key] = tensor
-        save_file(tensors, directory / file.name, metadata=_METADATA)
+        save_tensors(directory / file.name, tensors, metadata=_METADATA)
         weight_map |= dict.fromkeys(tensors, file.name)
     if updates:
         raise ConfigError(
