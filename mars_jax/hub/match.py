@@ -1,6 +1,7 @@
 """Compares the tensors of a checkpoint with its configuration, by names, shapes and dtypes in the files' headers."""
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +119,8 @@ def _refuse_quantised(directory: Path, matches: Sequence[Match], unexpected: Seq
     dtypes = {match.header.name: match.header.dtype for match in matches if match.header.dtype not in _DTYPES}
     for name, sign in [*signs.items(), *((name, f"stored as {dtype}") for name, dtype in dtypes.items())]:
         raise ConfigError(
-            f"{directory}: the weights are quantised ({sign}: {name!r}), which is not read. Take the checkpoint that "
-            f"they were quantised from; {', '.join(_DTYPES[:-1])} and {_DTYPES[-1]} are read."
+            f"{directory}: the weights are quantised ({sign}: {listing([name])}), which is not read. Take the "
+            f"checkpoint that they were quantised from; {', '.join(_DTYPES[:-1])} and {_DTYPES[-1]} are read."
         )
 
 
@@ -146,6 +147,8 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], head_key: str) ->
 
 
 def listing(names: Sequence[str]) -> str:
-    """The first of some names."""
-    listed = ", ".join(names[:_LISTED])
+    """The first of some names, which may be any text."""
+    listed = ", ".join(
+        name if name.isprintable() and len(name) < 120 else reprlib.repr(name) for name in names[:_LISTED]
+    )
     return f"{listed or 'none'}{', ...' if len(names) > _LISTED else ''}"

@@ -118,7 +118,7 @@ def weight_files(directory: Path) -> list[Path]:
             return [single]
         names = sorted(path.name for path in directory.iterdir())
         raise ConfigError(
-            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; found: {', '.join(names) or 'nothing'}. "
+            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; found: {listing(names)}. "
             f"Only safetensors are read: fetch those files, or save the model again with transformers."
         )
     weight_map = checked(_Index, read_json_object(index), str(index)).weight_map

@@ -231,17 +231,18 @@ def load_anyres_pictures(directory: Path, geometry: Geometry) -> AnyresPictures:
     require_processor(directory, seen_name, (_PROCESSOR,), _PROCESSOR)
     processor = make_processor(directory, f"llava_onevision.{_PROCESSOR}", settings.given())
     pinpoints = tuple((int(height), int(width)) for height, width in processor.image_grid_pinpoints)
+    pictures, side = AnyresPictures(geometry, processor), geometry.image_size
+    shape = attempt(directory, lambda: pictures.tiles([Image.new("RGB", (side, side))])["pixels"]).shape
     for name, seen, expected in (
         ("image_grid_pinpoints", pinpoints, geometry.image_grid_pinpoints),
-        ("size", (processor.size["height"], processor.size["width"]), (geometry.image_size, geometry.image_size)),
+        ("size", shape[2:], (side, side)),
+        ("a number of tiles (crop_size)", shape[0], pictures.tokens([(side, side)])[0].num_tiles),
     ):
         if seen != expected:
             raise ConfigError(
                 f"{directory}: the image processor has {name} = {seen}, but config.json has {expected}. The files "
                 "come from different checkpoints; copy both from one."
             )
-    pictures = AnyresPictures(geometry, processor)
-    attempt(directory, lambda: pictures.tiles([Image.new("RGB", (geometry.image_size, geometry.image_size))]))
     return pictures
 
 

@@ -85,7 +85,7 @@ class LlavaFile(Settings):
 
     text_config: dict[str, Any]
     vision_config: dict[str, Any]
-    image_token_index: TokenId | None = None
+    image_token_index: TokenId = 32000
     image_token_id: TokenId | None = None
     vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
@@ -97,6 +97,7 @@ class LlavaFile(Settings):
 class OnevisionFile(LlavaFile):
     """The top level of the `config.json` of a LLaVA-OneVision."""
 
+    image_token_index: TokenId = 151646
     vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -1
     vision_feature_select_strategy: Literal["full"] = "full"
     image_grid_pinpoints: Pinpoints | None = None
@@ -110,7 +111,7 @@ def read_llava(config: Json, source: str) -> LlavaConfig:
     """Reads the `config.json` of a LLaVA-1.5."""
     file = checked(LlavaFile, config, source)
     kinds = ("clip_vision_model", "siglip_vision_model", "dinov2")
-    return LlavaConfig(**_common_settings(file, source, "llama", kinds, token=32000))
+    return LlavaConfig(**_common_settings(file, source, "llama", kinds))
 
 
 def read_llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
@@ -118,7 +119,7 @@ def read_llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
     file = checked(OnevisionFile, config, source)
     pinpoints = file.image_grid_pinpoints or _DEFAULT_PINPOINTS
     return LlavaOnevisionConfig(
-        **_common_settings(file, source, "qwen2", ("siglip_vision_model",), token=151646),
+        **_common_settings(file, source, "qwen2", ("siglip_vision_model",)),
         image_grid_pinpoints=tuple((height, width) for height, width in pinpoints),
         vision_aspect_ratio=file.vision_aspect_ratio,
     )
@@ -136,9 +137,7 @@ class _CommonSettings(TypedDict):
     projector_bias: bool
 
 
-def _common_settings(
-    file: LlavaFile, source: str, decoder: str, encoders: tuple[str, ...], *, token: int
-) -> _CommonSettings:
+def _common_settings(file: LlavaFile, source: str, decoder: str, encoders: tuple[str, ...]) -> _CommonSettings:
     """Reads the settings that the LLaVA families have in common.
 
     Args:
@@ -146,7 +145,6 @@ def _common_settings(
         source: path of the file, for error messages.
         decoder: default `model_type` of the decoder.
         encoders: supported encoders, by `model_type`; the first is the default.
-        token: default of `image_token_index`.
     """
     kind = kind_of(file.text_config, DECODERS, decoder, source, "text_config")
     text = {**file.text_config, "model_type": kind}
@@ -154,7 +152,7 @@ def _common_settings(
     return {
         "vision": vision,
         "text": read_text_config(text, source, DECODERS[kind], tied=file.tie_word_embeddings),
-        "image_token_id": _image_token(file, source, token),
+        "image_token_id": _image_token(file, source),
         "vision_feature_layers": _hidden_states(file, source, vision.num_layers),
         "drop_first": file.vision_feature_select_strategy == "default",
         "projector_activation": file.projector_hidden_act,
@@ -162,12 +160,12 @@ def _common_settings(
     }
 
 
-def _image_token(file: LlavaFile, source: str, default: int) -> int:
+def _image_token(file: LlavaFile, source: str) -> int:
     """The id of the image token, which both keys name."""
     index, other = file.image_token_index, file.image_token_id
-    if index is not None and other is not None and index != other:
+    if other is not None and other != index and "image_token_index" in file.model_fields_set:
         raise refusal(source, "image_token_id", other, f"image_token_index = {index} expected, as it means the same")
-    return next((token for token in (index, other) if token is not None), default)
+    return index if other is None else other
 
 
 def _hidden_states(file: LlavaFile, source: str, layers: int) -> tuple[int, ...]:
