@@ -3,21 +3,26 @@
 The statements about vLLM follow the source of vLLM 0.33.0: `config/lora.py`, `lora/` and the model classes.
 """
 
+import json
+import re
 from collections.abc import Mapping
 
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.tables import CheckpointTable
+from mars_jax.runtime.text import visible
 
+# Names and paths that YAML reads as text without quotes.
+_NAME = re.compile(r"[A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)+")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _TEMPLATE = """\
 ---
-base_model: {base}
+base_model: {scalar}
 library_name: peft
 tags: [lora, mars_jax]
 ---
 
-# LoRA adapter for {base}
+# LoRA adapter for {code}
 
 Trained with mars_jax, which picked one rank for each part of the model.
 
@@ -25,7 +30,7 @@ Trained with mars_jax, which picked one rank for each part of the model.
 |---|---|---|---|
 {rows}
 
-Base: `{base}`{revision}. Parameters: {size:,}, float32.
+Base: {code}{revision}. Parameters: {size:,}, float32.
 
 ## Load
 
@@ -74,11 +79,26 @@ def model_card(
         loading=f"\n{table.loading}" if table.loading else "",
         vllm=_vllm(table, ranks, alphas),
         base=base,
+        scalar=_scalar(base),
+        code=_code(base),
         rows="\n".join(rows),
-        revision=f" at revision `{revision}`" if revision else "",
+        revision=f" at revision {_code(revision)}" if revision else "",
         revision_argument=f", revision={revision!r}" if revision else "",
         size=size,
     )
+
+
+def _scalar(text: str) -> str:
+    """A YAML scalar: as it is where YAML reads it back so, else in quotes."""
+    return text if _NAME.fullmatch(text) else visible(json.dumps(text, ensure_ascii=False))
+
+
+def _code(text: str) -> str:
+    """A Markdown code span of any text, on one line, in which nothing has a meaning."""
+    shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    # The spaces are not part of a span that they are on both sides of.
+    return f"`{shown}`" if fence == "`" else f"{fence} {shown} {fence}"
 
 
 def _vllm(table: CheckpointTable[ModelConfig], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
