@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mars_jax.data.conversations import MAX_CHARACTERS, MAX_TURNS
+from mars_jax.errors import DataError
 from tests.helpers.rows import fault, read
 
 
@@ -153,3 +154,19 @@ def test_keys_that_are_not_read_are_counted_once_a_file(tmp_path):
     _, notes = read(tmp_path, [row("what?", **{f"k{n}": n for n in range(30)}, **{"\x1b[31m": 1})])
     assert notes[0].endswith(", and 11 others")
     assert "\x1b" not in notes[0]
+
+
+@pytest.mark.parametrize("depth", [5, 100, 400, 900, 950])
+@pytest.mark.parametrize(
+    "key", ["id", "image", "conversations", "messages", "question", "answer", "system", "other", "A"]
+)
+def test_values_nested_deep_are_faults_or_notes(tmp_path, depth, key):
+    for brackets in ("[]", "{}"):
+        deep = (brackets[0] if brackets == "[]" else '{"a":') * depth + "1" + brackets[1] * depth
+        text = json.dumps([row("what?") | {"question": "q", "answer": "a", key: "DEEP"}]).replace('"DEEP"', deep)
+        try:
+            outcome = " ".join(read(tmp_path, text)[1])
+        except DataError as error:
+            outcome = str(error)
+        assert "1 fault" in outcome or "2 faults" in outcome or f"keys not read: {key}" in outcome or "question" in outcome
+        assert len(outcome) < 1_000
