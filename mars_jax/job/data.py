@@ -23,6 +23,7 @@ from mars_jax.data.shapes import ShapePlan, Shapes, plan_shapes
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.data.summary import data_summary
 from mars_jax.job.base import JobBase
+from mars_jax.job.sample_notes import sample_notes
 from mars_jax.lanes.lane import Lane
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.progress import Reporter
@@ -106,7 +107,8 @@ class JobData:
     def summary(self) -> Document:
         """The document of data.json; notes on the data, and samples that were dropped, are reported as warnings."""
         plans = {name: self._plans[name] for name in ("train", "validation", "test")}
-        document = data_summary(plans, self.shapes, self._config.data.max_tokens, self._notes)
+        notes = [*self._notes, *sample_notes(self._config, self.search.train, self.preprocessor)]
+        document = data_summary(plans, self.shapes, self._config.data.max_tokens, notes)
         for text in document["notes"]:
             self._reporter.warn(text)
         for entry in document["dropped"]:

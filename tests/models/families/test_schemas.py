@@ -338,7 +338,7 @@ def mutated(document, rng):
         if rng.random() < 0.1 and isinstance(parent, dict):
             del parent[key]
         else:
-            parent[key] = rng.choice(_ODD)
+            parent[key] = copy.deepcopy(rng.choice(_ODD))
     return document
 
 

@@ -1,0 +1,54 @@
+"""Notes on training samples and base together: sizes without pictures, odd padding, pictures without their tokens."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mars_jax.config.load import Config
+from mars_jax.data.batches import subset
+from mars_jax.data.preprocessor import Preprocessor
+from mars_jax.data.records import Record
+from mars_jax.data.shapes import encode_text
+
+
+def sample_notes(config: Config, train: Sequence[Record], preprocessor: Preprocessor) -> Iterator[str]:
+    """What the base and the training samples do to each other that a user should know.
+
+    Args:
+        config: of the job.
+        train: training samples.
+        preprocessor: of the base.
+
+    Yields:
+        A sentence for each.
+    """
+    pictured = [bool(record.images) for record in train]
+    searched = config.probe.num_samples if config.lora.is_searched and any(pictured) else ()
+    sizes = [size for size in searched if size <= len(train)]
+    bare = [size for size in sizes if not any(pictured[i] for i in subset(len(train), size, config.seed))]
+    if bare:
+        yield (
+            f"no picture is among the training samples of lanes with D = {', '.join(map(str, bare))}, so what only "
+            "pictures reach isn't trained there. Give more samples with pictures, or leave these sizes out."
+        )
+    if preprocessor.pad_token_id != preprocessor.tokenizer.pad_token_id:
+        yield (
+            f"the padding token {preprocessor.tokenizer.pad_token!r} has no row in the base's embedding; token "
+            f"{preprocessor.pad_token_id} pads instead, which changes nothing, since padding is masked"
+        )
+    first = next((record for record in train if record.images), None)
+    if first and preprocessor.around_pictures and not _is_surrounded(first, preprocessor):
+        tokens = preprocessor.tokenizer.convert_ids_to_tokens(list(preprocessor.around_pictures))
+        names = [token or f"token {number}" for token, number in zip(tokens, preprocessor.around_pictures, strict=True)]
+        yield (
+            f"the chat template renders pictures without {' and '.join(names)} around them, as this family was "
+            "trained. Take the chat template of the checkpoint's source; that of a language model alone does not fit."
+        )
+
+
+def _is_surrounded(record: Record, preprocessor: Preprocessor) -> bool:
+    """Whether the first picture of a record comes after, and the last before, the tokens that the family expects."""
+    ids = encode_text(record, preprocessor)[0].token_ids.tolist()
+    start, end = preprocessor.around_pictures
+    places = np.flatnonzero(np.asarray(ids) == preprocessor.image_token_id)
+    return ids[: places[0]][-1:] == [start] and ids[places[-1] + 1 :][:1] == [end]
