@@ -28,7 +28,7 @@ from mars_jax.laws.records import LaneRecord, read_records
 from mars_jax.runtime.checkpoint import Checkpoints
 from mars_jax.runtime.interrupts import Interrupts
 from mars_jax.runtime.jsonfiles import append_jsonl, read_jsonl
-from mars_jax.search.probes.design import prefixes
+from mars_jax.search.probes.design import prefixes, run_of
 from mars_jax.search.probes.progress import ProbeProgress
 from mars_jax.search.probes.records import convergence_rule, lane_records
 from mars_jax.search.probes.swaps import Prefix, count_swaps, module_swaps, swap_groups
@@ -169,7 +169,8 @@ def _record_group(
     if snapshots:
         curves = with_module_swaps(job, engine, group, result, snapshots)
     append_curves(directory, lanes, curves)
-    for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates()):
+    runs = [run_of(config, lane) for lane in lanes]
+    for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates(), runs):
         if record.lane not in recorded:
             append_jsonl(directory / files.LANES, record.to_json())
             recorded.add(record.lane)
