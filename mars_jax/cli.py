@@ -4,11 +4,12 @@ Heavy imports are inside functions, so that `mars --help` and errors of the conf
 """
 
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mars_jax.runtime.jsonfiles import Document
     from mars_jax.runtime.progress import Reporter
 
-INTERRUPTED = 130
+BUG, INTERRUPTED, NO_READER = 1, 130, 141  # the last as shells have it for SIGPIPE
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FILE_WIDTH = 200  # characters: a table in a file or pipe has no window to fit
 
@@ -63,12 +64,22 @@ def main() -> None:
     # (openxla/xla#44565). Its true errors also raise exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ |= cpu_device_for_each_core()
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the stream's encoding lacks is written as an escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app()
+        finally:
+            _flush()
+    except OSError as error:
+        sys.exit(_without_stdout(error))
 
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"mars_jax {mars_jax.__version__}")
+        print(f"mars_jax {mars_jax.__version__}")
         raise typer.Exit()
 
 
@@ -190,7 +201,8 @@ def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tabl
         tables: makes the tables of the result; None: `runtime.tables.tables`.
 
     Raises:
-        typer.Exit: a `MarsError`, Ctrl-C or SIGTERM ended the work. Other exceptions are bugs and propagate.
+        typer.Exit: the work or the print failed, or Ctrl-C or SIGTERM ended it. Exceptions that nothing expects are
+            bugs; their traceback goes to a file, which the message names.
     """
     from mars_jax.runtime.progress import ConsoleReporter
 
@@ -200,18 +212,22 @@ def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tabl
     except MarsError as error:
         _fail(type(error).__name__, str(error), error.exit_code, json_output)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
+        _fail(type(error).__name__, *_of_files(error), json_output)
+    except MemoryError as error:
         message = (
-            f"can't write {error.filename or 'a file'}: {error.strerror}. Finished work is kept. Make room there and "
-            "run the same command again to go on."
+            f"the machine's memory is full ({error}). Finished work is kept. Ask for less, or take a larger machine."
         )
         _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
+    except Exception as error:
+        _fail(type(error).__name__, _bug(error), BUG, json_output)
     except KeyboardInterrupt as interrupt:  # `Interrupted` has a message
         message = str(interrupt) or "state saved; run the same command again to go on"
         _fail("Interrupted", message, INTERRUPTED, json_output)
     else:
-        _print_result(result, json_output, tables)
+        try:
+            _print_result(result, json_output, tables)
+        except OSError as error:
+            raise typer.Exit(_without_stdout(error)) from None
 
 
 def _execute_job(
@@ -240,27 +256,101 @@ def _execute_job(
 
 
 def _print_result(result: "Document", json_output: bool, make_tables: Tables | None) -> None:
-    from rich.console import Console
-
     from mars_jax.runtime.jsonfiles import dump_json
+    from mars_jax.runtime.progress import make_console
     from mars_jax.runtime.tables import tables
 
     if json_output:
-        typer.echo(dump_json(result, indent=2))
-    console = Console(stderr=json_output)
+        print(dump_json(result, indent=2, ascii=True))
+    console = make_console(stderr=json_output)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for table in (make_tables or tables)(result):
-        console.print(table, "")
+    try:
+        for table in (make_tables or tables)(result):
+            console.print(table, "")
+    except OSError:
+        if not json_output:
+            raise
+        # The result itself is on stdout, whole.
+    _flush()
+
+
+def _of_files(error: OSError) -> tuple[str, int]:
+    """Message and exit code of what the file system refused."""
+    if error.errno in _NO_ROOM:
+        message = (
+            f"can't write {error.filename or 'a file'}: {error.strerror}. Finished work is kept. Make room there and "
+            "run the same command again to go on."
+        )
+        return message, DoesNotFitError.exit_code
+    if error.filename is not None:
+        message = (
+            f"can't use {error.filename}: {error.strerror}. Finished work is kept. Check the path, its kind and its "
+            "rights, and run the same command again to go on."
+        )
+        return message, ConfigError.exit_code
+    return _bug(error), BUG
+
+
+def _bug(error: Exception) -> str:
+    """A line on an exception that nothing expects, whose traceback is kept in a file."""
+    import tempfile
+    import traceback
+
+    from mars_jax.runtime.text import short
+
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="mars-traceback-", suffix=".txt", delete=False
+        ) as file:
+            file.write(text)
+        where = f"is in {file.name}"
+    except OSError:
+        _print_error(text)
+        where = "is above"
+    return (
+        f"a bug of mars_jax, not of your input: {type(error).__name__}: {short(str(error))}. The traceback {where}; "
+        "please report it with the command. Finished work is kept."
+    )
 
 
 def _fail(kind: str, message: str, exit_code: int, json_output: bool) -> None:
     from mars_jax.runtime.jsonfiles import dump_json
 
-    typer.echo(f"mars: {message}", err=True)
+    _print_error(f"mars: {message}")
     if json_output:
-        typer.echo(dump_json({"error": {"type": kind, "message": message, "exit_code": exit_code}}, indent=2))
+        with suppress(OSError):
+            print(
+                dump_json({"error": {"type": kind, "message": message, "exit_code": exit_code}}, indent=2, ascii=True)
+            )
     raise typer.Exit(exit_code)
+
+
+def _print_error(text: str) -> None:
+    """On stderr, if there is one that takes it; control characters are shown, not sent."""
+    from mars_jax.runtime.text import visible
+
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(visible(text), file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """Writes what waits for stdout now: at the end of the process a failure couldn't be reported any more."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _without_stdout(error: OSError) -> int:
+    """The exit code where stdout can't be written. A reader that left, as `head` does, is worth no message."""
+    # What still waits for stdout is written when the process ends; that must not fail again.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        return NO_READER
+    _print_error(f"mars: can't write the result to stdout: {error.strerror}. Finished work is kept.")
+    return DoesNotFitError.exit_code
 
 
 @contextmanager

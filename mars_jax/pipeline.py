@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mars_jax.config.load import Config
 from mars_jax.data.preview import preview
 from mars_jax.evals.run import EVALUATE
-from mars_jax.job.checks import check_model, check_sizes
+from mars_jax.job.checks import check_data, check_model
 from mars_jax.job.data_phase import DATA
 from mars_jax.job.directory import RunDirectory
 from mars_jax.job.export import EXPORT, MERGE, verify_export
@@ -73,7 +73,7 @@ def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
     job = make_job(config, reporter)
     check_model(config, job.base)
     summary = job.data.summary()
-    check_sizes(config, len(job.data.search.train))
+    check_data(config, job.base, job.data, reporter)
     targets = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
         for path, t in job.base.targets.items()

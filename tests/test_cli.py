@@ -1,10 +1,14 @@
 """The command: speed of its help, exit codes, clean stdout, interrupts. Phases have tests of their own."""
 
 import json
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -100,7 +104,7 @@ def test_a_config_error_as_json(config_file):
 
 def test_status_of_a_run_from_its_config_or_its_directory(config_file):
     with RunDirectory.open(load_config(config_file)) as run, run.book.phase("probe", "h"):
-        append_jsonl((run / files.LANES), {"lane": 0})
+        append_jsonl((run / files.LANES), {"lane": "vision1-D8-s0"})
         with (run / files.LANES).open("a") as file:
             file.write('{"lane": ')
     by_config, by_directory = mars("status", config_file, "--json"), mars("status", run.path, "--json")
@@ -146,9 +150,132 @@ def test_every_error_of_ours_has_its_exit_code(error, code, json_output, capsys)
     assert (json.loads(out) if json_output else out) == (document if json_output else "")
 
 
-def test_our_bugs_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
+def test_our_bugs_are_named_as_ours_and_keep_their_traceback(capsys):
+    with pytest.raises(typer.Exit) as exit_info:
         execute(lambda reporter: {"x": 1 // 0}, json_output=True)
+    out, err = capsys.readouterr()
+    message = json.loads(out)["error"]["message"]
+    assert exit_info.value.exit_code == 1
+    assert err == f"mars: {message}\n"
+    found = re.match(r"a bug of mars_jax, not of your input: ZeroDivisionError: .* The traceback is in (\S+);", message)
+    file = Path(found[1])
+    assert "1 // 0" in file.read_text()
+    file.unlink()
+
+
+def test_what_the_file_system_refuses_is_no_bug(capsys, tmp_path):
+    with pytest.raises(typer.Exit) as exit_info:
+        execute(lambda reporter: {"x": (tmp_path / ("x" * 300)).read_text()}, json_output=False)
+    assert exit_info.value.exit_code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"mars: can't use {tmp_path}/xxx")
+    assert err.endswith(
+        "xxx: File name too long. Finished work is kept. Check the path, its kind and its rights, and run the same "
+        "command again to go on.\n"
+    )
+
+
+HOSTILE = "red\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\x7f\ud800 caf\xe9"
+SHOWN = r"red\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\x7f\ud800"
+
+
+def test_control_characters_are_shown_and_never_sent(capsys):
+    def work(reporter):
+        reporter.notice(HOSTILE)
+        reporter.warn(HOSTILE)
+        with reporter.progress(HOSTILE, total=2, unit="steps") as advance:
+            advance(2, HOSTILE)
+        return {"id": HOSTILE, HOSTILE: {"a": [1], "b": HOSTILE}, "rows": [{HOSTILE: HOSTILE}]}
+
+    execute(work, json_output=False)
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert SHOWN in text
+        assert not set(text) & set("\x1b\x07\x9b\u202e\x7f\ud800")
+
+    def failing(reporter):
+        raise DataError(HOSTILE)
+
+    for json_output in (False, True):
+        with pytest.raises(typer.Exit):
+            execute(failing, json_output=json_output)
+        out, err = capsys.readouterr()
+        assert err == f"mars: {SHOWN} caf\xe9\n"
+        assert out.isascii()
+        assert not json_output or json.loads(out)["error"]["message"] == HOSTILE
+
+
+STATUS_OF_ODD_NAME = """
+import sys
+from mars_jax import cli
+def work(reporter):
+    reporter.warn("caf\\xe9 \\u6f22")
+    with reporter.progress("caf\\xe9 \\u6f22", total=2, unit="steps") as advance:
+        advance(2, "caf\\xe9 \\u6f22")
+    if "--fail" in sys.argv:
+        raise cli.ConfigError("caf\\xe9 \\u6f22")
+    return {"name": "caf\\xe9 \\u6f22", "rows": [{"a": 1}] * 3}
+@cli.app.command()
+def work_on(fail: bool = False, json: bool = False): cli.execute(work, json_output=json)
+cli.main()
+"""
+
+
+def odd_name(*arguments: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A command whose texts have letters beyond ASCII and Latin-1, its streams redirected by a shell."""
+    command = shlex.join([sys.executable, "-c", STATUS_OF_ODD_NAME, "work-on", *arguments])
+    return subprocess.run(
+        ["bash", "-c", f"{command} {shell}"], capture_output=True, timeout=60, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, rb"caf\xe9 \u6f22"),
+        ({"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}, b"caf\xe9 \\u6f22"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, rb"caf\xe9 \u6f22"),
+        ({"LC_ALL": "C.UTF-8"}, "caf\xe9 \u6f22".encode()),
+    ],
+)
+def test_streams_of_any_encoding_take_every_message(environment, said):
+    done = odd_name(**environment)
+    assert done.returncode == 0
+    assert said in done.stdout
+    assert b"warning: " + said in done.stderr
+    failed = odd_name("--fail", "--json", **environment)
+    assert failed.returncode == 2
+    assert b"mars: " + said in failed.stderr
+    assert json.loads(failed.stdout)["error"]["message"] == "caf\xe9 \u6f22"
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        ("| head -c 0; exit ${PIPESTATUS[0]}", 141, b"warning: caf"),
+        (">/dev/full", 4, b"mars: can't write the result to stdout: No space left on device. Finished work is kept.\n"),
+        (">&-", 0, b"warning: caf"),
+        ("2>/dev/full", 0, b""),
+        ("2>&-", 0, b""),
+        ("2> >(exec true)", 0, b""),
+        (">&- 2>&-", 0, b""),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_stream_that_cannot_be_written_ends_in_a_message_or_in_silence(shell, code, said, arguments):
+    done = odd_name(*arguments, shell=shell)
+    assert done.returncode in ({code, 0} if "head" in shell else {code})
+    assert said in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_to_a_full_device_is_no_traceback(option):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*MARS, option], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 4
+    assert done.stderr == "mars: can't write the result to stdout: No space left on device. Finished work is kept.\n"
 
 
 def test_json_on_stdout_is_alone_whatever_is_printed(capsys):

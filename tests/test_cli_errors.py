@@ -143,8 +143,8 @@ def test_lanes_of_data_that_changed_since_are_refused(tmp_path, base, train):
     code, message = refused("probe", config)
     assert code == 2
     assert message == (
-        f"run directory {tmp_path / 'run'} has lanes of other data: {copy} changed since. Set another run_dir, take "
-        f"the files back, or delete {tmp_path / 'run'} to start again."
+        f"run directory {tmp_path / 'run'} has lanes of other data or of another base: {copy} changed since. Set "
+        f"another run_dir, take the files back, or delete {tmp_path / 'run'} to start again."
     )
 
 
@@ -249,10 +249,12 @@ def test_a_missing_data_file_is_refused(config, tmp_path):
 
 
 def test_lanes_beyond_the_memory_are_refused(config):
-    # A snapshot of every adapter at each look of a doubling.
-    code, message = refused("plan", config, "probe.looks_per_doubling=10000000000")
-    assert code == 4
-    assert message.startswith("6 lanes together need at least ")
+    # A snapshot of every adapter at each of the eval points of a doubling, in thousands of lanes.
+    wide = "lora.modules={llm: {targets: ['llm/layers/.*'], ranks: [1, 16]}}"
+    lanes = ["probe.looks_per_doubling=1000", "probe.seeds=1000", "probe.lanes_per_program=10000"]
+    code, message = refused("plan", config, wide, *lanes)
+    assert code == 4, message
+    assert message.startswith("6000 lanes together need at least ")
     assert "and this machine has" in message
     assert "Lower probe.lanes_per_program or the largest ranks" in message
 

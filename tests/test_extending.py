@@ -14,7 +14,7 @@ from mars_jax import cli
 from mars_jax.adapters.method import AdapterMethod, Context, Leaf, Leaves, Rank, dense
 from mars_jax.adapters.registry import METHODS
 from mars_jax.adapters.targets import Target, Targets
-from mars_jax.data.formats.base import Conversation, Format, Turn
+from mars_jax.data.formats.base import Conversation, Format, Keys, Turn
 from mars_jax.data.formats.registry import FORMATS
 from mars_jax.lanes.stopping import Patience
 from mars_jax.laws.convergence.base import Convergence, Rule
@@ -92,7 +92,12 @@ def read_survey(row, num_pictures):
     return Conversation(turns, [row["photo"]])
 
 
-SURVEY = Format(name="survey", detect=lambda row: {"photo", "question", "reply"} <= row.keys(), read=read_survey)
+SURVEY = Format(
+    name="survey",
+    keys=Keys(row=frozenset({"photo", "question", "reply"})),
+    detect=lambda row: {"photo", "question", "reply"} <= row.keys(),
+    read=read_survey,
+)
 
 
 class Steepest:

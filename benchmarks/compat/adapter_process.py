@@ -45,14 +45,18 @@ def main() -> None:
 def save_base(directory: str, folder: Path, batch: dict[str, torch.Tensor]) -> Document:
     """The base's logits; returns the keys that found no place, by kind."""
     loader: Any = transformers.AutoModelForImageTextToText
-    model, info = loader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, info = loader.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     save_file(logits(model.eval(), batch), folder / "base.logits")
     return {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
 
 
 def attempted(work: Any, job: Document, name: str, folder: Path, batch: dict[str, torch.Tensor]) -> Document:
     """The answer of `work`, and PEFT's warnings; or its error."""
-    base = transformers.AutoModelForImageTextToText.from_pretrained(job["base"], dtype=torch.float32).eval()
+    base = transformers.AutoModelForImageTextToText.from_pretrained(
+        job["base"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -32,7 +32,7 @@ from mars_jax.adapters import lora
 from mars_jax.adapters.targets import Targets
 from mars_jax.adapters.tree import init_adapters
 from mars_jax.config.schema import OptimizerConfig
-from mars_jax.data.template import load_tokenizer
+from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.read import read_config
 from mars_jax.models.families.llava.anyres import Geometry, image_tokens

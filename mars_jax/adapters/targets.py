@@ -1,16 +1,19 @@
 """Which linears of a model take adapters, and which ranks they allow."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from mars_jax.adapters.patterns import compile_pattern
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.text import short
 from mars_jax.runtime.trees import flatten
 
 if TYPE_CHECKING:
     from mars_jax.adapters.method import AdapterMethod
+
+_COMPARED = 200  # characters of a pattern that are compared to find the nearest linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def find_targets(
         Path -> `Target`, in the order of the tree.
 
     Raises:
-        ConfigError: a pattern that is not a regular expression or matches nothing, or a path that two modules claim.
+        ConfigError: a pattern that `compile_pattern` refuses or that matches nothing, or a path that two modules claim.
     """
     linears = {}
     for path, leaf in flatten(params).items():
@@ -52,17 +55,18 @@ def find_targets(
     for module, expressions in patterns.items():
         for expression in expressions:
             try:
-                hits = [path for path in linears if re.fullmatch(expression, path)]
-            except re.error as error:
+                pattern = compile_pattern(expression)
+            except ValueError as error:
                 raise ConfigError(
-                    f"lora: pattern {expression!r} of module {module!r} is not a regular expression: {error}. "
+                    f"lora: pattern {short(expression)} of module {module!r} {error}. "
                     f"Write one that matches whole paths, such as 'llm/layers/self_attn/(q|v)_proj'."
                 ) from None
+            hits = [path for path in linears if pattern.fullmatch(path)]
             if not hits:
-                near = get_close_matches(expression, linears, n=3, cutoff=0.0)
+                near = get_close_matches(expression[:_COMPARED], linears, n=3, cutoff=0.0)
                 raise ConfigError(
-                    f"lora: pattern {expression!r} of module {module!r} matches none of the {len(linears)} linears. "
-                    f"A pattern must match a whole path; nearest: {', '.join(near)}."
+                    f"lora: pattern {short(expression)} of module {module!r} matches none of the {len(linears)} "
+                    f"linears. A pattern must match a whole path; nearest: {', '.join(near)}."
                 )
             for path in hits:
                 if path in targets and targets[path].module != module:

@@ -6,9 +6,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from mars_jax.adapters.patterns import compile_pattern
 from mars_jax.adapters.registry import METHODS
-from mars_jax.config.fields import CountOrZero, Positive, Section, member_name
+from mars_jax.config.fields import MAX_LISTED, Positive, Rank, Section, member_name
+from mars_jax.runtime.text import short
 
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 # Linears adapted by default: those of every layer, and the projector's.
 DEFAULT_MODULES: Mapping[str, Mapping[str, Sequence[str | int]]] = {
     "vision": {"targets": ["vision/layers/(self_attn|mlp)/.*"], "ranks": [4, 8, 16, 32, 64]},
@@ -43,9 +46,13 @@ class AlphaConfig(Section):
 class ModuleConfig(Section):
     """The adapted linears of one module, and the ranks to try."""
 
-    targets: tuple[str, ...] = Field(min_length=1, description="regular expressions over whole parameter paths")
-    ranks: tuple[CountOrZero, ...] = Field(
-        min_length=1, description="ranks to search, rising; one rank is used as it is, 0 freezes the module"
+    targets: tuple[str, ...] = Field(
+        min_length=1, max_length=MAX_LISTED, description="regular expressions over whole parameter paths"
+    )
+    ranks: tuple[Rank, ...] = Field(
+        min_length=1,
+        max_length=MAX_LISTED,
+        description="ranks to search, rising; one rank is used as it is, 0 freezes the module",
     )
 
     @field_validator("targets")
@@ -53,9 +60,9 @@ class ModuleConfig(Section):
     def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         for target in targets:
             try:
-                re.compile(target)
-            except re.error as error:
-                raise ValueError(f"{target!r} is not a regular expression: {error}") from None
+                compile_pattern(target)
+            except ValueError as error:
+                raise ValueError(f"{short(target)} {error}") from None
         return targets
 
     @field_validator("ranks")
@@ -94,6 +101,13 @@ class LoraConfig(Section):
     @field_validator("modules")
     @classmethod
     def _check_adapted(cls, modules: dict[str, ModuleConfig]) -> dict[str, ModuleConfig]:
+        # They are keys of files, titles of figures and parts of lanes' names.
+        odd = [name for name in modules if not _NAME.fullmatch(name)]
+        if odd:
+            raise ValueError(
+                f"{short(odd[0])} can't name a module; a name has up to 40 letters, digits and underscores, the first "
+                "a letter"
+            )
         if not any(max(module.ranks) > 0 for module in modules.values()):
             raise ValueError("at least one module needs a rank above 0")
         return modules

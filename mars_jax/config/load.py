@@ -6,25 +6,24 @@ against the folder of the config file; only `run_dir` is resolved against the cu
 
 import copy
 import difflib
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mars_jax.config.adapted import DEFAULT_MODULES
 from mars_jax.config.schema import Config
+from mars_jax.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Location, YamlError, read_yaml
 from mars_jax.errors import ConfigError
 from mars_jax.runtime.jsonfiles import Document
+from mars_jax.runtime.text import short
 
 __all__ = ["RESOLVED_CONFIG", "Config", "load_config"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
-
-# Keys of a setting: ("probe", "steps"), or ("probe", "num_samples", 2) inside a list.
-_Location = tuple[str | int, ...]
+_NAME, _PATH = 60, 1000  # characters of a key and of a path in messages
 
 _ALLOWED = {
     "bool_type": "true or false",
@@ -36,15 +35,6 @@ _ALLOWED = {
     "string_type": "text",
     "tuple_type": "a list",
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that reads `1e-3` as a number; in YAML 1.1, and so in PyYAML, it is text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -62,9 +52,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file can't be read, or a key or value is not allowed. Every error is listed, with its line.
     """
     path = Path(path)
-    file = path / RESOLVED_CONFIG if path.is_dir() else path
+    is_run = os.path.isdir(path)  # unlike `Path.is_dir`, false for what can't be a path
+    file = path / RESOLVED_CONFIG if is_run else path
     raw, origins = _read(file)
-    if path.is_dir():
+    if is_run:
         raw["run_dir"] = str(path.absolute())
     lora = raw.setdefault("lora", {})
     if isinstance(lora, dict):
@@ -73,7 +64,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         location = _override(raw, override)
         origins = {keys: origin for keys, origin in origins.items() if keys[: len(location)] != location}
-        origins[location] = f"override {override!r}"
+        origins[location] = f"override {short(override)}"
     try:
         return Config.model_validate(raw, context={"folder": file.parent.absolute()})
     except ValidationError as error:
@@ -87,61 +78,66 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     raise ConfigError("\n".join(lines))
 
 
-def _read(file: Path) -> tuple[Document, dict[_Location, str]]:
+def _read(file: Path) -> tuple[Document, dict[Location, str]]:
     """The file's content, and the text `FILE, line N` for each setting in it."""
     try:
-        loader = _Loader(file.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        raw = {} if node is None else loader.construct_document(node)
-    except OSError as error:
-        raise ConfigError(
-            f"can't read the config {file}: {error.strerror}. Give a YAML file or a run directory."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from None
+        text = _file_text(file)
+        document = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(error.at(str(file))) from None
+    raw = {} if document.value is None else document.value
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must hold `key: value` lines; seen {_short(raw)}")
-    origins: dict[_Location, str] = {}
-    if node is not None:
-        _add_origins(node, (), file, origins)
-    return raw, origins
+    return raw, {location: f"{file}, line {line}" for location, line in document.lines.items()}
 
 
-def _add_origins(node: yaml.Node, location: _Location, file: Path, origins: dict[_Location, str]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            child = (*location, key.value)
-            origin = f"{file}, line {key.start_mark.line + 1}"
-            if child in origins:
-                raise ConfigError(f"{origin}: {_dotted(child)} is set twice, first at {origins[child]}. Keep one.")
-            origins[child] = origin
-            _add_origins(value, child, file, origins)
+def _file_text(file: Path) -> str:
+    """Of a regular file: reading a device or a pipe may never end."""
+    try:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise ConfigError(f"the config {file} is no regular file. Give a YAML file or a run directory.")
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(MAX_CHARACTERS + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"can't read the config {_cut(file)}: {error.strerror}. Give a YAML file or a run directory."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: the text is not YAML: {error}. Save it as UTF-8.") from None
+    except ValueError as error:
+        raise ConfigError(
+            f"can't read the config {_cut(file)}: {error}. Give a YAML file or a run directory."
+        ) from None
 
 
-def _override(raw: Document, override: str) -> _Location:
+def _override(raw: Document, override: str) -> Location:
     """Writes one override into `raw` and returns its keys."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. probe.steps=200")
+        raise ConfigError(f"override {short(override)} is not of the form key.sub=value, e.g. probe.steps=200")
+    if len(names) > MAX_DEPTH:
+        raise ConfigError(f"override {short(override)} has {len(names)} names; no setting has more than {MAX_DEPTH}")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        value = read_yaml(text).value
+    except YamlError as error:
+        raise ConfigError(error.at(f"override {short(override)}")) from None
     section = raw
     for depth, name in enumerate(names[:-1], start=1):
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
             parent = ".".join(names[:depth])
-            raise ConfigError(f"override {override!r}: {parent} is {_short(section)}, which has no settings inside")
+            raise ConfigError(
+                f"override {short(override)}: {parent} is {_short(section)}, which has no settings inside"
+            )
     section[names[-1]] = value
     return tuple(names)
 
 
-def _faults(error: ValidationError, raw: Document) -> dict[_Location, str]:
+def _faults(error: ValidationError, raw: Document) -> dict[Location, str]:
     """Error message of each faulty setting; the types that a union allows are joined into one sentence."""
-    texts: dict[_Location, str] = {}
-    allowed_types: dict[_Location, list[str]] = {}
+    texts: dict[Location, str] = {}
+    allowed_types: dict[Location, list[str]] = {}
     for fault in error.errors():
         location = _location(fault["loc"], raw)
         if fault["type"] == "missing":
@@ -166,7 +162,7 @@ def _faults(error: ValidationError, raw: Document) -> dict[_Location, str]:
     return texts
 
 
-def _location(loc: Sequence[str | int], raw: object) -> _Location:
+def _location(loc: Sequence[str | int], raw: object) -> Location:
     """pydantic's location without its names of union branches."""
     location: list[str | int] = []
     for part in loc:
@@ -177,9 +173,9 @@ def _location(loc: Sequence[str | int], raw: object) -> _Location:
     return tuple(location)
 
 
-def _unknown_key(location: _Location) -> str:
+def _unknown_key(location: Location) -> str:
     names = _setting_names(location[:-1])
-    unknown = str(location[-1])
+    unknown = str(location[-1])[:_NAME]
     near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.5)
     suggestions = (
         [_dotted((*location[:-1], near[0]))] if near else [p for p in _all_settings() if p.endswith("." + unknown)]
@@ -189,22 +185,22 @@ def _unknown_key(location: _Location) -> str:
     return f"unknown key {_dotted(location)}.{hint} Allowed{section}: {', '.join(names)}"
 
 
-def _all_settings(location: _Location = ()) -> list[str]:
+def _all_settings(location: Location = ()) -> list[str]:
     names = _setting_names(location)
     return [_dotted(location)] if not names else [path for name in names for path in _all_settings((*location, name))]
 
 
-def _setting_names(location: _Location) -> list[str]:
+def _setting_names(location: Location) -> list[str]:
     kind, _ = _schema(location)
     return list(kind.model_fields) if _is_section(kind) else []
 
 
-def _purpose(location: _Location) -> str:
+def _purpose(location: Location) -> str:
     _, description = _schema(location)
     return f" ({description})" if description else ""
 
 
-def _schema(location: _Location) -> tuple[object, str]:
+def _schema(location: Location) -> tuple[object, str]:
     """Declared type at a location, and the description of its setting."""
     kind: object = Config
     description = ""
@@ -223,10 +219,15 @@ def _is_section(kind: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _dotted(location: _Location) -> str:
-    return ".".join(str(name) for name in location)
+def _dotted(location: Location) -> str:
+    return ".".join(name if len(name) <= _NAME else f"{name[:_NAME]}..." for name in map(str, location))
+
+
+def _cut(file: Path) -> str:
+    """A path, cut in its middle if no message has room for it."""
+    return str(file) if len(str(file)) <= _PATH else short(str(file))
 
 
 def _short(value: object) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A value as YAML writes it where that differs from Python."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else short(value)

@@ -12,17 +12,25 @@ from pydantic import Field, field_validator, model_validator
 
 from mars_jax.config.adapted import AdapterConfig, LoraConfig
 from mars_jax.config.fields import (
+    MAX_LISTED,
+    Batch,
     Count,
-    CountOrZero,
+    Devices,
+    Few,
     Flag,
     InputPath,
+    Lanes,
     Positive,
     PositiveOrZero,
     RunPath,
     Section,
+    Seed,
     Share,
+    Steps,
+    StepsOrZero,
     member_name,
 )
+from mars_jax.config.planned import check_eval_points, check_lanes
 from mars_jax.laws.convergence.registry import RULES
 
 # Step of a lane's first eval point after step 0, in `mars_jax.lanes.schedule`.
@@ -50,6 +58,10 @@ class DataConfig(Section):
     image_root: InputPath | None = Field(default=None, description="folder of the images; null: that of the data file")
     validation_fraction: Share = Field(default=0.1, description="share split off when validation is null")
     test_fraction: Share = Field(default=0.1, description="share split off when test is null")
+    learn: Literal["all", "last"] = Field(
+        default="all",
+        description="answers of a conversation that are trained on: all but those its row excludes, or the last",
+    )
     max_tokens: Count | None = Field(default=None, description="longer samples are dropped and listed; null: none")
     max_pixels: Count | None = Field(
         default=None,
@@ -80,21 +92,24 @@ class OptimizerConfig(Section):
     b2: Share = Field(default=0.999, description="decay of the squared gradient's mean")
     eps: Positive = Field(default=1e-8, description="added to the root of the squared gradient's mean")
     clip_norm: Positive = Field(default=1.0, description="largest global norm of a gradient")
-    warmup_steps: CountOrZero = Field(default=10, description="steps of linear warm-up of a probe; constant after")
+    warmup_steps: StepsOrZero = Field(default=10, description="steps of linear warm-up of a probe; constant after")
 
 
 class ProbeConfig(Section):
     """The short training runs that the laws are fitted to."""
 
     num_samples: tuple[Count, ...] = Field(
-        default=(512, 1024, 2048), min_length=1, description="numbers of training samples D to try, rising"
+        default=(512, 1024, 2048),
+        min_length=1,
+        max_length=MAX_LISTED,
+        description="numbers of training samples D to try, rising",
     )
-    seeds: Count = Field(default=1, description="runs of each (ranks, D), with seeds 0, 1, ...")
-    steps: Count | None = Field(
+    seeds: Few = Field(default=1, description="runs of each (ranks, D), with seeds 0, 1, ...")
+    steps: Steps | None = Field(
         default=None, description="optimizer steps of a lane, its horizon, with sampling: separate; null: 500"
     )
-    batch_size: Count = Field(default=16, description="samples a step of one lane")
-    looks_per_doubling: Count = Field(default=4, description="eval points each time the step doubles (log-spaced)")
+    batch_size: Batch = Field(default=16, description="samples a step of one lane")
+    looks_per_doubling: Few = Field(default=4, description="eval points each time the step doubles (log-spaced)")
     validation_samples: Count = Field(default=128, description="validation samples of an eval point")
     averaging: PositiveOrZero | None = Field(
         default=2.0,
@@ -109,9 +124,9 @@ class ProbeConfig(Section):
         default=2.0,
         description="a lane stops early at this multiple of its best step without a better eval point; null: never",
     )
-    chunk_steps: Count = Field(default=8, description="most steps whose batches are in memory at once")
-    lanes_per_program: Count = Field(default=16, description="lanes in memory at once, on all devices")
-    lane_block: Count | Literal["auto"] = Field(
+    chunk_steps: Few = Field(default=8, description="most steps whose batches are in memory at once")
+    lanes_per_program: Lanes = Field(default=16, description="lanes in memory at once, on all devices")
+    lane_block: Few | Literal["auto"] = Field(
         default="auto", description="lanes in one vectorised step of a device; auto: measured on runs that are long"
     )
     corners: Flag = Field(default=True, description="also run the corners of the rank grid, all modules adapted")
@@ -158,7 +173,7 @@ class ConvergenceConfig(Section):
     epsilon: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         default=None, description="threshold; null: the rule's default"
     )
-    sustain: Count = Field(default=3, description="eval points in a row that must stay below the threshold")
+    sustain: Few = Field(default=3, description="eval points in a row that must stay below the threshold")
 
     @field_validator("rule")
     @classmethod
@@ -169,7 +184,7 @@ class ConvergenceConfig(Section):
 class LawsConfig(Section):
     """The fits of the two laws."""
 
-    bootstraps: Annotated[int, Field(strict=True, ge=20)] = Field(
+    bootstraps: Annotated[int, Field(strict=True, ge=20, le=100_000)] = Field(
         default=200, description="bootstrap fits behind the intervals"
     )
     huber: Annotated[float, Field(strict=True, gt=0)] | None = Field(
@@ -187,7 +202,7 @@ class SelectionConfig(Section):
         "random, uniform, separate_rates or tpe",
     )
     target_num_samples: Count | None = Field(default=None, description="D to pick for; null: all training samples")
-    sweep: Count | None = Field(
+    sweep: Few | None = Field(
         default=None,
         description="final runs that the strategy starts, of which it keeps the last or best; null: its default, 4 for "
         "best_probes",
@@ -197,14 +212,14 @@ class SelectionConfig(Section):
 class FinetuneConfig(Section):
     """The final run, with the picked ranks on all the data."""
 
-    steps: Count = Field(default=1000, description="optimizer steps")
-    batch_size: Count = Field(default=16, description="samples a step")
+    steps: Steps = Field(default=1000, description="optimizer steps")
+    batch_size: Batch = Field(default=16, description="samples a step")
     learning_rate: Positive | None = Field(
         default=None, description="learning rate; null: that of the optimizer section"
     )
-    warmup_steps: CountOrZero = Field(default=30, description="steps of linear warm-up")
+    warmup_steps: StepsOrZero = Field(default=30, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="shape after the warm-up")
-    look_every: Count = Field(default=50, description="steps between two eval points")
+    look_every: Steps = Field(default=50, description="steps between two eval points")
     validation_samples: Count = Field(default=256, description="validation samples of an eval point")
     warm_start: Flag = Field(
         default=False,
@@ -221,16 +236,17 @@ class FinetuneConfig(Section):
         for name in ("look_every", "warmup_steps"):
             if getattr(self, name) > self.steps:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at most steps ({self.steps})")
+        check_eval_points(self.steps, self.look_every)
         return self
 
 
 class EvaluateConfig(Section):
     """The measurements on the test samples."""
 
-    batch_size: Count = Field(default=16, description="samples a step")
+    batch_size: Batch = Field(default=16, description="samples a step")
     max_samples: Count | None = Field(default=None, description="test samples to use; null: all")
-    max_candidates: Count = Field(default=64, description="most candidate answers of a question")
-    max_new_tokens: Count | None = Field(
+    max_candidates: Batch = Field(default=64, description="most candidate answers of a question")
+    max_new_tokens: Batch | None = Field(
         default=None, description="tokens of a generated answer, which is read by rules; null: none"
     )
     controls: Flag = Field(default=True, description="also measure without images and with shuffled images")
@@ -239,14 +255,10 @@ class EvaluateConfig(Section):
 class MeshConfig(Section):
     """Devices along each axis; -1 for all that remain."""
 
-    lane: Annotated[int, Field(strict=True, ge=-1)] = Field(default=-1, description="lanes are split over these")
-    data: Annotated[int, Field(strict=True, ge=-1)] = Field(default=1, description="samples are split over these")
-    fsdp: Annotated[int, Field(strict=True, ge=-1)] = Field(
-        default=1, description="samples and base are split over these"
-    )
-    tensor: Annotated[int, Field(strict=True, ge=-1)] = Field(
-        default=1, description="each matrix product is split over these"
-    )
+    lane: Devices = Field(default=-1, description="lanes are split over these")
+    data: Devices = Field(default=1, description="samples are split over these")
+    fsdp: Devices = Field(default=1, description="samples and base are split over these")
+    tensor: Devices = Field(default=1, description="each matrix product is split over these")
 
 
 class ExportConfig(Section):
@@ -259,7 +271,7 @@ class Config(Section):
     """All settings of a run. Only `run_dir`, `model.checkpoint` and `data.train` have no default."""
 
     run_dir: RunPath = Field(description="folder that the run writes to, from the current directory")
-    seed: CountOrZero = Field(default=0, description="the seed that every random choice follows from")
+    seed: Seed = Field(default=0, description="the seed that every random choice follows from")
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -287,6 +299,14 @@ class Config(Section):
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be at most the {self.probe.horizon} "
                 "steps of a probe"
             )
+        rule = self.convergence.rule
+        check_lanes(
+            self.lora.grids,
+            corners=self.probe.corners,
+            single_module=rule is not None and RULES[rule].needs_single_module,
+            sizes=1 if self.probe.sampling == "nested" else len(self.probe.num_samples),
+            seeds=self.probe.seeds,
+        )
         return self
 
     def learning_rates(self, override: float | None = None) -> dict[str, float]:

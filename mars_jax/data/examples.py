@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from mars_jax.data.images import load_rgb
+from mars_jax.data.images import PictureError, load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import Shapes, encode_text, shapes_of
@@ -75,7 +75,7 @@ class ExampleSource:
         """
         record, shapes = self.records[number], self.shapes
         encoded, pictures = self._cache.get(number, lambda: self._text(record))
-        example = _text_example(encoded, shapes, self._preprocessor.tokenizer.pad_token_id)
+        example = _text_example(encoded, shapes, self._preprocessor.pad_token_id)
         maker = self._preprocessor.pictures
         tiles = self._cache.get(record.images, lambda: self._tiles(record)) if record.images else {}
         spare = maker.padding(shapes.max_tiles - len(next(iter(tiles.values()), ())))
@@ -121,7 +121,7 @@ class ExampleSource:
         start = int(np.flatnonzero(~encoded.supervised[:end])[-1]) + 1
         length = self.shapes.max_tokens
         padding = np.arange(length) >= start
-        tokens = [np.where(padding, self._preprocessor.tokenizer.pad_token_id, example["tokens"])]
+        tokens = [np.where(padding, self._preprocessor.pad_token_id, example["tokens"])]
         before = example.get("positions", np.arange(length)[:, None])
         positions, segments, targets, sources = [before], [np.where(padding, -1, 0)], [], []
         offset, following = length, before[start - 1].max() + 1
@@ -160,15 +160,14 @@ class ExampleSource:
         needed = shapes_of(encoded, pictures)
         if self.shapes.union(needed) != self.shapes:
             raise DataError(f"{record} needs {needed}, more than {self.shapes}. Plan the shapes with this record.")
-        return (encoded, pictures), encoded.token_ids.nbytes + encoded.supervised.nbytes
+        return (encoded, pictures), encoded.token_ids.nbytes + encoded.targets.nbytes + encoded.supervised.nbytes
 
     def _tiles(self, record: Record) -> tuple[dict[str, np.ndarray], int]:
         try:
             tiles = self._preprocessor.pictures.tiles([load_rgb(path) for path in record.images])
-        except OSError as error:
-            raise DataError(
-                f"{record}: {error.filename or record.images[0]} cannot be read any more ({error}). Restore the file."
-            ) from error
+        except (OSError, PictureError) as error:
+            name = getattr(error, "filename", None) or record.images[0]
+            raise DataError(f"{record}: {name} cannot be read any more ({error}). Restore the file.") from error
         return tiles, sum(array.nbytes for array in tiles.values())
 
 
@@ -180,7 +179,7 @@ def _text_example(encoded: Encoded, shapes: Shapes, pad_token_id: int) -> Exampl
     targets = np.zeros(shapes.max_supervised, np.int32)
     positions = np.zeros(shapes.max_supervised, np.int32)
     weights = np.zeros(shapes.max_supervised, np.float32)
-    targets[:count] = encoded.token_ids[supervised]
+    targets[:count] = encoded.targets[supervised]
     positions[:count] = supervised - 1
     weights[:count] = 1
     return {"tokens": tokens, "targets": targets, "target_positions": positions, "target_weights": weights}

@@ -1,14 +1,13 @@
 """Tokenizer and image processor of a checkpoint."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mars_jax.data.template import load_tokenizer
-from mars_jax.errors import ConfigError
+from mars_jax.data.tokenizer import load_tokenizer
+from mars_jax.hub.read import read_config
 from mars_jax.models.families.pictures import Pictures
-from mars_jax.models.families.registry import family_of, model_config
+from mars_jax.models.families.registry import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +22,8 @@ class Preprocessor:
         pictures: converts pictures to tiles and image tokens.
         encoder_inputs: the arrays of an example that only the vision encoder reads.
         image_token_id: the token that stands for a feature of a picture.
+        num_rows: rows of the embedding; token ids are below.
+        around_pictures: the tokens that the family has before and after the image tokens of a picture; may be none.
         axes: axes of a rotary position: 1, or 3 (time, row, column).
     """
 
@@ -30,7 +31,15 @@ class Preprocessor:
     pictures: Pictures
     encoder_inputs: tuple[str, ...]
     image_token_id: int
+    num_rows: int
+    around_pictures: tuple[int, ...] = ()
     axes: int = 1
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills rows up: the tokenizer's, or 0 where it has no row; padding is masked."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad < self.num_rows else 0
 
 
 def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preprocessor:
@@ -43,12 +52,14 @@ def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preproc
     Raises:
         ConfigError: a file is missing or unusable, or the family refuses a limit of pixels.
     """
-    path = directory / "config.json"
-    try:
-        config = model_config(json.loads(path.read_text()), str(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}). Point model.checkpoint at a checkpoint folder.") from error
+    config = read_config(directory)
     family = family_of(config)
-    pictures = family.load_pictures(directory, config, max_pixels)
-    axes = len(config.text.mrope_section or (1,))
-    return Preprocessor(load_tokenizer(directory), pictures, family.encoder_inputs, config.image_token_id, axes)
+    return Preprocessor(
+        tokenizer=load_tokenizer(directory),
+        pictures=family.load_pictures(directory, config, max_pixels),
+        encoder_inputs=family.encoder_inputs,
+        image_token_id=config.image_token_id,
+        num_rows=config.text.vocab_size,
+        around_pictures=family.around_pictures(config),
+        axes=len(config.text.mrope_section or (1,)),
+    )

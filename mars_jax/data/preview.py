@@ -40,10 +40,14 @@ def _preview_of(record: Record, example: Example, preprocessor: Preprocessor) ->
     # The first image token of each picture is kept, and replaced by their number below.
     image_positions = np.flatnonzero(tokens == preprocessor.image_token_id)
     firsts = image_positions[np.cumsum([0, *counts])[:-1]] if counts else image_positions
-    used = np.flatnonzero(tokens != tokenizer.pad_token_id)[-1] + 1
+    used = np.flatnonzero(tokens != preprocessor.pad_token_id)[-1] + 1
     kept = np.setdiff1d(np.arange(used), np.setdiff1d(image_positions, firsts))
+    weighted = example["target_weights"] > 0
+    learned = example["target_positions"][weighted] + 1
+    # The end token of an earlier answer is learned, but is not in the text where the template writes none.
+    written = tokens[np.minimum(learned, len(tokens) - 1)] == example["targets"][weighted]
     supervised = np.zeros(len(tokens), bool)
-    supervised[example["target_positions"][example["target_weights"] > 0] + 1] = True
+    supervised[learned[written]] = True
 
     def text(stop: int) -> str:
         """The first `stop` kept tokens, decoded."""
@@ -56,6 +60,6 @@ def _preview_of(record: Record, example: Example, preprocessor: Preprocessor) ->
     return {
         "id": record.id,
         "text": text(len(kept)),
-        "supervised": str(tokenizer.decode(tokens[supervised])),
+        "supervised": str(tokenizer.decode(example["targets"][weighted])),
         "learned": np.reshape([len(text(border)) for border in borders.tolist()], (-1, 2)).tolist(),
     }

@@ -1,25 +1,42 @@
 """Reads files of samples into checked records, so that all faults of a file are reported before training starts.
 
-`rows` reads the files and `formats` the rows. This module opens the pictures and checks the conversations; tokens and
-tiles are computed from the records later.
+`rows` reads the files, `formats` the rows, and `conversations` checks what is said. This module opens the pictures and
+names the records; tokens and tiles are computed from the records later.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from PIL import Image
 
-from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, FaultError, Turn
+from mars_jax.data.conversations import conversation_faults, finished, has_boxes, only_last, oversize
+from mars_jax.data.files.row import Row
+from mars_jax.data.formats.base import Draft, FaultError, Turn
 from mars_jax.data.formats.registry import draft
-from mars_jax.data.images import Picture, PictureBytes, load_rgb, open_picture
-from mars_jax.data.rows import Row, read_rows
+from mars_jax.data.images import MAX_PIXELS, Picture, PictureBytes, PictureError, load_rgb, open_picture
+from mars_jax.data.notes import Notes
+from mars_jax.data.rows import read_rows
+from mars_jax.data.values import shown
 from mars_jax.errors import DataError
 
+MAX_PICTURES = 1_000
+"""Pictures of one row."""
+
+MAX_ROW_PIXELS = 4 * MAX_PIXELS
+"""Pixels of all pictures of one row."""
+
+_LOGGER = logging.getLogger(__name__)
 _MAX_FAULTS_SHOWN = 10
+_MAX_THREADS = 8
+
+Learn = Literal["all", "last"]
+"""Which answers of a conversation are trained on, of those that its row does not exclude."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +46,7 @@ class Record:
     Attributes:
         id: identifier, unique in its file.
         images: pictures in the order of their placeholders: paths, or bytes embedded in the file.
-        turns: an optional system turn, then user and assistant alternating, ending with the assistant.
+        turns: an optional system turn, then user and assistant alternating, ending with an answer that is trained on.
         source: "file:line" or "file item N", for messages.
         group: records of one group go to the same split. "image:SHA256 of the picture's bytes", or "text:ID" without a
             picture; records connected by shared pictures have the smallest of their hashes.
@@ -53,15 +70,23 @@ class Record:
         return f"{self.source} (id {self.id!r})"
 
 
-def load_records(path: Path, image_root: Path | None = None) -> tuple[Record, ...]:
+def load_records(
+    path: Path,
+    image_root: Path | None = None,
+    *,
+    learn: Learn = "all",
+    note: Callable[[str], None] = _LOGGER.warning,
+) -> tuple[Record, ...]:
     """Reads and checks a whole file or folder.
 
-    A record whose row has no id gets the id "item-N".
+    A record whose row has no id gets the id "item-N"; the second one with an id "x" gets the id "x#2".
 
     Args:
         path: a file, `folder` or `folder#split` that `rows` can read, with rows in any of the data formats.
         image_root: folder that paths of pictures are relative to. Default: the folder of the file, or the picture
             folder of a data set with a known layout.
+        learn: which answers are trained on.
+        note: called with each note: what was not read, put right or may surprise, with its number of rows.
 
     Returns:
         A record for each row, in the order of the file.
@@ -69,28 +94,42 @@ def load_records(path: Path, image_root: Path | None = None) -> tuple[Record, ..
     Raises:
         DataError: lists up to ten faults, each with item (and line), id, the value seen and what to do.
     """
-    rows, faults, default_root = read_rows(path)
+    read = read_rows(path)
+    faults, notes = list(read.faults), Notes(others=list(read.notes))
     drafts: list[tuple[Row, Draft]] = []
-    for row in rows:
+    for row in read.rows:
         try:
-            drafts.append((row, draft(row.value)))
+            made = draft(row.value)
         except FaultError as error:
             faults.extend(row.fault(what) for what in error.args)
-    checked = _check_pictures([made for _, made in drafts], image_root or default_root)
+            continue
+        problems = [*_bound_faults(made), *_id_faults(row), *_encoding_faults(row.id, made)]
+        faults.extend(row.fault(what) for what in problems)
+        if not problems:
+            drafts.append((row, made))
+    checked = _check_pictures([made for _, made in drafts], image_root or read.root)
     for row, made in drafts:
         pictures = [checked[image] for image in made.images]
         faults.extend(row.fault(picture.fault) for picture in pictures if picture.fault)
-        faults.extend(row.fault(what) for what in _conversation_faults(made.turns, len(pictures)))
-    uses = Counter(row.id for row in rows)
-    faults.extend(
-        row.fault(f"the id is used {uses[row.id]} times. Make ids unique.") for row in rows if uses[row.id] > 1
-    )
+        faults.extend(row.fault(what) for what in conversation_faults(made.turns, len(pictures)))
+        pixels = sum(picture.pixels for picture in pictures)
+        if pixels > MAX_ROW_PIXELS:
+            faults.append(
+                row.fault(f"its pictures have {pixels:,} pixels, more than {MAX_ROW_PIXELS:,}. Scale them down.")
+            )
     if faults:
         raise DataError(_summary(path, faults))
-    if not rows:
+    if not read.rows:
         raise DataError(f"{path}: no records in the file. Give it at least one conversation.")
     groups = _groups([[checked[image].sha256 for image in made.images] for _, made in drafts])
-    return tuple(_record(row, made, checked, groups) for row, made in drafts)
+    ids = _unique_ids([row for row, _ in drafts], notes)
+    records = [
+        _record(row, unique, made, checked, groups, learn, notes)
+        for (row, made), unique in zip(drafts, ids, strict=True)
+    ]
+    for text in notes.texts():
+        note(f"{path.name}: {text}")
+    return tuple(records)
 
 
 def _summary(path: Path, faults: list[str]) -> str:
@@ -101,62 +140,126 @@ def _summary(path: Path, faults: list[str]) -> str:
     return f"{path}: {count}. Nothing was trained; mend the file and run again.\n  " + "\n  ".join(listed)
 
 
+def _bound_faults(made: Draft) -> Iterator[str]:
+    fault = oversize(made.turns)
+    if fault:
+        yield fault
+    if len(made.images) > MAX_PICTURES:
+        yield f"{len(made.images):,} pictures, more than {MAX_PICTURES:,}. Split the record."
+
+
+def _encoding_faults(row_id: str, made: Draft) -> Iterator[str]:
+    """Faults of texts with half a surrogate pair, which no tokenizer takes."""
+    texts = [("id", row_id), *((f"tag {name!r}", value) for name, value in made.tags)]
+    texts += [(f"turn {number}", turn.text) for number, turn in enumerate(made.turns)]
+    texts += [("image", image) for image in made.images if isinstance(image, str)]
+    for where, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            yield (
+                f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair: the text was "
+                "cut within a character. Write the whole character, or take the half out."
+            )
+
+
+# Ids.
+
+
+def _id_faults(row: Row) -> Iterator[str]:
+    if not row.has_valid_id:
+        yield "the id is no text or number of at most 500 characters. Write another."
+
+
+def _unique_ids(rows: Sequence[Row], notes: Notes) -> list[str]:
+    """The id of each row, with #2, #3, ... where an earlier row has it."""
+    taken, uses, ids = {row.id for row in rows}, dict.fromkeys((row.id for row in rows), 0), []
+    for row in rows:
+        if row.has_empty_id:
+            notes.change("no_id", row.id)
+        unique = row.id
+        uses[row.id] += 1
+        if uses[row.id] > 1:
+            while unique in taken:
+                unique = f"{row.id}#{uses[row.id]}"
+                uses[row.id] += unique in taken
+            taken.add(unique)
+            notes.change("repeated_id", shown(row.id))
+        ids.append(unique)
+    return ids
+
+
+# Pictures.
+
+
 @dataclass(frozen=True, slots=True)
 class _Checked:
     picture: Picture
-    sha256: str
-    fault: str | None
+    sha256: str = ""
+    pixels: int = 0
+    fault: str | None = None
 
 
 def _check_pictures(drafts: Sequence[Draft], image_root: Path) -> dict[str | bytes, _Checked]:
     """Decodes every picture once, however many records share it."""
     images = {image for made in drafts for image in made.images}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(images, pool.map(lambda image: _check_picture(image, image_root), images), strict=True))
 
 
 def _check_picture(image: str | bytes, image_root: Path) -> _Checked:
+    name = "in the file" if isinstance(image, bytes) else shown(image)
     picture: Picture = PictureBytes(image) if isinstance(image, bytes) else image_root / image
-    name = "in the file" if isinstance(image, bytes) else repr(image)
+
+    def faulty(what: str) -> _Checked:
+        return _Checked(picture, fault=f"image {name} {what[:500]}")
+
     try:
-        digest = hashlib.sha256(image if isinstance(image, bytes) else (image_root / image).read_bytes()).hexdigest()
+        picture = PictureBytes(image) if isinstance(image, bytes) else _located(image, image_root)
         with open_picture(picture) as opened:
             opened.verify()
-        load_rgb(picture)
+        pixels = load_rgb(picture)
+        return _Checked(picture, _digest(picture), pixels.width * pixels.height)
     except FileNotFoundError:
-        return _Checked(picture, "", f"image {name} does not exist in {image_root}. Add the file or mend the path.")
+        return faulty(f"does not exist in {image_root}. Add the file or mend the path.")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return _Checked(picture, "", f"image {name} is over the safety limit ({error}). Scale the picture down.")
-    except DataError as error:
-        return _Checked(picture, "", f"image {name}: {error}")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
-        return _Checked(picture, "", f"image {name} cannot be decoded ({error}). Replace the file.")
-    return _Checked(picture, digest, None)
+        return faulty(f"is over the safety limit ({error}). Scale the picture down.")
+    except PictureError as error:
+        return faulty(error.problem)
+    except FaultError as error:
+        return faulty(str(error))
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})" if error.strerror else f"cannot be decoded ({error})"
+        return faulty(f"{what}. Replace the file.")
+    except Exception as error:  # Pillow's decoders raise SyntaxError, ValueError, struct.error and others.
+        return faulty(f"cannot be decoded ({error}). Replace the file.")
 
 
-def _conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[str]:
-    roles = [turn.role for turn in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    expected = [("user", "assistant")[number % 2] for number in range(len(spoken))]
-    if "assistant" not in roles:
-        yield "no assistant turn, so nothing to learn. Add the answer."
-    elif spoken[0] != "user":
-        yield f"the conversation starts with {spoken[0]!r}; after an optional system turn the user must start."
-    elif spoken != expected:
-        yield f"the speakers are {', '.join(roles)}; user and assistant must alternate."
-    elif spoken[-1] != "assistant":
-        yield "the last user turn has no answer. Add it, or remove the turn."
-    for number, turn in enumerate(turns):
-        if turn.role == "assistant" and not turn.text.strip():
-            yield f"turn {number}: the answer is empty. Write it, or remove the record."
-        if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
-            yield f"turn {number}: {IMAGE_PLACEHOLDER} in a turn of the {turn.role}; only user turns may hold it."
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if placeholders != num_images:
-        yield (
-            f"{placeholders} {IMAGE_PLACEHOLDER} in the user turns but {num_images} images. Write {IMAGE_PLACEHOLDER} "
-            "once for each image."
-        )
+def _located(image: str, image_root: Path) -> Path:
+    """The file of a path in a row: below the image folder. Links within the folder are followed wherever they lead.
+
+    Raises:
+        FaultError: it is outside.
+    """
+    path = PurePosixPath(image)
+    if not (path.is_absolute() or ".." in path.parts):
+        return image_root / image
+    root, target = os.path.abspath(image_root), os.path.normpath(os.path.join(os.path.abspath(image_root), image))
+    for above, below in ((root, target), (os.path.realpath(root), os.path.realpath(target))):
+        if Path(below).is_relative_to(above):
+            return Path(target)
+        if not path.is_absolute():
+            break
+    raise FaultError(
+        f"points outside the image folder {image_root}. Use a path below it, or set data.image_root to a folder above."
+    )
+
+
+def _digest(picture: Picture) -> str:
+    if isinstance(picture, PictureBytes):
+        return hashlib.sha256(picture.data).hexdigest()
+    with picture.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _groups(sets: list[list[str]]) -> dict[str, str]:
@@ -175,14 +278,35 @@ def _groups(sets: list[list[str]]) -> dict[str, str]:
     return {digest: root(digest) for digest in parent}
 
 
-def _record(row: Row, made: Draft, checked: Mapping[str | bytes, _Checked], groups: Mapping[str, str]) -> Record:
-    digests = tuple(checked[image].sha256 for image in made.images)
+# Records.
+
+
+def _record(
+    row: Row,
+    unique_id: str,
+    made: Draft,
+    checked: Mapping[str | bytes, _Checked],
+    groups: Mapping[str, str],
+    learn: Learn,
+    notes: Notes,
+) -> Record:
+    ready = finished(made)
+    turns = only_last(ready.turns) if learn == "last" else ready.turns
+    images = made.images[: ready.num_pictures]
+    digests = tuple(checked[image].sha256 for image in images)
+    notes.unread.update(set(made.unread))
+    notes.formats[made.format] += 1
+    for change in ready.changes:
+        notes.change(change, shown(unique_id))
+    boxes = has_boxes(turns) if images else ""
+    if boxes:
+        notes.change("boxes", f"{shown(unique_id)} has {shown(boxes)}")
     return Record(
-        id=row.id,
-        images=tuple(checked[image].picture for image in made.images),
-        turns=made.turns,
+        id=unique_id,
+        images=tuple(checked[image].picture for image in images),
+        turns=turns,
         source=row.source,
-        group=f"image:{groups[digests[0]]}" if digests else f"text:{row.id}",
+        group=f"image:{groups[digests[0]]}" if digests else f"text:{unique_id}",
         digests=digests,
         format=made.format,
         options=made.options,

@@ -1,6 +1,7 @@
 """Plans the static shapes of a data set from picture sizes and tokenised text."""
 
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from mars_jax.data.images import image_size
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
-from mars_jax.data.template import Encoded, encode
+from mars_jax.data.template import Encoded, encode, separate_answers
 from mars_jax.errors import DataError
 from mars_jax.models.families.pictures import ImageTokens
 
@@ -57,18 +58,23 @@ class ShapePlan:
         kept: records that fit.
         sizes: size of each kept record.
         dropped: records that do not fit, with their numbers of tokens.
+        remarks: what is odd about prompts -> number of samples: see `Encoded.remarks`.
+        separated: conversations that became several records, and how many: see `separate_answers`.
     """
 
     shapes: Shapes
     kept: tuple[Record, ...]
     sizes: tuple[Size, ...]
     dropped: tuple[tuple[Record, int], ...]
+    remarks: Mapping[str, int]
+    separated: tuple[int, int]
 
 
 def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int) -> ShapePlan:
     """Plans the static shapes from picture sizes and tokenised text, without decoding pictures.
 
-    A record of more than `max_tokens` tokens is dropped whole: truncation would cut image tokens or the answer.
+    A record of more than `max_tokens` tokens is dropped whole: truncation would cut image tokens or the answer. A
+    record whose answers can't be trained in one sequence becomes several.
 
     Args:
         records: the records of a split.
@@ -82,8 +88,18 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
     sizes: list[Size] = []
     dropped: list[tuple[Record, int]] = []
     shapes = Shapes(1, 1, 1, 1)
-    for record in records:
+    remarks: Counter[str] = Counter()
+    conversations, pieces = 0, 0
+    waiting = deque(records)
+    while waiting:
+        record = waiting.popleft()
         encoded, pictures = encode_text(record, preprocessor)
+        if encoded.apart:
+            separate = separate_answers(record, encoded.apart)
+            conversations, pieces = conversations + 1, pieces + len(separate)
+            waiting.extendleft(reversed(separate))
+            continue
+        remarks.update(encoded.remarks)
         length = len(encoded.token_ids)
         if length > max_tokens:
             dropped.append((record, length))
@@ -98,7 +114,7 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
             f"none of {len(records)} records fits max_tokens = {max_tokens}; the shortest has {shortest} tokens. Raise "
             "max_tokens, or use smaller pictures."
         )
-    return ShapePlan(shapes, tuple(kept), tuple(sizes), tuple(dropped))
+    return ShapePlan(shapes, tuple(kept), tuple(sizes), tuple(dropped), remarks, (conversations, pieces))
 
 
 def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:
@@ -115,8 +131,12 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
             raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
     counts = [len(picture.index) for picture in pictures]
     encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
-    if not encoded.supervised.any():
-        raise DataError(f"{record}: no supervised tokens, so nothing to learn. Give it an assistant turn.")
+    if (largest := int(max(encoded.token_ids.max(), encoded.targets.max()))) >= preprocessor.num_rows:
+        token = preprocessor.tokenizer.convert_ids_to_tokens(largest)
+        raise DataError(
+            f"{record}: has token {largest} {token!r}, but the base's embedding has {preprocessor.num_rows} rows. "
+            "Leave it out of the text, or take the tokenizer that belongs to the checkpoint."
+        )
     return encoded, pictures
 
 

@@ -21,6 +21,7 @@ from mars_jax.data.examples import Example, ExampleSource
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
+from mars_jax.data.template import answer_ids
 from mars_jax.evals.controls import can_shuffle, image_blind, shuffle_images
 from mars_jax.evals.generation import generate
 from mars_jax.evals.stats import share
@@ -154,8 +155,9 @@ class Evaluator:
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and can_shuffle(records):
             self._views["shuffled"] = shuffle_images(records, settings.seed)
-        tokenizer = preprocessor.tokenizer
-        self._answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in self.candidates]
+        tokenizer, image_token = preprocessor.tokenizer, preprocessor.image_token_id
+        # One template puts the same text before all answers, so that any record gives their tokens.
+        self._answers = [answer_ids(records[0], answer, tokenizer, image_token) for answer in self.candidates]
         everything = [record for view in self._views.values() for record in view]
         self._shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
         # Index of the candidate to which each target of an answer batch belongs; its last target is the end token.
@@ -177,7 +179,7 @@ class Evaluator:
                 partial(
                     generate,
                     model,
-                    pad_token=tokenizer.pad_token_id,
+                    pad_token=preprocessor.pad_token_id,
                     max_new_tokens=max_new_tokens,
                     end_tokens=settings.end_tokens,
                 )

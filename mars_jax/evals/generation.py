@@ -14,8 +14,8 @@ from flax import linen as nn
 from jax import Array
 
 from mars_jax.errors import ConfigError
-from mars_jax.hub.read import read_json
 from mars_jax.models.decoder import Cache, take_positions
+from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import Tree
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load_end_tokens(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tu
         ConfigError: the file cannot be read or holds no token ids, or there is no end token at all.
     """
     path = directory / GENERATION_FILE
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    value = read_json_object(path).get("eos_token_id") if path.is_file() else None
     ids = value if isinstance(value, list) else [value] * (value is not None)
     if not all(isinstance(token, int) for token in ids):
         raise ConfigError(

@@ -15,15 +15,17 @@ from mars_jax.job.base import JobBase
 from mars_jax.job.checks import check_there
 from mars_jax.job.data import JobData
 from mars_jax.job.job import Job
-from mars_jax.job.phase import Inputs, Phase, sections
-from mars_jax.runtime.jsonfiles import Document, append_jsonl, read_json, write_json
+from mars_jax.job.phase import Inputs, Phase, files_of, sections, sources_of
+from mars_jax.runtime.jsonfiles import Document, append_jsonl, write_json
 from mars_jax.runtime.progress import Reporter
 from mars_jax.runtime.sharding import row_sharding
 
 
 def _inputs(job: Job) -> Inputs:
-    check_there(job.directory / files.SUMMARY, "finetune")
-    return job.directory / files.SUMMARY, sections(job.config, "evaluate")
+    for file in (files.SUMMARY, files.ADAPTERS):
+        check_there(job.directory / file, "finetune")
+    made = files_of(job, files.SUMMARY, files.ADAPTERS)
+    return {**made, **sources_of(job), **sections(job.config, "evaluate", "seed", "data", "model", "lora", "adapter")}
 
 
 def _work(job: Job) -> Document:
@@ -37,7 +39,7 @@ def _work(job: Job) -> Document:
         max_new_tokens=settings.max_new_tokens,
     )
     method, targets = job.base.method, job.base.targets
-    ranks = read_json(job.directory / files.SUMMARY)["ranks"]
+    ranks = job.directory.read(files.SUMMARY)["ranks"]
     # Fresh adapters change nothing, and share the compiled program of trained ones.
     kernels = kernels_of(job.base.params, targets)
     fresh = init_adapters(jax.random.key(0), targets, ranks, method, kernels=kernels)
@@ -54,7 +56,7 @@ def _work(job: Job) -> Document:
     return document
 
 
-EVALUATE = Phase("evaluate", _inputs, files.EVALUATION, _work)
+EVALUATE = Phase("evaluate", _inputs, (files.EVALUATION, files.SAMPLES), _work)
 
 
 def held_out_evaluator(

@@ -4,28 +4,29 @@ Tensors are read on the host one at a time, each cast and copied into its stacke
 copy of the model. Sharding and downloads are not handled here, and torch pickles are not read.
 """
 
-import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from mars_jax.errors import ConfigError
+from mars_jax.hub.match import CONFIG_FILE, Header, listing, match_tensors
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families import tables
-from mars_jax.models.families.registry import checkpoint_table, model_config
-from mars_jax.runtime.jsonfiles import Document
+from mars_jax.models.families.registry import model_config, parameters
+from mars_jax.runtime.json_object import Settings, checked, read_json_object, refusal
 from mars_jax.runtime.trees import Tree, unflatten
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_LISTED = 8
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 _MAPPED_BYTES = 2**27
 
 
@@ -44,38 +45,35 @@ def read_checkpoint(directory: str | Path, dtype: DTypeLike) -> tuple[ModelConfi
     """
     directory = Path(directory)
     config = read_config(directory)
-    table = checkpoint_table(config)
-    targets = {
-        key: (parameter, layer) for parameter in table.parameters(config) for layer, key in enumerate(parameter.keys)
-    }
-    arrays = {parameter.path: np.empty(parameter.shape, jnp.dtype(dtype)) for parameter, _ in targets.values()}
-    seen: dict[str, str] = {}
-    unexpected: list[str] = []
+    files = weight_files(directory)
+    matches = match_tensors(_headers(files), config, directory)
+    arrays = {parameter.path: np.empty(parameter.shape, jnp.dtype(dtype)) for parameter in parameters(config)}
     tied_head = None
-    for file in weight_files(directory):
-        for name, tensor in read_tensors(file):
-            key = table.hub_key(name)
-            if key in seen:
-                raise ConfigError(
-                    f"{file}: {name!r} and {seen[key]!r} are the same parameter in two key layouts. "
-                    f"Keep one of them; a checkpoint holds every parameter once."
-                )
-            seen[key] = name
-            if key in targets:
-                parameter, layer = targets[key]
-                array = arrays[parameter.path][layer] if parameter.stacked else arrays[parameter.path]
-                array[...] = tables.from_stored(_checked(tensor, parameter, file, name), parameter.transform)
-            elif key == table.head_key and config.text.tie_word_embeddings:
+    for file in files:
+        wanted = {match.header.name: match for match in matches if match.header.file == file}
+        for name, tensor in read_tensors(file, wanted):
+            parameter, layer = wanted[name].parameter, wanted[name].layer
+            if parameter is None:
                 tied_head = (file, name, tensor.astype(jnp.dtype(dtype)))
-            elif not table.unused(key, config):
-                unexpected.append(name)
-    _check_complete(directory, table.layouts, [key for key in targets if key not in seen], unexpected)
+            else:
+                array = arrays[parameter.path][layer] if parameter.stacked else arrays[parameter.path]
+                array[...] = tables.from_stored(tensor, parameter.transform)
     if tied_head is not None and not np.array_equal(tied_head[2], arrays[tables.EMBEDDING_PATH]):
         raise ConfigError(
             f"{tied_head[0]}: {CONFIG_FILE} ties the word embeddings, yet {tied_head[1]!r} differs from the embedding. "
-            f"Set tie_word_embeddings to false in {directory / CONFIG_FILE}, or remove the tensor."
+            f"Set tie_word_embeddings to false in {directory / CONFIG_FILE}, also in text_config, or remove the tensor."
         )
     return config, unflatten(arrays)
+
+
+def check_weights(directory: Path) -> None:
+    """Compares the weights of a checkpoint with its configuration, from the headers of the files alone.
+
+    Raises:
+        ConfigError: as `read_checkpoint`, except for a tied head whose values differ.
+    """
+    config = read_config(directory)
+    match_tensors(_headers(weight_files(directory)), config, directory)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -86,30 +84,25 @@ def read_config(directory: Path) -> ModelConfig:
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
+        if (directory / ADAPTER_CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"{directory}: holds a PEFT adapter ({ADAPTER_CONFIG_FILE}), no model. Point model.checkpoint at its "
+                "base model."
+            )
+        # Of a name such as OWNER/NAME, neither folder is there.
+        name = "/".join(directory.parts[-2:])
+        hint = "" if directory.parent.is_dir() else f" If you mean the model on the hub, write hf://{name}."
         raise ConfigError(
             f"{path}: no such file. A checkpoint is a local directory with {CONFIG_FILE} and safetensors files; "
-            f"fetch one with `hf download REPO --local-dir DIR` and point to that directory."
+            f"fetch one with `hf download REPO --local-dir DIR` and point to that directory.{hint}"
         )
-    return model_config(read_json(path), str(path))
+    return model_config(read_json_object(path), str(path))
 
 
-def read_json(path: Path) -> Document:
-    """Reads a JSON object.
+class _Index(Settings):
+    """The index of the shards of a checkpoint."""
 
-    Raises:
-        ConfigError: the file cannot be read, or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}. Fetch the file again."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}. Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(value).__name__}; an object is needed. Fetch the file again.")
-    return value
+    weight_map: Annotated[dict[str, str], Field(min_length=1, max_length=10**6)]
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -125,17 +118,18 @@ def weight_files(directory: Path) -> list[Path]:
             return [single]
         names = sorted(path.name for path in directory.iterdir())
         raise ConfigError(
-            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; found: {', '.join(names) or 'nothing'}. "
+            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; found: {listing(names)}. "
             f"Only safetensors are read: fetch those files, or save the model again with transformers."
         )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index}: has no weight_map of tensor names to files. Fetch the file again.")
+    weight_map = checked(_Index, read_json_object(index), str(index)).weight_map
+    for name in set(weight_map.values()):
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            raise refusal(str(index), "a file in weight_map", name, "the name of a safetensors file beside it expected")
     files = [directory / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(
-            f"{index}: lists {len(files)} shards, of which {len(missing)} are not there: {_listing(missing)}. "
+            f"{index}: lists {len(files)} shards, of which {len(missing)} are not there: {listing(missing)}. "
             f"The download is incomplete; fetch them again."
         )
     for file in files:
@@ -145,7 +139,7 @@ def weight_files(directory: Path) -> list[Path]:
         if differing:
             raise ConfigError(
                 f"{index}: does not describe {file.name}; they differ in {len(differing)} tensors: "
-                f"{_listing(differing)}. Index and shards come from different downloads; fetch both again."
+                f"{listing(differing)}. Index and shards come from different downloads; fetch both again."
             )
     return files
 
@@ -167,48 +161,33 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
         ) from error
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, tables.HostArray]]:
+def read_tensors(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, tables.HostArray]]:
     """Yields the tensors of a safetensors file, one in memory at a time.
+
+    Args:
+        path: the file.
+        names: the tensors to read; None: all.
 
     Raises:
         ConfigError: as `open_safetensors`.
     """
     with open_safetensors(path) as tensors:
-        names = deque(tensors.keys())
-    while names:
+        left = deque(name for name in tensors.keys() if names is None or name in names)  # noqa: SIM118
+    while left:
         # The file is memory-mapped, and pages that were read stay resident until it is closed.
         with open_safetensors(path) as tensors:
             read = 0
-            while names and read < _MAPPED_BYTES:
-                name = names.popleft()
+            while left and read < _MAPPED_BYTES:
+                name = left.popleft()
                 tensor = tensors.get_tensor(name)
                 read += tensor.nbytes
                 yield name, tensor
 
 
-def _checked(tensor: tables.HostArray, parameter: tables.Parameter, file: Path, name: str) -> tables.HostArray:
-    if tensor.shape != parameter.stored_shape:
-        raise ConfigError(
-            f"{file}: {name!r} has shape {list(tensor.shape)}, but {CONFIG_FILE} asks for "
-            f"{list(parameter.stored_shape)} ({parameter.path}). The two belong to different models; fetch both again."
-        )
-    if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
-        raise ConfigError(
-            f"{file}: {name!r} is stored as {tensor.dtype}; float16, bfloat16, float32 and float64 are read. "
-            f"Use the checkpoint that was not quantised."
-        )
-    return tensor
-
-
-def _check_complete(directory: Path, layouts: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    if missing or unexpected:
-        raise ConfigError(
-            f"{directory}: the tensors do not fit {CONFIG_FILE}. Missing {len(missing)}: {_listing(missing)}. "
-            f"Not part of the model {len(unexpected)}: {_listing(unexpected)}. "
-            f"Known layouts start with {layouts}; use a checkpoint of the model that {CONFIG_FILE} describes."
-        )
-
-
-def _listing(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_LISTED])
-    return f"{listed or 'none'}{', ...' if len(names) > _LISTED else ''}"
+def _headers(files: Collection[Path]) -> Iterator[Header]:
+    """The headers of all tensors of some files."""
+    for file in files:
+        with open_safetensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(name)
+                yield Header(file, name, tuple(tensor.get_shape()), str(tensor.get_dtype()))

@@ -133,7 +133,11 @@ def _load(
     transformers: ModuleType, torch: ModuleType, table: CheckpointTable[ModelConfig], directory: str | Path
 ) -> tuple[Any, Document]:
     model, info = getattr(transformers, table.auto_class).from_pretrained(
-        str(directory), dtype=torch.float32, output_loading_info=True, local_files_only=True
+        str(directory),
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     return model.eval(), info
 

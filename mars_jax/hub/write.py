@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
+from mars_jax.adapters.files import save_tensors
 from mars_jax.adapters.lora import LORA
 from mars_jax.adapters.merge import delta_of
 from mars_jax.adapters.method import AdapterMethod, leaf_names
@@ -26,17 +26,20 @@ from mars_jax.hub.read import (
     INDEX_FILE,
     WEIGHTS_FILE,
     read_config,
-    read_json,
     read_tensors,
     weight_files,
 )
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families import tables
 from mars_jax.models.families.registry import checkpoint_table, model_config
+from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import flatten
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
-_COMPANIONS = (".json", ".txt", ".model", ".jinja")
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
+# Lists of weights that are not there, and what would make the folder an adapter.
+_NOT_COPIED = (".index.json", "adapter_config.json")
+_MORE_TEMPLATES = "additional_chat_templates"
 _METADATA = {"format": "pt"}
 
 
@@ -92,10 +95,10 @@ def write_checkpoint(
     for key, (names, value) in table.extra_tensors.items():
         tensors[key] = np.full([sizes[name] for name in names], value, jnp.dtype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata=_METADATA)
+    save_tensors(directory / WEIGHTS_FILE, tensors, metadata=_METADATA)
     write_json(directory / CONFIG_FILE, config_json)
     for file in extra_files:
-        shutil.copy(file, directory)
+        shutil.copyfile(file, directory / Path(file).name)
 
 
 def write_merged(
@@ -131,7 +134,7 @@ def write_merged(
             if key in updates:
                 tensor = _merged(tensor, updates.pop(key), method, f"{file}: {name!r}")
             tensors[key] = tensor
-        save_file(tensors, directory / file.name, metadata=_METADATA)
+        save_tensors(directory / file.name, tensors, metadata=_METADATA)
         weight_map |= dict.fromkeys(tensors, file.name)
     if updates:
         raise ConfigError(
@@ -139,10 +142,14 @@ def write_merged(
             f"Give the checkpoint that the adapters were trained on."
         )
     for path in sorted(base.iterdir()):
-        if path.suffix in _COMPANIONS and path.name != INDEX_FILE:
-            shutil.copy(path, directory)
+        if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(_NOT_COPIED):
+            shutil.copyfile(path, directory / path.name)
+    if (base / _MORE_TEMPLATES).is_dir():
+        (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
+        for path in sorted((base / _MORE_TEMPLATES).glob("*.jinja")):
+            shutil.copyfile(path, directory / _MORE_TEMPLATES / path.name)
     if (base / INDEX_FILE).is_file():
-        write_json(directory / INDEX_FILE, read_json(base / INDEX_FILE) | {"weight_map": weight_map})
+        write_json(directory / INDEX_FILE, read_json_object(base / INDEX_FILE) | {"weight_map": weight_map})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,19 +1,36 @@
-"""The book of a run: which phases were finished from which inputs, and what happened when.
+"""The book of a run: which phases were finished from which inputs, what they left, and what happened when.
 
 It is kept in state.json and events.jsonl. What a phase does is not its business.
 """
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mars_jax.config.load import RESOLVED_CONFIG
+from mars_jax.errors import DataError
 from mars_jax.job import files
+from mars_jax.job.documents import State
+from mars_jax.runtime.durable import content_of, sync
 from mars_jax.runtime.jsonfiles import Document, append_jsonl, read_json, write_json
 from mars_jax.runtime.process import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a phase is made from and what it leaves.
+
+    Attributes:
+        inputs: name -> hash of each input.
+        outputs: files and folders that it leaves, relative to the run directory; those that are there are noted.
+    """
+
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -27,47 +44,106 @@ class Book:
     path: Path
 
     def state(self) -> Document:
-        """`{"phases": {name: {"status", "inputs_hash", "started", "finished", "seconds", "error"}}, "versions": {...},
-        "peak_memory_bytes": n}`: times in UTC, seconds summed over attempts at the same inputs."""
+        """`{"phases": {name: {...}}, "versions": {...}, "peak_memory_bytes": n}`: see `documents.PhaseRecord`.
+
+        Times are in UTC, seconds summed over attempts at the same inputs.
+        """
         file = self.path / files.STATE
-        return read_json(file) if file.exists() else {"phases": {}}
+        return read_json(file, State) if file.exists() else {"phases": {}}
+
+    def record(self, phase: str) -> Document:
+        """The record of a phase; empty for one that never ran."""
+        found: Document = self.state()["phases"].get(phase, {})
+        return found
 
     def seconds(self, phase: str) -> float:
         """Seconds that a phase took; 0 for one that never ran."""
-        return self.state()["phases"].get(phase, {}).get("seconds", 0.0)
+        return self.record(phase).get("seconds", 0.0)
 
-    def write_versions(self, versions: Mapping[str, str]) -> None:
-        """Notes the versions that the run is continued with."""
-        write_json(self.path / files.STATE, {**self.state(), "versions": dict(versions)})
+    def note(self, **values: object) -> None:
+        """Writes what concerns no single phase, such as the versions that the run is continued with."""
+        write_json(self.path / files.STATE, {**self.state(), **values})
 
     def is_done(self, phase: str, inputs_hash: str) -> bool:
         """Whether the phase was finished from these very inputs (see `hash_inputs`)."""
-        record = self.state()["phases"].get(phase, {})
+        record = self.record(phase)
         return record.get("status") == "done" and record.get("inputs_hash") == inputs_hash
 
+    # What finished phases left.
+
+    def damaged(self, phase: str) -> list[Path]:
+        """Files that a finished phase left and that are gone, or hold something else by now."""
+        outputs = self.record(phase).get("outputs") or {}
+        return [Path(file) for file, left in outputs.items() if not self._is_intact(file, left)]
+
+    def check(self, file: Path) -> None:
+        """Refuses a file that isn't what the phase that made it left; what no phase of this run made is taken as it is.
+
+        Args:
+            file: relative to the run directory; or a folder, for all that is in it.
+
+        Raises:
+            DataError: it is gone or holds something else.
+        """
+        for phase, record in self.state()["phases"].items():
+            outputs = (record.get("outputs") or {}) if record["status"] == "done" else {}
+            within = [Path(name) for name in outputs if Path(name).is_relative_to(file)]
+            for path in (path for path in within if not self._is_intact(path, outputs[path.as_posix()])):
+                state = "isn't what" if (self.path / path).exists() else "is gone, which"
+                raise DataError(
+                    f"{self.path / path} {state} the phase {phase} left: it was damaged, or changed by hand. Run "
+                    f"`mars {_COMMANDS.get(phase, phase)} {self.path}` to make it again. To go on with a file of your "
+                    f"own, copy it and {RESOLVED_CONFIG} to a new run directory: what no phase of a run made is taken "
+                    "as it is."
+                )
+
+    def _is_intact(self, file: str | Path, left: Mapping[str, object]) -> bool:
+        path = self.path / file
+        if not path.is_file() or path.stat().st_size != left["bytes"]:
+            return False
+        return content_of(path).sha256 == left["sha256"]
+
+    def _seal(self, outputs: Sequence[Path]) -> dict[str, object]:
+        """Has files on the disk, with all folders on their way, and returns what they hold."""
+        paths = [path for output in outputs for path in _files_of(self.path / output)]
+        folders = {folder for path in paths for folder in path.parents if folder.is_relative_to(self.path)}
+        for path in (*paths, *folders):
+            sync(path)
+        return {path.relative_to(self.path).as_posix(): asdict(content_of(path)) for path in paths}
+
+    # What happens.
+
     @contextmanager
-    def phase(self, name: str, inputs_hash: str) -> Iterator[None]:
-        """Notes a phase while the block runs: running, then done, failed or interrupted."""
-        earlier = self.state()["phases"].get(name, {})
+    def phase(self, name: str, inputs_hash: str, made: Made | None = None) -> Iterator[None]:
+        """Notes a phase while the block runs: running, then done, failed or interrupted.
+
+        What it leaves is on the disk before it is called done.
+        """
+        made = made or Made()
+        earlier = self.record(name)
         resumed = earlier.get("inputs_hash") == inputs_hash and earlier.get("status") != "done"
         earlier_seconds = earlier.get("seconds", 0.0) if resumed else 0.0
         record = {"status": "running", "inputs_hash": inputs_hash, "started": _now(), "seconds": earlier_seconds}
+        record |= {"inputs": dict(made.inputs)} if made.inputs else {}
         self._write_phase(name, record)
         start = time.monotonic()
 
-        def close(status: str, **more: str) -> None:
+        def close(status: str, **more: object) -> None:
             seconds = round(earlier_seconds + time.monotonic() - start, 3)
             self._write_phase(name, {**record, "status": status, "finished": _now(), "seconds": seconds, **more})
 
         try:
             yield
+            outputs = self._seal(made.outputs)
         except KeyboardInterrupt:
             close("interrupted")
             raise
         except BaseException as error:
-            close("failed", error=f"{type(error).__name__}: {error}")
+            # A full disk has no room for this either, and the first error is the one to know.
+            with suppress(OSError):
+                close("failed", error=f"{type(error).__name__}: {error}")
             raise
-        close("done")
+        close("done", **({"outputs": outputs} if made.outputs else {}))
 
     def append_event(self, event: str, **fields: object) -> None:
         """Adds a line `{"time", "event", ...fields}` to events.jsonl."""
@@ -77,14 +153,28 @@ class Book:
         state = self.state()
         peak = max(state.get("peak_memory_bytes", 0), peak_memory_bytes())
         phases = {**state["phases"], name: record}
-        write_json(self.path / files.STATE, {**state, "phases": phases, "peak_memory_bytes": peak})
         self.append_event("phase", phase=name, status=record["status"])
+        sync(self.path / files.EVENTS)
+        write_json(self.path / files.STATE, {**state, "phases": phases, "peak_memory_bytes": peak})
+
+
+# Of phases without a command of their own name.
+_COMMANDS = {"data": "run", "merge": "export --merged"}
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
 
 
 def hash_inputs(*inputs: Path | str) -> str:
-    """SHA-256 of what a phase starts from: files by their content, texts (such as a config section) as they are."""
+    """SHA-256 of what a phase starts from: files by their content, texts (such as a config section) as they are.
+
+    A folder counts by the names and contents of its files.
+    """
     digest = hashlib.sha256()
     for item in inputs:
+        if isinstance(item, Path) and item.is_dir():
+            item = "".join(f"{file.relative_to(item)} {content_of(file).sha256}\n" for file in _files_of(item))
         content = item.read_bytes() if isinstance(item, Path) else item.encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()

@@ -3,29 +3,107 @@
 Those that can be judged from the config alone are refused in `config.schema`.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from mars_jax.adapters.targets import Targets
 from mars_jax.config.load import Config
+from mars_jax.data.batches import subset
+from mars_jax.data.preprocessor import Preprocessor
+from mars_jax.data.records import Record
+from mars_jax.data.shapes import encode_text
 from mars_jax.errors import ConfigError
-from mars_jax.hub.read import open_safetensors, weight_files
+from mars_jax.hub.read import check_weights
 from mars_jax.job.base import JobBase
+from mars_jax.job.data import JobData
+from mars_jax.runtime.progress import Reporter
 
 
 def check_model(config: Config, base: JobBase) -> None:
     """Refuses a checkpoint, targets or ranks that can't be used, reading headers only, before the data are read.
 
     Raises:
-        ConfigError: no usable checkpoint, a target without a hit, or a rank beyond a width.
+        ConfigError: no usable checkpoint, weights that differ from its config.json, a target without a hit, or a rank
+            beyond a width.
     """
     _ = base.targets
-    for file in weight_files(base.checkpoint):
-        with open_safetensors(file):
-            pass
+    check_weights(base.checkpoint)
     sizes = config.probe.num_samples
     if config.lora.is_searched and len(sizes) < 2:
         raise ConfigError(
             f"probe.num_samples is {list(sizes)}; the laws need at least two numbers of samples. Add another."
         )
+
+
+def check_data(config: Config, base: JobBase, data: JobData, reporter: Reporter) -> None:
+    """Refuses samples that the job can't train on, and warns of what they leave untrained.
+
+    Raises:
+        ConfigError: more samples asked for than there are, or modules that get no gradient.
+    """
+    train = data.search.train
+    check_sizes(config, len(train))
+    check_pictures(config, base.targets, train)
+    for text in _warnings(config, data):
+        reporter.warn(text)
+
+
+def check_pictures(config: Config, targets: Targets, train: Sequence[Record]) -> None:
+    """Refuses to train modules that only pictures reach on samples without any.
+
+    Args:
+        config: of the job.
+        targets: the linears that take adapters.
+        train: training samples.
+
+    Raises:
+        ConfigError: there is no picture, and such a module isn't frozen.
+    """
+    if any(record.images for record in train):
+        return
+    reached = {target.module for path, target in targets.items() if path.startswith("llm/")}
+    dead = [module for module, ranks in config.lora.grids.items() if max(ranks) > 0 and module not in reached]
+    if dead:
+        freeze = ", ".join(f"lora.modules.{module}.ranks: [0]" for module in dead)
+        raise ConfigError(
+            f"no training sample has a picture, so {' and '.join(dead)} would get no gradient: freeze "
+            f"{'them' if len(dead) > 1 else 'it'} ({freeze}), or give samples with pictures."
+        )
+
+
+def _warnings(config: Config, data: JobData) -> Iterator[str]:
+    train, preprocessor = data.search.train, data.preprocessor
+    pictured = [bool(record.images) for record in train]
+    sizes = config.probe.num_samples if config.lora.is_searched and any(pictured) else ()
+    bare = [size for size in sizes if not any(pictured[i] for i in subset(len(train), size, config.seed))]
+    if bare:
+        yield (
+            f"no picture is among the training samples of lanes with D = {', '.join(map(str, bare))}, so what only "
+            "pictures reach isn't trained there. Give more samples with pictures, or leave these sizes out."
+        )
+    if preprocessor.pad_token_id != preprocessor.tokenizer.pad_token_id:
+        yield (
+            f"the padding token {preprocessor.tokenizer.pad_token!r} has no row in the base's embedding; token "
+            f"{preprocessor.pad_token_id} pads instead, which changes nothing, since padding is masked"
+        )
+    first = next((record for record in train if record.images), None)
+    if first and preprocessor.around_pictures and not _is_surrounded(first, preprocessor):
+        tokens = preprocessor.tokenizer.convert_ids_to_tokens(list(preprocessor.around_pictures))
+        names = [token or f"token {number}" for token, number in zip(tokens, preprocessor.around_pictures, strict=True)]
+        yield (
+            f"the chat template renders pictures without {' and '.join(names)} around them, as this family was "
+            "trained. Take the chat template of the checkpoint's source; that of a language model alone does not fit."
+        )
+
+
+def _is_surrounded(record: Record, preprocessor: Preprocessor) -> bool:
+    """Whether the first picture of a record comes after, and the last before, the tokens that the family expects."""
+    ids = encode_text(record, preprocessor)[0].token_ids.tolist()
+    start, end = preprocessor.around_pictures
+    places = np.flatnonzero(np.asarray(ids) == preprocessor.image_token_id)
+    return ids[: places[0]][-1:] == [start] and ids[places[-1] + 1 :][:1] == [end]
 
 
 def check_sizes(config: Config, num_samples: int) -> None:

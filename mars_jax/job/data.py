@@ -39,6 +39,7 @@ class JobData:
         self._reporter = reporter
         self._base = base
         self._packings: dict[tuple[int, int], PackingPlan] = {}
+        self._notes: list[str] = []
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
@@ -69,7 +70,7 @@ class JobData:
         data = self._config.data
 
         def load(path: Path) -> tuple[Record, ...]:
-            return load_records(path, data.image_root)
+            return load_records(path, data.image_root, learn=data.learn, note=self._notes.append)
 
         train = load(data.train)
         validation_share = 0.0 if data.validation else data.validation_fraction
@@ -90,12 +91,24 @@ class JobData:
     def _plans(self) -> "_Plans":
         return _Plans(self._splits, self.preprocessor, self._config.data.max_tokens or _UNLIMITED)
 
+    def pictures(self) -> dict[Path, str]:
+        """Picture file -> SHA-256 of its bytes, of the samples of all splits."""
+        records = (*self._splits.train, *self._splits.validation, *self._splits.test)
+        return {
+            picture: digest
+            for record in records
+            for picture, digest in zip(record.images, record.digests, strict=True)
+            if isinstance(picture, Path)
+        }
+
     # What data.json says.
 
     def summary(self) -> Document:
-        """The document of data.json; samples that were dropped are named in warnings."""
+        """The document of data.json; notes on the data, and samples that were dropped, are reported as warnings."""
         plans = {name: self._plans[name] for name in ("train", "validation", "test")}
-        document = data_summary(plans, self.shapes, self._config.data.max_tokens)
+        document = data_summary(plans, self.shapes, self._config.data.max_tokens, self._notes)
+        for text in document["notes"]:
+            self._reporter.warn(text)
         for entry in document["dropped"]:
             self._reporter.warn(f"sample {entry['id']!r} of {entry['split']} is left out: {entry['reason']}")
         return {**document, "padding": self._padding()}

@@ -3,11 +3,10 @@
 Others may read it meanwhile. It imports nothing heavy: `mars status` must answer at once.
 """
 
-import fcntl
+import errno
 import importlib.metadata
-import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,16 @@ from pathlib import Path
 import yaml
 
 from mars_jax.config.load import RESOLVED_CONFIG, Config
-from mars_jax.errors import ConfigError
-from mars_jax.job.book import Book
-from mars_jax.runtime.jsonfiles import write_text
+from mars_jax.errors import ConfigError, DataError
+from mars_jax.job import lock
+from mars_jax.job.book import Book, hash_inputs
+from mars_jax.job.documents import SHAPES
+from mars_jax.runtime.durable import make_folder, remove_leftovers
+from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl, write_text
 
-_LOCK = "lock"
 _PACKAGES = ("mars_jax", "jax", "flax", "optax", "transformers")
+# What a full or read-only device raises is for the command to report.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,27 @@ class RunDirectory:
         """Its phases and events."""
         return Book(self.path)
 
+    def read(self, file: Path) -> Document:
+        """The document of a JSON file of the run, such as `files.LAWS`.
+
+        Raises:
+            DataError: it can't be read, isn't JSON, or a key that is read is missing or of another type.
+        """
+        document: Document = read_json(self / file, SHAPES[file])
+        return document
+
+    def lines(self, file: Path, warn: Callable[[str], None]) -> list[Document]:
+        """The records of a JSON Lines file of the run, such as `files.LANES`; none if it is absent.
+
+        Args:
+            file: which.
+            warn: called with a message where the last line is incomplete.
+
+        Raises:
+            DataError: as `read`, of a line.
+        """
+        return read_jsonl(self / file, warn, SHAPES[file])
+
     @classmethod
     @contextmanager
     def open(cls, config: Config) -> Iterator["RunDirectory"]:
@@ -51,53 +75,47 @@ class RunDirectory:
                 run, or was made with another config.
         """
         run = cls(config.run_dir)
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
+        with run._own_errors():
+            make_folder(run.path)
             run._check_ours()
-            lock = (run.path / _LOCK).open("a+")
-        except OSError as error:
-            raise run._cannot_write(error) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"run directory {run.path} is in use by process {run.holder() or '(unknown)'}. "
-                    "Wait for it, stop it, or set another run_dir."
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            try:
+            with lock.holding(run.path):
+                remove_leftovers(run.path)
                 run._check_config(config)
-                run.book.write_versions(_versions())
+                run.book.note(versions=_versions(), config=_config_hash(config))
                 run.book.append_event("opened")
-            except PermissionError as error:
-                raise run._cannot_write(error) from None
-            yield run
+                yield run
 
     def holder(self) -> int | None:
-        """The id of the process that holds the directory open, if one does."""
-        try:
-            with (self.path / _LOCK).open() as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return int(lock.read() or 0) or None
-        except FileNotFoundError:
-            pass
-        return None
+        """The id of the process that holds the directory open, if one does and its id is known."""
+        found = lock.holder(self.path)
+        return found.process if found else None
 
-    def _cannot_write(self, error: OSError) -> ConfigError:
-        return ConfigError(
-            f"can't write the run directory {self.path}: {error.strerror}. Set run_dir to a folder that you can write."
-        )
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Explains errors of the file system that concern the directory, but for a full disk."""
+        try:
+            yield
+        except OSError as error:
+            named = Path(error.filename) if isinstance(error.filename, str) else None
+            within = named is not None and (named.is_relative_to(self.path) or self.path.is_relative_to(named))
+            if error.errno in _NO_ROOM or not (within or isinstance(error, PermissionError)):
+                raise
+            if isinstance(error, PermissionError) or named == self.path or not self.path.is_dir():
+                raise ConfigError(
+                    f"can't write the run directory {self.path}: {error.strerror}. Set run_dir to a folder that you "
+                    "can write."
+                ) from None
+            raise ConfigError(
+                f"can't use {named} in the run directory: {error.strerror}. Something else lies where a file or a "
+                "folder of the run belongs: move it away, and run the same command again."
+            ) from None
 
     def _check_ours(self) -> None:
         """Refuses to write between the files of something else."""
         names = {entry.name for entry in self.path.iterdir()}
         # A first opening that was killed leaves a lock, and perhaps a config half written under another name.
-        foreign = [name for name in names if name != _LOCK and not name.startswith(RESOLVED_CONFIG)]
+        own = (lock.LOCK, lock.OWNER)
+        foreign = [name for name in names if name not in own and not name.startswith(RESOLVED_CONFIG)]
         if RESOLVED_CONFIG not in names and foreign:
             raise ConfigError(
                 f"{self.path} holds files but no {RESOLVED_CONFIG}, so it isn't a run directory. "
@@ -109,7 +127,18 @@ class RunDirectory:
         if not file.exists():
             write_text(file, config.resolved_yaml())
             return
-        there = _flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+        damage, settings = _settings(file)
+        if damage:
+            # What it held is known by its hash alone.
+            if self.book.state().get("config") != _config_hash(config):
+                raise DataError(
+                    f"{file} {damage}: it was damaged, and these settings aren't known to be those that it held. Put "
+                    f"it back from a copy, give the config that the run was made with, or delete {self.path} to start "
+                    "again."
+                )
+            write_text(file, config.resolved_yaml())
+            return
+        there = _flatten(settings)
         here = _flatten(yaml.safe_load(config.resolved_yaml()))
         lines = [
             f"  {key}: {there.get(key, '(absent)')} -> {here.get(key, '(absent)')}"
@@ -122,6 +151,26 @@ class RunDirectory:
                 "\n".join([f"run directory {self.path} was made with another config (there -> here):", *lines])
                 + f"\nSet another run_dir, take the settings back, or delete {self.path} to start again."
             )
+
+
+def _settings(file: Path) -> tuple[str | None, object]:
+    """What is wrong with a file of settings, if it can't be one; and its settings."""
+    if file.is_dir():
+        return "is a folder", None
+    try:
+        text = file.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return "is not YAML", None
+    if not isinstance(settings, Mapping):
+        return ("is not a list of settings" if text.strip() else "is empty"), None
+    return None, settings
+
+
+def _config_hash(config: Config) -> str:
+    """Of all settings but `run_dir`, since a run directory may be moved."""
+    settings = _flatten(yaml.safe_load(config.resolved_yaml()))
+    return hash_inputs(repr({key: value for key, value in settings.items() if key != "run_dir"}))
 
 
 def _flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -12,44 +12,52 @@ from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
-from mars_jax.hub.adapter import ADAPTER_WEIGHTS_FILE, write_adapter
-from mars_jax.hub.paths import repository
+from mars_jax.data.template import prompt_text
+from mars_jax.hub.adapter import write_adapter
+from mars_jax.hub.paths import repository, revision
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_merged
 from mars_jax.job import files
 from mars_jax.job.checks import check_there
 from mars_jax.job.job import Job
-from mars_jax.job.phase import Inputs, Phase
+from mars_jax.job.phase import Inputs, Phase, files_of, sections
 from mars_jax.job.pick import picked_ranks
-from mars_jax.runtime.jsonfiles import Document, read_json
+from mars_jax.runtime.durable import filling
+from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.trees import Tree
 
 _RECORDS = 4
 
 
 def _inputs(job: Job) -> Inputs:
-    check_there(job.directory / files.SUMMARY, "finetune")
-    return (job.directory / files.SUMMARY,)
+    for file in (files.SUMMARY, files.ADAPTERS):
+        check_there(job.directory / file, "finetune")
+    job.sources.check()
+    made = files_of(job, files.SUMMARY, files.ADAPTERS, files.SELECTION)
+    return {**made, "base": job.sources.of_base(), **sections(job.config, "model", "lora", "adapter")}
 
 
 def _write_adapter(job: Job) -> Document:
-    directory = job.directory
-    selection = read_json(directory / files.SELECTION)
-    write_adapter(
-        directory / files.ADAPTER,
-        read_adapters(directory / files.ADAPTERS),
-        picked_ranks(job),
-        job.base.model_config,
-        base_name=repository(job.config.model.checkpoint),
-        provenance={
-            "selection": {name: value for name, value in selection.items() if name != "candidates"},
-            "finetune": read_json(directory / files.SUMMARY),
-            "alpha": asdict(job.base.alpha),
-            "versions": directory.book.state()["versions"],
-        },
-        method=job.base.method,
-    )
+    directory, preprocessor = job.directory, job.data.preprocessor
+    selection = directory.read(files.SELECTION)
+    with filling(directory / files.ADAPTER) as folder:
+        write_adapter(
+            folder,
+            read_adapters(directory / files.ADAPTERS),
+            picked_ranks(job),
+            job.base.model_config,
+            base_name=repository(job.config.model.checkpoint),
+            base_revision=revision(job.config.model.checkpoint, job.base.checkpoint),
+            provenance={
+                "prompt": prompt_text(job.data.test_records[0], preprocessor.tokenizer, preprocessor.image_token_id),
+                "selection": {name: value for name, value in selection.items() if name != "candidates"},
+                "finetune": directory.read(files.SUMMARY),
+                "alpha": asdict(job.base.alpha),
+                "versions": directory.book.state()["versions"],
+            },
+            method=job.base.method,
+        )
     return {"adapter": directory / files.ADAPTER}
 
 
@@ -60,14 +68,15 @@ def _merge(job: Job) -> Document:
             "is written"
         )
     adapters = read_adapters(job.directory / files.ADAPTERS)
-    write_merged(job.directory / files.MERGED, job.base.checkpoint, adapters, job.base.method)
+    with filling(job.directory / files.MERGED) as folder:
+        write_merged(folder, job.base.checkpoint, adapters, job.base.method)
     return {"merged": job.directory / files.MERGED}
 
 
 EXPORT = Phase(
     "export",
     _inputs,
-    files.ADAPTER / ADAPTER_WEIGHTS_FILE,
+    (files.ADAPTER,),
     _write_adapter,
     lambda job: {"adapter": job.directory / files.ADAPTER},
     applies=lambda config: METHODS[config.adapter.method].peft() is not None,
@@ -75,7 +84,7 @@ EXPORT = Phase(
 MERGE = Phase(
     "merge",
     _inputs,
-    files.MERGED,
+    (files.MERGED,),
     _merge,
     lambda job: {"merged": job.directory / files.MERGED},
     applies=lambda config: config.export.merged or METHODS[config.adapter.method].peft() is None,
@@ -122,7 +131,7 @@ def torch_inputs(
 ) -> dict[str, np.ndarray]:
     """The same records as inputs of the Hugging Face model."""
     tokens = batch["tokens"]
-    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != preprocessor.tokenizer.pad_token_id, axis=1)
+    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != preprocessor.pad_token_id, axis=1)
     inputs = {
         "input_ids": tokens.astype(np.int64),
         "attention_mask": (np.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(np.int64),

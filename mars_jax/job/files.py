@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+SOURCES = Path("sources.json")  # content of every file that the run is made from: data, pictures, base
 DATA = Path("data.json")  # counts of samples, and those dropped, by name
 PLAN = Path("plan.json")  # the lanes to run and what they cost
 PROGRESS = Path("progress.json")  # state of the running phase: lanes done, running and queued, steps, loss, memory
@@ -9,6 +10,7 @@ PROGRESS = Path("progress.json")  # state of the running phase: lanes done, runn
 LANES = Path("probes/lanes.jsonl")  # a record for each finished lane
 CURVES = Path("probes/curves.jsonl")  # a record for each lane and eval point
 LANE_BLOCK = Path("probes/lane_block.json")  # how many lanes run in one step, where that was measured
+PROBE_ADAPTERS = Path("probes/adapters")  # the best adapters of each probe, where final runs may start from them
 PROBE_CHECKPOINTS = Path("probes/checkpoints")  # state of the probes in progress
 
 LAWS = Path("laws.json")  # both fitted laws
@@ -40,4 +42,4 @@ EVENTS = Path("events.jsonl")  # what happened, one line an event
 
 def probe_adapters(lane: str) -> Path:
     """The best adapters of a probe, kept where the final run may start from them."""
-    return Path("probes/adapters") / f"{lane}.safetensors"
+    return PROBE_ADAPTERS / f"{lane}.safetensors"

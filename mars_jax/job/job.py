@@ -9,6 +9,7 @@ from mars_jax.job.directory import RunDirectory
 from mars_jax.job.engines import Engines
 from mars_jax.job.inputs import InputsOf
 from mars_jax.job.prices import Prices
+from mars_jax.job.sources import JobSources
 from mars_jax.runtime.progress import Reporter
 
 
@@ -25,6 +26,7 @@ class Job:
         engines: compiled training functions.
         prices: FLOPs of its parts.
         inputs: what its lanes read.
+        sources: the files that it is made from, by their content.
     """
 
     config: Config
@@ -35,19 +37,22 @@ class Job:
     engines: Engines
     prices: Prices
     inputs: InputsOf
+    sources: JobSources
 
 
 def make_job(config: Config, reporter: Reporter, directory: RunDirectory | None = None) -> Job:
     """The job of a config, in its own run directory unless given."""
     base = JobBase(config)
+    directory = directory or RunDirectory(config.run_dir)
     data = JobData(config, reporter, base)
     return Job(
         config,
         reporter,
-        directory or RunDirectory(config.run_dir),
+        directory,
         base,
         data,
         Engines(config, reporter, base, data),
         Prices(config, base, data),
         InputsOf(config, base, data),
+        JobSources(config, reporter, directory, base, data),
     )

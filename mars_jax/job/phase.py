@@ -1,19 +1,21 @@
 """Phases of a run: what each starts from, what it leaves, and when it is skipped.
 
-A pipeline is a tuple of phases. Finished work with unchanged inputs is skipped, interrupted work goes on.
+A pipeline is a tuple of phases. Finished work with unchanged inputs is skipped while what it left is whole; interrupted
+work goes on.
 """
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mars_jax.config.load import Config
-from mars_jax.job.book import hash_inputs
+from mars_jax.job.book import Made, hash_inputs
 from mars_jax.job.job import Job
-from mars_jax.runtime.jsonfiles import Document, read_json
+from mars_jax.runtime.jsonfiles import Document
 
-Inputs = tuple[Path | str, ...]
-"""Files, by their content, and texts that the result of a phase depends on."""
+Inputs = Mapping[str, Path | str]
+"""Name -> file relative to the run directory, by its content, or text: all that the result of a phase depends on."""
 
 
 @dataclass(frozen=True)
@@ -23,34 +25,91 @@ class Phase:
     Attributes:
         name: in messages and in state.json.
         inputs: what its result depends on; raises where an earlier phase is missing.
-        output: what it leaves, relative to the run directory: finished only if it is there. None: it always runs.
+        outputs: files and folders that it leaves, relative to the run directory. The first is always there.
         work: does it, and returns the document that describes the result.
-        result: that document of finished work; by default the output, read as JSON.
+        result: that document of finished work; by default the first output, read as JSON.
         applies: whether a pipeline with this config has the phase.
+        again: whether it is cheap and always runs.
+        repair: writes damaged outputs anew where that needs less than the work; True where it could, and raises where
+            doing the work again would be dear or would not mend them.
+        scratch: folders that nothing needs once it is finished.
     """
 
     name: str
     inputs: Callable[[Job], Inputs]
-    output: Path | None
+    outputs: Sequence[Path]
     work: Callable[[Job], Document]
     result: Callable[[Job], Document] | None = None
     applies: Callable[[Config], bool] = lambda config: True
+    again: bool = False
+    repair: Callable[[Job, Sequence[Path]], bool] = lambda job, damaged: False
+    scratch: Sequence[Path] = ()
 
 
 def run_phase(phase: Phase, job: Job) -> Document:
-    """Runs a phase unless it left its output from the same inputs.
+    """Runs a phase unless what it left from the same inputs is there and whole.
 
     Returns:
         The document that describes its result.
+
+    Raises:
+        DataError: an input isn't what the phase that made it left.
     """
-    inputs = hash_inputs(*phase.inputs(job))
-    if phase.output and job.directory.book.is_done(phase.name, inputs) and (job.directory / phase.output).exists():
+    hashes = _hashes(phase.inputs(job), job)
+    inputs = hash_inputs(*(text for pair in sorted(hashes.items()) for text in pair))
+    if not phase.again and _is_finished(phase, job, hashes, inputs):
         job.reporter.notice(f"{phase.name}: done before, skipped")
-        return phase.result(job) if phase.result else read_json(job.directory / phase.output)
-    with job.directory.book.phase(phase.name, inputs):
-        return phase.work(job)
+        document = phase.result(job) if phase.result else job.directory.read(phase.outputs[0])
+    else:
+        with job.directory.book.phase(phase.name, inputs, Made(hashes, phase.outputs)):
+            document = phase.work(job)
+    for folder in phase.scratch:
+        shutil.rmtree(job.directory / folder, ignore_errors=True)
+    return document
 
 
-def sections(config: Config, *names: str) -> str:
+def _hashes(inputs: Inputs, job: Job) -> dict[str, str]:
+    """Name -> hash of each input; files are compared with what their phases left."""
+    for item in inputs.values():
+        if isinstance(item, Path):
+            job.directory.book.check(item)
+    return {
+        name: hash_inputs(job.directory / item if isinstance(item, Path) else item) for name, item in inputs.items()
+    }
+
+
+def _is_finished(phase: Phase, job: Job, hashes: Mapping[str, str], inputs: str) -> bool:
+    """Whether a phase need not run; otherwise, if it had been finished, reports why it runs again."""
+    book = job.directory.book
+    record = book.record(phase.name)
+    if record.get("status") != "done":
+        return False
+    if record["inputs_hash"] != inputs:
+        before = record.get("inputs")
+        changed = [name for name in hashes if before and before.get(name) != hashes[name]]
+        if changed:
+            job.reporter.notice(f"{phase.name}: {', '.join(changed)} changed, done again")
+        return False
+    damaged = book.damaged(phase.name)
+    if not damaged and (job.directory / phase.outputs[0]).exists():
+        return True
+    names = ", ".join(file.as_posix() for file in damaged[:5] or phase.outputs[:1])
+    repaired = phase.repair(job, damaged)
+    how = "written again" if repaired else "done again"
+    job.reporter.warn(f"{phase.name}: {names} isn't there as the phase left it (damaged, deleted or edited); {how}")
+    return repaired
+
+
+def files_of(job: Job, *paths: Path) -> dict[str, Path]:
+    """Those of some files that are there, for the inputs of a phase."""
+    return {path.as_posix(): path for path in paths if (job.directory / path).exists()}
+
+
+def sections(config: Config, *names: str) -> dict[str, str]:
     """Sections of a config as text, for the inputs of a phase."""
-    return repr([getattr(config, name) for name in names])
+    return {name: repr(getattr(config, name)) for name in names}
+
+
+def sources_of(job: Job) -> dict[str, str]:
+    """Data, pictures and base by their content, for the inputs of a phase."""
+    return {"data, pictures and base": job.sources.digest}

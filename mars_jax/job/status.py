@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from mars_jax.errors import ConfigError
-from mars_jax.job import files
+from mars_jax.job import files, lock
 from mars_jax.job.directory import RunDirectory
-from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl
+from mars_jax.runtime.jsonfiles import Document
 
 _EVENTS_SHOWN = 5
+_FOR_THE_BOOK = ("inputs_hash", "finished", "inputs", "outputs")
 
 
 def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
@@ -23,20 +24,19 @@ def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
     """
     if not (run / files.STATE).exists():
         raise ConfigError(f"there is no run in {run.path}. Start one with `mars run CONFIG`, or give its directory.")
-    holder = run.holder()
+    holder = lock.holder(run.path)
     phases = {}
     for name, record in run.book.state()["phases"].items():
         # A killed process can't close its phase.
         killed = record["status"] == "running" and holder is None
-        shown = {key: value for key, value in record.items() if key not in ("inputs_hash", "finished")}
+        shown = {key: value for key, value in record.items() if key not in _FOR_THE_BOOK}
         phases[name] = {**shown, "status": "interrupted"} if killed else shown
-    progress = run / files.PROGRESS
     return {
         "run_dir": run.path,
-        "process": holder,
+        "process": holder.process if holder else None,
         "phases": phases,
-        "lanes_done": len(read_jsonl(run / files.LANES, warn)),
-        "progress": read_json(progress) if holder and progress.exists() else None,
-        "lanes_planned": read_json(run / files.PLAN)["lanes"] if (run / files.PLAN).exists() else None,
-        "last_events": read_jsonl(run / files.EVENTS, warn)[-_EVENTS_SHOWN:],
+        "lanes_done": len(run.lines(files.LANES, warn)),
+        "progress": run.read(files.PROGRESS) if holder and (run / files.PROGRESS).exists() else None,
+        "lanes_planned": run.read(files.PLAN)["lanes"] if (run / files.PLAN).exists() else None,
+        "last_events": run.lines(files.EVENTS, warn)[-_EVENTS_SHOWN:],
     }

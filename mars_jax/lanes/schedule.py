@@ -73,7 +73,11 @@ class Schedule:
 
 
 def warmup_multipliers(steps: int, warmup_steps: int, shape: str) -> np.ndarray:
-    """Factors on the learning rate, float32 [steps]: linear warm-up, then "constant", "linear" or "cosine" to zero."""
+    """Factors on the learning rate, float32 [steps]: linear warm-up, then "constant", "linear" or "cosine" to zero.
+
+    The last step of a fall has factor 0, so it changes nothing, and the first step of a warm-up has more than 0; in
+    PyTorch's schedules, which count from 0, it is the other way round.
+    """
     step = np.arange(1, steps + 1)
     rise = np.minimum(1.0, step / max(1, warmup_steps))
     part = np.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)

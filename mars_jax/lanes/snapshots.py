@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from mars_jax.errors import DataError
-from mars_jax.runtime.jsonfiles import naming
+from mars_jax.runtime.durable import naming
 
 
 def snapshot_bytes(lanes: int, points: int, parameters: int) -> int:

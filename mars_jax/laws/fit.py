@@ -193,8 +193,7 @@ def fit_laws(
 
 def _run(lane: LaneRecord) -> Hashable:
     """What lanes of one run have in common."""
-    rates = tuple(sorted(lane.learning_rate.items()))
-    return lane.run or (tuple(sorted(lane.ranks.items())), lane.seed, rates)
+    return lane.run or (tuple(sorted(lane.ranks.items())), lane.seed)
 
 
 def _convergence_times(module: str, lanes: Sequence[LaneRecord]) -> tuple[np.ndarray, np.ndarray]:

@@ -73,6 +73,21 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are scaled for long contexts: all alike ("linear"), or low ones alone ("llama3").
+
+    With "llama3", frequencies below `low` turns over `original_length` tokens are divided by `factor`, those above
+    `high` turns are kept, and those between are interpolated.
+    """
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 1.0
+    original_length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TextConfig:
     """Configuration of a decoder: Llama, or Qwen2 with its biases of queries, keys and values (`attention_bias`).
 
@@ -88,6 +103,7 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     activation: str = "silu"

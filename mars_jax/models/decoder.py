@@ -63,7 +63,7 @@ class Cache(NamedTuple):
 
 def rotary_angles(config: TextConfig, positions: Array) -> Array:
     """Angles float32 [B or 1, T, head / 2] of rotary positions [B or 1, T] or, by `mrope_section`, [B or 1, T, 3]."""
-    frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    frequencies = rotary_frequencies(config)
     if config.mrope_section is None:
         places = positions[:, :, None]
     else:
@@ -72,6 +72,20 @@ def rotary_angles(config: TextConfig, positions: Array) -> Array:
         axes = np.repeat(np.arange(len(config.mrope_section)), config.mrope_section)
         places = positions[:, :, axes]
     return places.astype(jnp.float32) * frequencies[None, None, :]
+
+
+def rotary_frequencies(config: TextConfig) -> Array:
+    """Angle per position of each pair of numbers of a head, float32 [head / 2]."""
+    frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    scaled = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return scaled
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return (1 - kept) * scaled + kept * frequencies
 
 
 def take_positions(x: Array, positions: Array) -> Array:

@@ -4,6 +4,7 @@ No architecture lives here. Neither ranks nor methods are attributes: a dense la
 collection of an adapter method, such as `lora`, has leaves for it, so one compiled model serves every rank pair.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -30,12 +31,31 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# By their names in transformers; those with parameters of their own (prelu, xielu) are left out.
+_gelu, _tanh_gelu = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10.0, 10.0),
+    "gelu_accurate": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "hardswish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -93,7 +113,8 @@ class LayerNorm(nn.Module):
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (normal * _over(scale, x) + _over(bias, x)).astype(x.dtype)
+        scale, bias = (_over(vector.astype(jnp.float32), x) for vector in (scale, bias))
+        return (normal * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

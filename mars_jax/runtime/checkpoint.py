@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from mars_jax.errors import DoesNotFitError
+from mars_jax.runtime.durable import make_folder, remove_leftovers, sync_tree
 from mars_jax.runtime.jsonfiles import Document
 
 State = TypeVar("State")
@@ -41,12 +42,16 @@ class Checkpoints:
         self.directory = directory
         self._warn = warn
         self._ocp = ocp
+        self._unsynced: int | None = None
         with self._writing():
+            make_folder(directory)
             options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def save(self, step: int, state: object, document: Mapping[str, object]) -> None:
-        """Writes a checkpoint in the background; a second save waits for the first.
+        """Writes a checkpoint in the background; a second save waits for the first, and has it on the disk.
+
+        So of the two that are kept the older one, at least, outlasts a power cut.
 
         Args:
             step: optimizer step, or another number that rises from one checkpoint to the next.
@@ -61,9 +66,11 @@ class Checkpoints:
         text = json.dumps(dict(document))
         record = {"text": text, "text_checksum": zlib.crc32(text.encode()), "state_checksum": _checksum(state)}
         with self._writing():
+            self._finish()
             self._manager.save(
                 step, args=args.Composite(state=args.StandardSave(state), document=args.JsonSave(record))
             )
+            self._unsynced = step
 
     def restore(
         self, abstract_state: State, accept: Callable[[Document], None] = lambda document: None
@@ -112,6 +119,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # as above; an error of a background save is raised by the next call
+            remove_leftovers(self.directory)
             raise DoesNotFitError(
                 f"can't write checkpoints to {self.directory}: {error}. Finished work is kept. Make room there, or "
                 "make it writable, and run the same command again to go on."
@@ -125,8 +133,15 @@ class Checkpoints:
     ) -> None:
         if error is None or isinstance(error, KeyboardInterrupt):
             with self._writing():
-                self._manager.wait_until_finished()
+                self._finish()
         self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the checkpoint that is being written, and has it on the disk."""
+        self._manager.wait_until_finished()
+        if self._unsynced is not None:
+            sync_tree(self.directory / str(self._unsynced))
+            self._unsynced = None
 
 
 def _document_is_intact(record: Document) -> bool:

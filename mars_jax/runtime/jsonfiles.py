@@ -6,15 +6,22 @@ Floats keep all their digits; NaN and infinities, which JSON lacks, become null.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import reprlib
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mars_jax.errors import DataError
+from mars_jax.runtime.durable import make_folder, naming, replacing
 
 Document = dict[str, Any]
 """A JSON object."""
+
+_WRITE_AGAIN = "Delete it, and run the command that writes it again."
+_JSON_TYPES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 
 
 def number_or_nan(value: float | None) -> float:
@@ -22,47 +29,59 @@ def number_or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def dump_json(value: object, indent: int | None = None) -> str:
-    """JSON text of a value, keys in their own order; paths become text, arrays lists, their scalars numbers."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+def dump_json(value: object, indent: int | None = None, ascii: bool = False) -> str:
+    """JSON text of a value, keys in their own order; paths become text, arrays lists, their scalars numbers.
+
+    Args:
+        value: what is written.
+        indent: spaces of a level; None: all on one line.
+        ascii: write other characters as escapes, for streams of any encoding and terminals.
+    """
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically: a reader, or a run after a crash, sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path), temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_text(path: Path, text: str, *, synced: bool = True) -> None:
+    """Writes a text file atomically: a reader, or a run after a crash, sees the old text or the new one.
+
+    Args:
+        path: of the file.
+        text: its content.
+        synced: whether it must outlast a power cut from now on.
+    """
+    with replacing(path, synced=synced) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes one JSON document atomically."""
-    write_text(path, dump_json(value, indent=2) + "\n")
+def write_json(path: Path, value: object, *, synced: bool = True) -> None:
+    """Writes one JSON document atomically; `synced` as in `write_text`."""
+    write_text(path, dump_json(value, indent=2) + "\n", synced=synced)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, schema: type | None = None) -> Any:
     """Reads a JSON document.
 
+    Args:
+        path: of the file.
+        schema: a dataclass with the keys that the caller reads and their types; other keys may be there.
+
     Raises:
-        DataError: the file is absent or isn't JSON.
+        DataError: the file can't be read, isn't JSON, or isn't of the schema.
     """
+    content = _read_bytes(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}. Delete it, and run the command that writes it again.") from None
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        what = "is empty, not JSON" if not content.strip() else f"is not JSON: {reason}"
+        raise DataError(f"{path} {what}. {_WRITE_AGAIN}") from None
+    if schema:
+        _check(content, value, schema, str(path), _WRITE_AGAIN)
+    return value
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
     """Appends one record as a line, after cutting off an incomplete last line of a killed writer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     line = dump_json(record).encode() + b"\n"
     with naming(path), path.open("a+b") as file:
         end = file.tell()
@@ -79,50 +98,75 @@ def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
         file.write(line)
 
 
-def read_jsonl(path: Path, warn: Callable[[str], None]) -> list[Document]:
+def read_jsonl(path: Path, warn: Callable[[str], None], schema: type | None = None) -> list[Document]:
     """Reads the records of a JSON Lines file; none if the file is absent.
 
     Args:
         path: the file.
         warn: called with a message where the last line is incomplete, as after a kill, and is left out.
+        schema: a dataclass as in `read_json`, of every line.
 
     Raises:
-        DataError: another line isn't a JSON object.
+        DataError: the file can't be read, or another line isn't a JSON object or isn't of the schema.
     """
-    if not path.exists():
+    # A file in the place of its folder is no absent file.
+    if not path.exists() and (path.parent.is_dir() or not path.parent.exists()):
         return []
-    content = path.read_bytes()
-    lines = content.split(b"\n")
+    lines = _read_bytes(path).split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         record = _record(line)
+        where = f"{path}, line {number}"
         if record is not None:
+            if schema:
+                _check(line, record, schema, where, "Mend or delete the line.")
             records.append(record)
         elif number == len(lines):
-            warn(f"{path}, line {number}: incomplete, as after a kill, and left out")
+            warn(f"{where}: incomplete, as after a kill, and left out")
         else:
-            raise DataError(
-                f"{path}, line {number}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line."
-            )
+            raise DataError(f"{where}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line.")
     return records
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Adds the path to an `OSError` without one: errors of `write`, unlike those of `open`, name no file."""
+def _read_bytes(path: Path) -> bytes:
     try:
-        yield
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder where a file belongs. Move it away, and run the command again.") from None
+    except NotADirectoryError:
+        raise DataError(f"can't read {path}: a file lies where one of its folders belongs. Move it away.") from None
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        raise DataError(f"can't read {path}: {error.strerror}. Run the command that writes it.") from None
+
+
+def _check(content: bytes, value: object, schema: type, where: str, remedy: str) -> None:
+    """Refuses a value, read from some JSON, that isn't of a schema: by the first key that is wrong."""
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{where} holds {_JSON_TYPES.get(type(value), 'null')} where an object of named values belongs. {remedy}"
+        )
+    try:
+        _adapter(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "missing":
+            raise DataError(f"{where}: {key} is missing. {remedy}") from None
+        must = fault["msg"].removeprefix("Input should be ")
+        raise DataError(f"{where}: {key} is {reprlib.repr(fault['input'])} but must be {must}. {remedy}") from None
+
+
+@cache
+def _adapter(schema: type) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
 def _record(line: bytes) -> Document | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -1,9 +1,14 @@
-"""Notices, warnings and progress of a running phase, on stderr. Results go to stdout and are printed elsewhere."""
+"""Notices, warnings and progress of a running phase, on stderr. Results go to stdout and are printed elsewhere.
+
+Control characters are shown, not sent: ids, texts and paths in messages come from files that strangers wrote.
+"""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
+
+from mars_jax.runtime.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +30,22 @@ class Reporter(Protocol):
         """Shows the progress of work of `total` units, `done` of them by an earlier run, while the block runs."""
 
 
+def make_console(stderr: bool) -> "Console":
+    """A rich console on stderr or stdout. Where its reader has left it raises `BrokenPipeError` and ends no process."""
+    from rich.console import Console
+
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return _Console(stderr=stderr)
+
+
 class ConsoleReporter:
-    """Prints to a terminal with a progress bar, or to a file or pipe as plain lines without colour."""
+    """Prints to a terminal with a progress bar, or to a file or pipe as plain lines without colour.
+
+    A stream that can't be written any more, as after its reader left, ends no work: the run goes on in silence.
+    """
 
     def __init__(self, console: "Console | None" = None, seconds_between_lines: float = 5.0) -> None:
         """Makes a reporter.
@@ -35,9 +54,7 @@ class ConsoleReporter:
             console: a rich console; None: one on stderr.
             seconds_between_lines: least time between two lines of progress, where there is no terminal.
         """
-        from rich.console import Console
-
-        self._console = console or Console(stderr=True)
+        self._console = console or make_console(stderr=True)
         self._seconds_between_lines = seconds_between_lines
 
     def notice(self, text: str) -> None:
@@ -66,8 +83,8 @@ class ConsoleReporter:
             TextColumn("{task.fields[detail]}", markup=False),
         )
         with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task(name, total=total, completed=done, unit=unit, detail="")
-            yield lambda units, detail: bar.update(task, advance=units, detail=detail)
+            task = bar.add_task(visible(name), total=total, completed=done, unit=unit, detail="")
+            yield lambda units, detail: bar.update(task, advance=units, detail=visible(detail))
 
     @contextmanager
     def _lines(self, name: str, total: int, unit: str, earlier: int) -> Iterator[Advance]:
@@ -92,7 +109,10 @@ class ConsoleReporter:
             self._print(f"{text}, took {_clock(time.monotonic() - start)}")
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            self._console.quiet = True
 
 
 def _clock(seconds: float) -> str:

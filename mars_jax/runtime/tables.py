@@ -1,10 +1,11 @@
-"""Tables of the result of a command, for the terminal: any JSON-like document."""
+"""Tables of the result of a command, for the terminal: any JSON-like document. Control characters are shown."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 from mars_jax.runtime.jsonfiles import Document
+from mars_jax.runtime.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,12 +49,17 @@ def check_tables(result: Document) -> Iterator["Table"]:
     from rich.text import Text
 
     def highlighted(sample: Document) -> dict[str, object]:
-        text = Text(sample["text"], style="dim")
+        text, done = Text(style="dim"), 0
         for start, end in sample["learned"]:
-            text.stylize("not dim bold green", start, end)
+            text.append(visible(sample["text"][done:start]))
+            text.append(visible(sample["text"][start:end]), "not dim bold green")
+            done = end
+        text.append(visible(sample["text"][done:]))
         return {"id": sample["id"], "text": text, "learned": sample["supervised"]}
 
-    return tables({**result, "samples": [highlighted(sample) for sample in result["samples"]]})
+    notes = [{"note": text} for text in result["data"]["notes"]]
+    samples = [highlighted(sample) for sample in result["samples"]]
+    return tables({**result, "data": {**result["data"], "notes": notes}, "samples": samples})
 
 
 def _is_nested(value: object) -> TypeGuard[_Nested]:
@@ -70,7 +76,7 @@ def _table(title: str, rows: Sequence[Mapping[str, object]]) -> "Table":
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(
-        title=Text(title) if title else None,
+        title=Text(visible(title)) if title else None,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -82,10 +88,10 @@ def _table(title: str, rows: Sequence[Mapping[str, object]]) -> "Table":
     for name in columns:
         numeric = name.strip() != "" and all(isinstance(row.get(name), int | float | None) for row in rows)
         header = name.replace("_", " ")
-        table.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(visible(header)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         cells = (row.get(name) for name in columns)
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in cells))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(visible(_text(cell))) for cell in cells))
     return table
 
 

@@ -11,7 +11,7 @@ from mars_jax.lanes.schedule import eval_steps
 from mars_jax.lanes.snapshots import snapshot_bytes
 from mars_jax.laws.records import read_records
 from mars_jax.runtime.devices import physical_memory_bytes
-from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl
+from mars_jax.runtime.jsonfiles import Document
 from mars_jax.search.probes.design import prefixes
 from mars_jax.search.probes.run import needs_swaps
 from mars_jax.search.probes.swaps import swapped
@@ -81,20 +81,21 @@ def search_flops(job: Job) -> float:
     The final run that was kept is among them.
     """
     config, directory, warn = job.config, job.directory, job.reporter.warn
-    records = {record.lane: record for record in read_records(read_jsonl(directory / files.LANES, warn))}
+    records = {record.lane: record for record in read_records(directory.lines(files.LANES, warn))}
     points = eval_steps(config.probe.horizon, config.probe.looks_per_doubling)
     samples, flops = config.probe.validation_samples, 0.0
-    for event in read_jsonl(directory / files.EVENTS, warn):
-        if event["event"] == "group":
-            for name, steps in zip(event["lanes"], event["steps"], strict=True):
-                ranks = records[name].ranks
-                flops += steps * job.prices.step(ranks)
-                flops += sum(0 < point <= steps for point in points) * job.prices.eval_point(ranks, samples)
-    for point in read_jsonl(directory / files.CURVES, warn):
+    # A run that was killed while it recorded a group has noted it twice.
+    groups = [event for event in directory.lines(files.EVENTS, warn) if event["event"] == "group"]
+    ran = {name: steps for event in groups for name, steps in zip(event["lanes"], event["steps"], strict=True)}
+    for name, steps in ran.items():
+        ranks = records[name].ranks
+        flops += steps * job.prices.step(ranks)
+        flops += sum(0 < point <= steps for point in points) * job.prices.eval_point(ranks, samples)
+    for point in directory.lines(files.CURVES, warn):
         if point.get("remaining"):
             price = job.prices.eval_point(records[point["lane"]].ranks, samples)
             flops += len(swapped(list(point["remaining"]))) * price
     if (directory / files.SWEEP).exists():
-        for run in read_json(directory / files.SWEEP)["runs"]:
+        for run in directory.read(files.SWEEP)["runs"]:
             flops += run["looks"][-1][0] / config.finetune.steps * job.prices.final_run(run["ranks"])
     return flops

@@ -21,7 +21,7 @@ from mars_jax.lanes.inputs import Rates
 from mars_jax.lanes.lane import Lane, Ranks
 from mars_jax.lanes.schedule import Schedule, warmup_multipliers
 from mars_jax.lanes.stopping import Patience, StoppingRule, loss_ceiling
-from mars_jax.runtime.jsonfiles import Document, append_jsonl, read_json, write_json
+from mars_jax.runtime.jsonfiles import Document, append_jsonl, write_json
 from mars_jax.runtime.trees import Tree
 from mars_jax.search.trainer import Configuration, Curve
 
@@ -58,7 +58,7 @@ class FinalRun:
     def from_json(cls, document: Document) -> "FinalRun":
         """The inverse of `to_json`."""
         points = tuple(EvalPoint.from_json(point) for point in document["points"])
-        return cls(**{**document, "points": points})
+        return cls(**{name: document[name] for name in cls.__dataclass_fields__} | {"points": points})
 
 
 def rates_of(config: Config, configuration: Configuration) -> dict[str, float]:
@@ -110,7 +110,7 @@ def left_final_run(job: Job, ranks: Ranks) -> tuple[FinalRun, Tree] | None:
     file = job.directory / files.FINAL_RUN
     if not file.exists():
         return None
-    document = read_json(file)
+    document = job.directory.read(files.FINAL_RUN)
     run = FinalRun.from_json(document["run"])
     if run.ranks != ranks or document["settings"] != settings_of(job.config):
         return None
@@ -119,7 +119,7 @@ def left_final_run(job: Job, ranks: Ranks) -> tuple[FinalRun, Tree] | None:
 
 def settings_of(config: Config) -> str:
     """The settings that a final run of given ranks depends on."""
-    return sections(config, "seed", "finetune", "optimizer")
+    return repr(sections(config, "seed", "finetune", "optimizer", "data", "model", "lora", "adapter"))
 
 
 def adapters_of(curve: Curve) -> Tree:

@@ -1,22 +1,23 @@
 """The phases of a search: plan, probe, fit, select, finetune and compare."""
 
-import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
 from mars_jax.config.load import Config
-from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.job import files
 from mars_jax.job.checks import check_searched, check_there
 from mars_jax.job.job import Job
-from mars_jax.job.phase import Inputs, Phase, sections
+from mars_jax.job.phase import Inputs, Phase, files_of, sections, sources_of
 from mars_jax.job.pick import picked_ranks
 from mars_jax.job.programs import Program, probe_programs
 from mars_jax.lanes.lane import Ranks
 from mars_jax.lanes.stopping import Patience
 from mars_jax.laws.convergence.registry import RULES
 from mars_jax.runtime.devices import physical_memory_bytes
-from mars_jax.runtime.jsonfiles import Document, read_json, write_json
+from mars_jax.runtime.jsonfiles import Document, write_json
 from mars_jax.search.compare import compare_run
 from mars_jax.search.cost import lane_costs
 from mars_jax.search.finals import (
@@ -31,6 +32,7 @@ from mars_jax.search.finals import (
 from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.probes.block_size import lane_block, measure_lane_block
 from mars_jax.search.probes.design import planned_lanes
+from mars_jax.search.probes.restore import check_lanes, recover_lanes, restore_lanes, warn_of_missing_lanes
 from mars_jax.search.probes.run import recorded_probes, run_probes
 from mars_jax.search.selection import Selection, without_laws
 from mars_jax.search.space import fit_records, job_space
@@ -91,8 +93,8 @@ def programs_of(job: Job) -> tuple[Program, ...]:
 def _plan_inputs(job: Job) -> Inputs:
     check_probes(job.config)
     machine = f"{physical_memory_bytes()} {[str(device) for device in jax.devices()]}"
-    names = ("model", "lora", "adapter", "probe", "convergence", "selection", "finetune", "mesh")
-    return job.directory / files.DATA, machine, sections(job.config, *names)
+    names = ("model", "data", "lora", "adapter", "optimizer", "probe", "convergence", "selection", "finetune", "mesh")
+    return {**sources_of(job), "machine": machine, **sections(job.config, *names)}
 
 
 def _plan(job: Job) -> Document:
@@ -106,7 +108,7 @@ def _plan(job: Job) -> Document:
     return document
 
 
-PLAN = Phase("plan", _plan_inputs, files.PLAN, _plan, applies=needs_probes)
+PLAN = Phase("plan", _plan_inputs, (files.PLAN,), _plan, applies=needs_probes)
 
 
 # Probe.
@@ -114,14 +116,16 @@ PLAN = Phase("plan", _plan_inputs, files.PLAN, _plan, applies=needs_probes)
 
 def _probe_inputs(job: Job) -> Inputs:
     check_probes(job.config)
-    names = ("seed", "model", "data", "lora", "adapter", "optimizer", "probe", "convergence")
-    return job.directory / files.DATA, sections(job.config, *names)
+    names = ("seed", "model", "data", "lora", "adapter", "optimizer", "probe", "convergence", "finetune")
+    return {**sources_of(job), **sections(job.config, *names)}
 
 
 def _probe(job: Job) -> Document:
     lanes = planned_lanes(job.config)
+    recover_lanes(job)
     measure_lane_block(job, lanes)
     run_probes(job, lanes, programs_of(job))
+    check_lanes(job)
     return _lane_counts(job)
 
 
@@ -130,7 +134,15 @@ def _lane_counts(job: Job) -> Document:
     return {"lanes": len(statuses), **{status: statuses.count(status) for status in sorted(set(statuses))}}
 
 
-PROBE = Phase("probe", _probe_inputs, files.LANES, _probe, _lane_counts, applies=needs_probes)
+PROBE = Phase(
+    "probe",
+    _probe_inputs,
+    (files.LANES, files.CURVES, files.PROBE_ADAPTERS),
+    _probe,
+    _lane_counts,
+    applies=needs_probes,
+    repair=restore_lanes,
+)
 
 
 # Fit.
@@ -138,10 +150,12 @@ PROBE = Phase("probe", _probe_inputs, files.LANES, _probe, _lane_counts, applies
 
 def _fit_inputs(job: Job) -> Inputs:
     check_there(job.directory / files.LANES, "probe")
-    return job.directory / files.LANES, sections(job.config, "laws", "seed")
+    names = ("laws", "seed", "probe")
+    return {**files_of(job, files.LANES), **sections(job.config, *names)}
 
 
 def _fit(job: Job) -> Document:
+    warn_of_missing_lanes(job)
     laws = fit_records(job.config, recorded_probes(job))
     write_json(job.directory / files.LAWS, laws.to_json())
     return _without_draws(laws.to_json())
@@ -154,9 +168,9 @@ def _without_draws(laws: Document) -> Document:
 FIT = Phase(
     "fit",
     _fit_inputs,
-    files.LAWS,
+    (files.LAWS,),
     _fit,
-    lambda job: _without_draws(read_json(job.directory / files.LAWS)),
+    lambda job: _without_draws(job.directory.read(files.LAWS)),
     applies=needs_probes,
 )
 
@@ -165,21 +179,19 @@ FIT = Phase(
 
 
 def _select_inputs(job: Job) -> Inputs:
-    config, directory = job.config, job.directory
-    if not config.lora.is_searched:
-        return (sections(config, "selection", "lora"),)
-    names = ("selection", "lora", "adapter", "seed", "optimizer", "finetune")
+    config = job.config
+    names = ("selection", "lora", "adapter", "seed", "optimizer", "finetune", "model", "data", "probe")
+    made = {**sources_of(job), **sections(config, *names)}
     if not needs_probes(config):
-        return directory / files.DATA, sections(config, *names, "model", "data", "probe")
-    check_there(directory / files.LAWS, "fit")
-    return directory / files.LAWS, directory / files.LANES, sections(config, *names)
+        return made
+    check_there(job.directory / files.LAWS, "fit")
+    return {**files_of(job, files.LAWS, files.LANES, files.PROBE_ADAPTERS), **made}
 
 
 def _select(job: Job) -> Document:
     selection = _searched(job) if job.config.lora.is_searched else _given(job)
     document = selection.to_json()
     write_json(job.directory / files.SELECTION, document)
-    shutil.rmtree(job.directory / files.SWEEP_CHECKPOINTS, ignore_errors=True)
     job.reporter.notice(f"select: {document['explanation']}")
     return document
 
@@ -208,7 +220,13 @@ def _begun(curve: Curve) -> Document:
     }
 
 
-SELECT = Phase("select", _select_inputs, files.SELECTION, _select)
+SELECT = Phase(
+    "select",
+    _select_inputs,
+    (files.SELECTION, files.SWEEP, files.FINAL_RUN, files.FINAL_ADAPTERS),
+    _select,
+    scratch=(files.SWEEP_CHECKPOINTS,),
+)
 
 
 # Finetune.
@@ -216,7 +234,13 @@ SELECT = Phase("select", _select_inputs, files.SELECTION, _select)
 
 def _finetune_inputs(job: Job) -> Inputs:
     check_there(job.directory / files.SELECTION, "select")
-    return job.directory / files.SELECTION, settings_of(job.config)
+    made = files_of(job, files.SELECTION, files.FINAL_RUN, files.FINAL_ADAPTERS, files.PROBE_ADAPTERS)
+    return {
+        **made,
+        **sources_of(job),
+        "settings": settings_of(job.config),
+        **sections(job.config, "selection", "probe"),
+    }
 
 
 def _finetune(job: Job) -> Document:
@@ -240,7 +264,7 @@ def _trained(job: Job, ranks: Ranks) -> Curve:
     return curve
 
 
-FINETUNE = Phase("finetune", _finetune_inputs, files.SUMMARY, _finetune)
+FINETUNE = Phase("finetune", _finetune_inputs, (files.SUMMARY, files.ADAPTERS, files.METRICS), _finetune)
 
 
 # Compare.
@@ -248,12 +272,25 @@ FINETUNE = Phase("finetune", _finetune_inputs, files.SUMMARY, _finetune)
 
 def _compare_inputs(job: Job) -> Inputs:
     check_searched(job.config)
-    return job.directory / files.SELECTION, sections(job.config, "seed", "finetune", "optimizer", "evaluate")
+    check_there(job.directory / files.SELECTION, "select")
+    names = ("seed", "selection", "finetune", "optimizer", "evaluate", "lora", "adapter", "model", "data", "probe")
+    made = files_of(job, files.SELECTION, files.LANES, files.CURVES, files.SWEEP)
+    return {**made, **sources_of(job), **sections(job.config, *names)}
 
 
 def _compare(job: Job) -> Document:
-    selection = Selection.from_json(read_json(job.directory / files.SELECTION))
+    selection = Selection.from_json(job.directory.read(files.SELECTION))
     return compare_run(job, programs_of(job), selection)
 
 
-COMPARE = Phase("compare", _compare_inputs, files.COMPARISON, _compare)
+def _trials_again(job: Job, damaged: Sequence[Path]) -> bool:
+    """Final runs that are recorded are not run again, so those in a damaged file have to go first."""
+    if files.TRIALS in damaged and (job.directory / files.TRIALS).exists():
+        raise DataError(
+            f"{job.directory / files.TRIALS} isn't what the comparison left: it was damaged, or changed by hand. Put "
+            "it back from a copy, or delete it to have its final runs trained again."
+        )
+    return False
+
+
+COMPARE = Phase("compare", _compare_inputs, (files.COMPARISON, files.TRIALS), _compare, repair=_trials_again)

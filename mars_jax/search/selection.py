@@ -73,11 +73,16 @@ class Selection:
 
     @classmethod
     def from_json(cls, document: Document) -> "Selection":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; other keys are not read."""
         candidates = tuple(
-            Candidate(**{**entry, "predicted_ci": tuple(entry["predicted_ci"])}) for entry in document["candidates"]
+            Candidate(**_known(Candidate, entry) | {"predicted_ci": tuple(entry["predicted_ci"])})
+            for entry in document["candidates"]
         )
-        return cls(**{**document, "candidates": candidates})
+        return cls(**_known(cls, document) | {"candidates": candidates})
+
+
+def _known(kind: type, document: Document) -> Document:
+    return {field.name: document[field.name] for field in dataclasses.fields(kind) if field.name in document}
 
 
 def without_laws(method: str, ranks: Ranks, target_num_samples: int, explanation: str) -> Selection:

@@ -9,7 +9,6 @@ from mars_jax.job import files
 from mars_jax.job.job import Job
 from mars_jax.laws.fit import Laws, fit_laws
 from mars_jax.laws.records import LaneRecord
-from mars_jax.runtime.jsonfiles import read_json
 from mars_jax.search.probes.design import design
 from mars_jax.search.strategies.base import Space
 
@@ -30,7 +29,7 @@ def job_space(job: Job) -> Space:
     config = job.config
 
     def written_laws(records: Sequence[LaneRecord]) -> Laws:
-        return Laws.from_json(read_json(job.directory / files.LAWS))
+        return Laws.from_json(job.directory.read(files.LAWS))
 
     return Space(
         grids=config.lora.grids,

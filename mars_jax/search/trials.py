@@ -14,7 +14,8 @@ from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Ranks
 from mars_jax.lanes.stopping import AskEach, StoppingRule, replay
 from mars_jax.laws.records import LaneRecord
-from mars_jax.runtime.jsonfiles import Document, append_jsonl, number_or_nan, read_jsonl
+from mars_jax.runtime.durable import sync_tree
+from mars_jax.runtime.jsonfiles import Document, append_jsonl, number_or_nan
 from mars_jax.search.finals import adapters_of
 from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.trainer import Configuration, Curve
@@ -75,7 +76,8 @@ class TrialRecord:
     @classmethod
     def from_json(cls, document: Document) -> "TrialRecord":
         """The inverse of `to_json`."""
-        return cls(**{**document, "looks": [(step, loss) for step, loss in document["looks"]]})
+        known = {name: document[name] for name in cls.__dataclass_fields__ if name in document}
+        return cls(**known | {"looks": [(step, loss) for step, loss in document["looks"]]})
 
 
 class TrialTrainer:
@@ -90,7 +92,7 @@ class TrialTrainer:
 
     def records(self) -> dict[str, TrialRecord]:
         """All trials so far, by name."""
-        documents = read_jsonl(self._file, self._job.reporter.warn)
+        documents = self._job.directory.lines(files.TRIALS, self._job.reporter.warn)
         return {document["trial"]: TrialRecord.from_json(document) for document in documents}
 
     def probe(self, configurations: Sequence[Ranks], sizes: Sequence[int]) -> list[LaneRecord]:
@@ -109,6 +111,7 @@ class TrialTrainer:
             folder = self._lanes.folder / group[0].name
             for curve in replace(lanes, folder=folder).train(group, stopping):
                 append_jsonl(self._file, self._record(curve, widest).to_json())
+            sync_tree(self._file)
             shutil.rmtree(folder)
         known = self._known(stopping)
         curves = [known[configuration.name].curve for configuration in configurations]

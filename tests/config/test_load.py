@@ -183,7 +183,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         ("finetune.schedule=3", "finetune.schedule is 3 but must be 'cosine', 'constant' or 'linear'"),
         ("probe.steps", "override 'probe.steps' is not of the form key.sub=value, e.g. probe.steps=200"),
         ("probe..steps=3", "override 'probe..steps=3' is not of the form key.sub=value"),
-        ("probe.steps=[", "override 'probe.steps=[': the value is not YAML"),
+        ("probe.steps=[", "override 'probe.steps=[', line 1: the text is not YAML: while parsing a flow node"),
         ("run_dir.a=3", "override 'run_dir.a=3': run_dir is 'runs/a', which has no settings inside"),
     ],
 )
@@ -194,8 +194,8 @@ def test_refused_values(tmp_path, override, text):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("a: [", "a.yaml is not YAML"),
-        ("a: !!python/name:os.system x", "a.yaml is not YAML"),
+        ("a: [", "a.yaml, line 1: the text is not YAML: while parsing a flow node, expected the node content"),
+        ("a: !!python/name:os.system x", "a.yaml, line 1: the tag '!!python/name:os.system' is not read. Write"),
         ("- a\n- b\n", "must hold `key: value` lines; seen ['a', 'b']"),
         ("", "run_dir is missing (folder that the run writes to, from the current directory)"),
         ("probe:\n  steps: 3\n  steps: 4\n", "line 3: probe.steps is set twice, first at "),

@@ -318,8 +318,8 @@ def test_shuffled_pictures_need_two(pictures: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ("absent", r"config.json cannot be read .* Point model.checkpoint at"),
-        ("null", r"image_token_index is None; the id"),
+        ("absent", r"config.json: no such file. A checkpoint is a local directory with config.json"),
+        ("null", r"config.json: image_token_index is null; an integer expected"),
     ],
 )
 def test_load_preprocessor_errors(tmp_path: Path, change: str, text: str) -> None:

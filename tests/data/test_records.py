@@ -65,8 +65,8 @@ def test_copies_of_a_picture_are_one_group(tmp_path: Path, pictures: Path) -> No
 @pytest.mark.parametrize(
     ("item", "text"),
     [
-        ("words", "the record is a JSON str; an object with 'conversations' is expected"),
-        ({"id": "x"}, "'conversations' is None; a list of"),
+        ("words", "the record is a JSON text; an object with 'conversations' is expected"),
+        ({"id": "x"}, "the row has no conversation: 'conversations', 'messages', or 'question' and 'answer' are"),
         ({"conversations": []}, "'conversations' is []; a list of"),
         ({"conversations": [HUMAN, {"from": "gpt"}]}, "turn 1 is {'from': 'gpt'}; an object with the strings"),
         (
@@ -85,7 +85,6 @@ def test_copies_of_a_picture_are_one_group(tmp_path: Path, pictures: Path) -> No
             "turn 1: the answer is empty. Write it, or remove",
         ),
         ({"conversations": [LOOK, GPT]}, "1 <image> in the user turns but 0 images. Write <image> once"),
-        ({"image": "a.png", "conversations": [HUMAN, GPT]}, "0 <image> in the user turns but 1 images"),
         (
             {"image": "a.png", "conversations": [LOOK, {"from": "gpt", "value": "an <image>"}]},
             "turn 1: <image> in a turn of the assistant; only user turns may hold it",
@@ -98,13 +97,16 @@ def test_copies_of_a_picture_are_one_group(tmp_path: Path, pictures: Path) -> No
         ({"image": "C:\\a.png", "conversations": [LOOK, GPT]}, "points outside the image folder"),
         (
             {"image": "sub/../../a.png", "conversations": [LOOK, GPT]},
-            "points outside the image folder. Use a path below",
+            "points outside the image folder",
         ),
-        ({"image": 3, "conversations": [LOOK, GPT]}, "image is 3; a path relative to the image folder is expected"),
+        (
+            {"image": 3, "conversations": [LOOK, GPT]},
+            "image is 3 (number); a path relative to the image folder is expected",
+        ),
         ({"image": "none.png", "conversations": [LOOK, GPT]}, "image 'none.png' does not exist in"),
         ({"image": "broken.png", "conversations": [LOOK, GPT]}, "image 'broken.png' cannot be decoded"),
         ({"image": "cut.jpg", "conversations": [LOOK, GPT]}, "image 'cut.jpg' cannot be decoded"),
-        ({"image": "float.tiff", "conversations": [LOOK, GPT]}, "floating-point pixels have no defined range"),
+        ({"image": "float.tiff", "conversations": [LOOK, GPT]}, "floating-point pixels, which have no defined range"),
     ],
 )
 def test_every_fault_is_named_with_item_and_id(tmp_path: Path, pictures: Path, item: object, text: str) -> None:
@@ -120,36 +122,6 @@ def test_every_fault_is_named_with_item_and_id(tmp_path: Path, pictures: Path, i
     assert "item 0" not in message
 
 
-@pytest.mark.parametrize("limit", [1000, 2399])  # Pillow itself refuses at twice the limit, and only warns before
-def test_decompression_bombs_are_refused(
-    tmp_path: Path, pictures: Path, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    path = write(tmp_path, [{"image": "a.png", "conversations": [LOOK, GPT]}])
-    with pytest.raises(DataError, match="over the safety limit"):
-        load_records(path, pictures)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_decompression_bombs_are_refused_when_pillow_only_warns(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
-    path = write(tmp_path, [{"image": "a.png", "conversations": [LOOK, GPT]}])
-    with pytest.raises(DataError, match=r"60x40 pixels, over the safety limit of 2,399 pixels. Scale the picture down"):
-        load_records(path, pictures)
-
-
-def test_duplicate_ids_and_the_first_ten_of_many_faults(tmp_path: Path, pictures: Path) -> None:
-    items = [{"id": "same", "conversations": [HUMAN, GPT]} for _ in range(12)]
-    with pytest.raises(DataError) as caught:
-        load_records(write(tmp_path, items), pictures)
-    message = str(caught.value)
-    assert "12 faults, the first 10 shown" in message
-    assert message.count("the id is used 12 times. Make ids unique.") == 10
-    assert "data.json item 9 (id 'same')" in message
-
-
 def test_all_faults_of_a_jsonl_file_are_listed_with_lines(tmp_path: Path, pictures: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"conversations": [}\n' + json.dumps({"id": "b", "conversations": [HUMAN]}) + "\n")
@@ -163,8 +135,8 @@ def test_all_faults_of_a_jsonl_file_are_listed_with_lines(tmp_path: Path, pictur
     ("content", "text"),
     [
         (b'[{"id": 1,\n oops', "data.json:2: not valid JSON at column 2"),
-        (b'{"id": 1}\n{"id": 2}', "For one object on each line, name the file .jsonl"),
-        (b'{"id": 1}', "the file holds a JSON dict; a list of records is expected"),
+        (b'{\n"id": 1}\n{\n"id": 2}', "Write one object on each line (JSON lines), or a list of them"),
+        (b'{"id": 1}', "the file holds a JSON object; a list of records is expected"),
         (b"[]", "no records in the file"),
         (b'["\xff"]', "byte 2 is not UTF-8"),
     ],

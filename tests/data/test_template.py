@@ -1,5 +1,7 @@
 """Label masks decoded back, for templates of both kinds; and the text of every refusal."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mars_jax.data.formats.base import Turn
 from mars_jax.data.records import Record
-from mars_jax.data.template import encode, load_tokenizer
+from mars_jax.data.template import encode
+from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.errors import ConfigError, DataError
 from tests.helpers import tiny_data
 from tests.helpers.tiny_data import IMAGE_TOKEN_ID, PICTURES_FIRST, STRING_CHATML, TYPED_CHATML
+from tests.helpers.tokenizer_kinds import LLAVA_1_5
 
 TOKENIZERS = {
     name: tiny_data.tokenizer(globals()[name]) for name in ("TYPED_CHATML", "STRING_CHATML", "PICTURES_FIRST")
@@ -99,10 +103,6 @@ def test_a_template_that_trims_answers() -> None:
             r"renders the answer as '.*Yes<\|im",
         ),
         (
-            "{{ messages | length }}" + STRING_CHATML,
-            "renders earlier turns differently once later ones are added",
-        ),
-        (
             STRING_CHATML.replace("in messages", "in messages if message['role'] != 'system'"),
             r"leaves out the text of turn 0 \(system\)",
         ),
@@ -167,6 +167,47 @@ def test_load_tokenizer_prefers_the_processors_template(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).chat_template == TYPED_CHATML
 
 
+def test_a_tokenizer_with_code_of_its_own_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_data.tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    file.write_text(json.dumps(settings))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(ConfigError):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "chat_template.json cannot be read"),
+        ("[" * 100_000, "chat_template.json cannot be read"),
+        ("[]", "holds a JSON list; an object with 'chat_template' is expected"),
+        ('{"chat_template": {"tools": "x", "rag": "y"}}', r"several chat templates \(rag, tools\), none of them named"),
+        (
+            '{"chat_template": [{"name": "rag", "template": "y"}]}',
+            r"several chat templates \(rag\), none of them named",
+        ),
+        ('{"chat_template": 3}', "the chat template is a int or empty; a text is expected"),
+    ],
+)
+def test_odd_template_files_are_config_errors(tmp_path: Path, content: str, text: str) -> None:
+    tiny_data.tokenizer(None).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        load_tokenizer(tmp_path)
+
+
+def test_the_default_of_several_templates_is_used(tmp_path: Path) -> None:
+    tiny_data.tokenizer(None).save_pretrained(tmp_path)
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": TYPED_CHATML}]
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(tmp_path).chat_template == TYPED_CHATML
+
+
 def test_load_tokenizer_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
@@ -177,22 +218,14 @@ def test_load_tokenizer_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-# The shape of LLaVA-1.5's own: no token ends an answer, and none begins the text.
-VICUNA = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() }}: {% endif %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
 def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_neither() -> None:
-    tokenizer = tiny_data.tokenizer(VICUNA)
+    tokenizer = tiny_data.tokenizer(LLAVA_1_5)
     turns = [("user", "<image>\nwhat?"), ("assistant", "a red square"), ("user", "and?"), ("assistant", "that")]
     encoded = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
-    supervised = tokenizer.decode(encoded.token_ids[encoded.supervised])
-    assert supervised == "a red square<|im_end|>that<|im_end|>"
-    whole = "USER: <image><image>\nwhat? ASSISTANT: a red square<|im_end|> USER: and? ASSISTANT: that<|im_end|> "
+    supervised = tokenizer.decode(encoded.targets[encoded.supervised])
+    assert supervised == " a red square<|im_end|> that<|im_end|>"
+    # The history has no end token, as inference engines render it; the first answer ends all the same.
+    whole = "USER: <image><image>\nwhat? ASSISTANT: a red square USER: and? ASSISTANT: that<|im_end|> "
     assert tokenizer.decode(encoded.token_ids) == whole
 
     tokenizer.bos_token = "<|im_start|>"
@@ -202,7 +235,7 @@ def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_nei
     begun = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
     assert begun.token_ids.tolist() == [1, *encoded.token_ids.tolist()]
     assert begun.supervised.tolist() == [False, *encoded.supervised.tolist()]
-    tokenizer.chat_template = "<|im_start|>" + VICUNA  # writes it itself
+    tokenizer.chat_template = "<|im_start|>" + LLAVA_1_5  # writes it itself
     assert encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2]).token_ids.tolist() == begun.token_ids.tolist()
 
 

@@ -71,7 +71,7 @@ def checkpoint(directory: Path, **config: object) -> Path:
         "image_token_index": IMAGE_TOKEN_ID,
         "image_grid_pinpoints": PINPOINTS,
         "vision_aspect_ratio": "anyres_max_9",
-        "text_config": {"vocab_size": 300, **_LAYERS},
+        "text_config": {"vocab_size": 300, "num_key_value_heads": 2, **_LAYERS},
         "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **_LAYERS},
         **config,
     }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mars_jax.errors import ConfigError
-from mars_jax.hub.read import read_checkpoint
+from mars_jax.hub.read import check_weights, read_checkpoint
 from mars_jax.models.families.llava.model import LlavaOnevision
 from mars_jax.runtime.trees import flatten
 from tests.helpers import tiny_llava
@@ -150,7 +151,10 @@ def drop(name):
             lambda t: t | {EMBEDDING: t[EMBEDDING][:5]},
             r"embed_tokens.weight' has shape \[5, 32\].*asks for \[128, 32\]",
         ),
-        (lambda t: t | {EMBEDDING: t[EMBEDDING].astype(np.int8)}, r"stored as int8; float16, bfloat16.*not quantised"),
+        (
+            lambda t: t | {EMBEDDING: t[EMBEDDING].astype(np.int8)},
+            rf"the weights are quantised \(stored as I8: {EMBEDDING}\).*Take the checkpoint that they were quantised",
+        ),
         (
             lambda t: t | {"model.language_model.embed_tokens.weight": t[EMBEDDING]},
             r"are the same parameter in two key layouts",
@@ -177,7 +181,7 @@ def test_tensors_that_do_not_fit(change, message, copy):
         ),
         ("model.safetensors", None, r"neither model.safetensors nor .* found: config.json.*Only safetensors"),
         ("model.safetensors", "version https://git-lfs", r"not a complete safetensors file \(23 bytes\).*Git LFS"),
-        ("model.safetensors.index.json", "{}", r"has no weight_map"),
+        ("model.safetensors.index.json", "{}", r"index.json: weight_map is missing"),
         (
             "model.safetensors.index.json",
             '{"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}',
@@ -205,3 +209,37 @@ def test_truncated_weights(copy):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ConfigError, match=r"model.safetensors: not a complete safetensors file .* fetch it again"):
         read_checkpoint(copy, "float32")
+
+
+def edited_header(path, change):
+    """Rewrites the header of a safetensors file, as a function of its JSON."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header[HEAD].update(shape=[2**62, 4]), "not a complete safetensors file"),
+        (lambda header: header[HEAD].update(shape=[-1, 4]), "not a complete safetensors file"),
+        (lambda header: header[HEAD].update(dtype="X"), "not a complete safetensors file"),
+        (lambda header: header[HEAD].update(data_offsets=[0, 10**12]), "not a complete safetensors file"),
+        (
+            lambda header: header.update({"x" * 10**5: header.pop(HEAD)}),
+            r"Not part of the model 1: 'xxxx.*\.\.\..*xxx'\. ",
+        ),
+        (lambda header: header.update({"a\x1b[2J": header.pop(HEAD)}), r"Not part of the model 1: 'a\\x1b\[2J'\. "),
+    ],
+    ids=["overflow", "negative", "dtype", "offsets", "long name", "control characters"],
+)
+def test_a_hostile_header_is_refused_in_few_and_plain_words(change, message, copy):
+    edited_header(copy / "model.safetensors", change)
+    for work in (check_weights, lambda directory: read_checkpoint(directory, "float32")):
+        with pytest.raises(ConfigError, match=message) as refusal:
+            work(copy)
+        assert str(refusal.value).isprintable()
+        assert len(str(refusal.value)) < 1500

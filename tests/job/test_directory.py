@@ -157,7 +157,7 @@ def test_status_counts_lanes(config):
     with RunDirectory.open(config) as run:
         assert run_status(run, pytest.fail)["lanes_planned"] is None
         write_json((run / files.PLAN), {"lanes": 3})
-        append_jsonl((run / files.LANES), {"lane": 0})
+        append_jsonl((run / files.LANES), {"lane": "vision1-D8-s0"})
         for number in range(9):
             run.book.append_event("look", number=number)
     status = run_status(run, pytest.fail)
@@ -174,7 +174,7 @@ def test_every_place_is_inside_and_has_its_own_name(tmp_path):
     run = RunDirectory(tmp_path)
     places = [run / value for value in vars(files).values() if isinstance(value, Path)]
     places.append(run / files.probe_adapters("vision8-llm2-D256-s0"))
-    assert len({*places}) == len(places) == 27 + 1
+    assert len({*places}) == len(places) == 29 + 1
     assert all(tmp_path in place.parents for place in places)
 
 

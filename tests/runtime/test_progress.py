@@ -96,6 +96,18 @@ def test_what_a_sample_teaches_stands_out_in_its_text():
     assert "\x1b[2mWhat? \x1b[0m\x1b[1;32mRed.\x1b[0m" in text
 
 
+def test_control_characters_of_a_sample_are_shown_at_their_place():
+    samples = [{"id": "a\x1b[1m", "text": "Wh\x1b[5mat?\nR\u202eed.\x07", "supervised": "Red.", "learned": [[10, 15]]}]
+    console = Console(width=80, color_system="standard", force_terminal=True, file=io.StringIO())
+    for table in check_tables({"data": {"train": 3}, "samples": samples}):
+        console.print(table)
+    text = console.file.getvalue()
+    assert r"a\x1b[1m" in text
+    assert "\x1b[2mWh\\x1b[5mat?" in text
+    assert "\x1b[1;32mR\\u202eed.\x1b[0m\x1b[2m\\x07" in text
+    assert "\x1b[5m" not in text
+
+
 def test_mappings_of_records_get_a_row_each_and_deeper_ones_their_path():
     text = shown(
         {"phases": {"probe": {"seconds": 2.0}, "fit": {"seconds": 3.5}}, "laws": {"E": 0.5, "ci": {"E": [0.1, 0.9]}}}

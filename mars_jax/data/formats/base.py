@@ -1,16 +1,13 @@
-"""Interface of data formats, and helpers that read pictures and turns from a row.
+"""Interface of data formats, and helpers that make their conversations.
 
-A row is a JSON object or a row of a parquet file. A picture in it is a path below the image folder, a `data:` URI, or
-parquet's {"bytes", "path"}. No picture is opened here.
+A row is a JSON object, a row of a table (parquet, Arrow, CSV, TSV), or one that a known folder of files makes.
 """
 
-import base64
-import binascii
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Literal, NamedTuple
+
+from mars_jax.data.values import kind_of, shown
 
 IMAGE_PLACEHOLDER = "<image>"
 OPTION_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -62,10 +59,11 @@ class Draft:
 
     Attributes:
         format: name of the row's format.
-        images: paths relative to the image folder, or encoded pictures.
+        images: paths as the row has them, or encoded pictures.
         turns: the conversation.
         options: allowed texts of the last answer, each ending in its letter; empty for an open question.
         tags: (name, value) of each category of question that it belongs to; results are broken down by them.
+        unread: names of the row's keys that were not read, turns' and parts' as "messages.name".
     """
 
     format: str
@@ -73,10 +71,30 @@ class Draft:
     turns: tuple[Turn, ...]
     options: tuple[str, ...] = ()
     tags: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 class FaultError(Exception):
     """A row cannot be read as a draft; each argument is one fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """The keys that a format reads. Of the others, those of `keys.REFUSED` are refused and the rest are counted.
+
+    Attributes:
+        row: of a row, besides those that all formats read: `keys.COMMON`.
+        turns: the column that holds a list of turns, if any.
+        turn: of a turn, besides those that say whether it is trained on: `keys.LEARN`.
+        parts: the key of a turn that may hold a list of typed parts, if any.
+        part: of a typed part.
+    """
+
+    row: frozenset[str]
+    turns: str = ""
+    turn: frozenset[str] = frozenset()
+    parts: str = ""
+    part: frozenset[str] = frozenset()
 
 
 def no_options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
@@ -85,11 +103,11 @@ def no_options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str,
 
 
 def text_columns(row: Mapping[str, object], *names: str) -> Iterator[tuple[str, str]]:
-    """(name, value) of each named column that holds a text."""
+    """(name, value) of each named column that holds a text or a whole number."""
     for name in names:
         value = row.get(name)
-        if isinstance(value, str):
-            yield name, value
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            yield name, str(value)
 
 
 def category_tags(row: Mapping[str, object], num_pictures: int) -> Iterator[tuple[str, str]]:
@@ -103,6 +121,7 @@ class Format:
 
     Attributes:
         name: unique among formats; data summaries and sample files name it.
+        keys: the keys that it reads; no other is dropped in silence.
         detect: returns whether a row is in this format. `registry` defines the order in which formats are tried.
         read: returns the conversation of a row, from the row and the number of pictures in its columns `image` and
             `images`. Raises `FaultError`. Roles and placeholders are checked later, for all formats.
@@ -114,6 +133,7 @@ class Format:
     """
 
     name: str
+    keys: Keys
     detect: Callable[[Mapping[str, object]], bool]
     read: Callable[[Mapping[str, object], int], Conversation]
     options: Callable[[Mapping[str, object], tuple[Turn, ...]], tuple[str, ...]] = no_options
@@ -122,74 +142,21 @@ class Format:
     answer_rules: tuple[str, ...] = ("exact",)
 
 
-def column_pictures(row: Mapping[str, object], faults: list[str]) -> Iterator[str | bytes]:
-    """Pictures of the columns `image` and `images`, each a source or a list of sources; faults are appended."""
-    for key in ("image", "images"):
-        value = row.get(key)
-        for source in value if isinstance(value, list) else [value] * (value is not None):
-            try:
-                yield read_picture(source)
-            except FaultError as error:
-                faults += error.args
-
-
-def read_picture(source: object) -> str | bytes:
-    """The path of a picture below the image folder, or the encoded picture.
+def text_of(row: Mapping[str, object], key: str) -> str:
+    """The text in a column that must hold one.
 
     Raises:
-        FaultError: the source is neither.
+        FaultError: it holds none, or something else.
     """
-    if isinstance(source, dict):
-        if isinstance(source.get("bytes"), bytes):
-            return bytes(source["bytes"])
-        source = source.get("path")
-    if not isinstance(source, str) or not source:
-        raise FaultError(f"image is {reprlib.repr(source)}; a path relative to the image folder is expected.")
-    if source.startswith("data:"):
-        try:
-            return base64.b64decode(source.partition(",")[2], validate=True)
-        except binascii.Error as error:
-            raise FaultError(f"image {reprlib.repr(source)} is no base64 ({error}). Encode it again.") from None
-    if source.startswith(("http://", "https://")):
-        raise FaultError(f"image {source!r} is an address. Download the picture and give its path.")
-    windows = PureWindowsPath(source)
-    if PurePosixPath(source).is_absolute() or windows.is_absolute() or ".." in windows.parts:
-        raise FaultError(f"image {source!r} points outside the image folder. Use a path below it, without '..'.")
-    return source
-
-
-def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> tuple[Turn, ...]:
-    """The turns of a row's list of messages, after a turn with the text of its column `system`, if any.
-
-    Args:
-        row: the row.
-        key: its column with the list.
-        speaker: key of a message's role, one of `ROLES`.
-        text: key of a message's text.
-
-    Raises:
-        FaultError: the column holds no list, or a message is malformed.
-    """
-    messages = row.get(key)
-    if not isinstance(messages, list) or not messages:
-        raise FaultError(f"{key!r} is {reprlib.repr(messages)}; a list of {{{speaker!r}, {text!r}}} turns is expected.")
-    if isinstance(row.get("system"), str):
-        messages = [{speaker: "system", text: row["system"]}, *messages]
-    malformed = [
-        f"turn {number} is {reprlib.repr(turn)}; an object with the strings {speaker!r} and {text!r} is expected."
-        for number, turn in enumerate(messages)
-        if not (isinstance(turn, dict) and isinstance(turn.get(speaker), str) and isinstance(turn.get(text), str))
-    ] or [
-        f"turn {number} is from {turn[speaker]!r}; allowed: {', '.join(ROLES)}."
-        for number, turn in enumerate(messages)
-        if turn[speaker] not in ROLES
-    ]
-    if malformed:
-        raise FaultError(*malformed)
-    return tuple(Turn(ROLES[turn[speaker]], turn[text]) for turn in messages)
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        what = "empty" if isinstance(value, str) else f"{shown(value)} ({kind_of(value)})"
+        raise FaultError(f"{key!r} is {what}; a text is expected. Write it as text, or leave the row out.")
+    return value
 
 
 def ask(lines: Sequence[str], answer: str, num_pictures: int) -> Conversation:
-    """One question and its answer: a line for each picture's placeholder, then the lines of the question."""
-    text = "\n".join([IMAGE_PLACEHOLDER] * num_pictures + list(lines))
+    """One question and its answer: placeholders of the pictures unless the lines hold them, then the lines."""
+    embedded = any(IMAGE_PLACEHOLDER in line for line in lines)
+    text = "\n".join([IMAGE_PLACEHOLDER] * (0 if embedded else num_pictures) + list(lines))
     return Conversation((Turn("user", text), Turn("assistant", answer)))

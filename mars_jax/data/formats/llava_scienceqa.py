@@ -8,13 +8,15 @@ import re
 import string
 from collections.abc import Mapping
 
-from mars_jax.data.formats.base import FaultError, Format, Turn, read_turns
-from mars_jax.data.formats.llava import read
+from mars_jax.data.formats.base import FaultError, Format, Turn
+from mars_jax.data.formats.llava import KEYS, read
+from mars_jax.data.formats.turns import read_turns
+from mars_jax.data.values import is_absent
 
 
 def _detect(row: Mapping[str, object]) -> bool:
     conversation = row.get("conversations")
-    if not isinstance(conversation, list):
+    if not isinstance(conversation, list) or not is_absent(row.get("messages")):
         return False
     try:
         last = read_turns({"conversations": conversation[-2:]}, "conversations", "from", "value")
@@ -29,17 +31,22 @@ def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, .
         return ()
     listed = re.search(r"^Options: (\(A\) .*)$", turns[-2].text, re.MULTILINE)
     answer = re.fullmatch(r"(The answer is )?([A-Z])(\.?)", turns[-1].text.strip())
+    if listed is None or answer is None:
+        return ()
+    if "(AA) " in listed[1]:
+        raise FaultError("the question lists more than 26 options, (A) to (Z). Ask it with fewer.")
     letters = ""
-    for letter in re.findall(r"\(([A-Z])\) ", listed[1]) if listed else ():
+    for letter in re.findall(r"\(([A-Z])\) ", listed[1]):
         # Choices may contain such letters too; the letters of the list come in alphabetical order.
-        letters += letter if letter == string.ascii_uppercase[len(letters)] else ""
-    if answer is None or answer[2] not in letters:
+        letters += letter if letter == string.ascii_uppercase[len(letters) :][:1] else ""
+    if answer[2] not in letters:
         return ()
     return tuple(f"{answer[1] or ''}{letter}{answer[3]}" for letter in letters)
 
 
 LLAVA_SCIENCEQA = Format(
     name="llava_scienceqa",
+    keys=KEYS,
     detect=_detect,
     read=read,
     options=_options,

@@ -2,10 +2,10 @@
 
 How to add a format:
 
-1. Write `formats/NAME.py` with a `Format`, say `NAME = Format(name="name", detect=..., read=...)`. `base` describes its
-   fields and has helpers for pictures, turns and tags.
+1. Write `formats/NAME.py` with a `Format`, say `NAME = Format(name="name", keys=..., detect=..., read=...)`. `base`
+   describes its fields; `turns`, `pictures` and `options` have helpers.
 2. Add a line for it at the end of `FORMATS`. Code outside this package calls `FORMATS.register(NAME)` instead.
-3. Give `tests/data/formats/test_registry.py` an example row; the tests there run over all formats.
+3. Add a section with an example row to docs/data.md; the tests of `tests/data/formats/test_registry.py` run over them.
 
 Formats are tried from the last to the first, so a new format takes precedence over the more general ones before it.
 The answer rule of a benchmark is an `AnswerRule` registered in `evals.rules`; its format names it.
@@ -13,7 +13,11 @@ The answer rule of a benchmark is an `AnswerRule` registered in `evals.rules`; i
 
 from collections.abc import Mapping
 
-from mars_jax.data.formats.base import Draft, FaultError, Format, column_pictures, read_picture
+from mars_jax.data.formats.base import Draft, FaultError, Format
+from mars_jax.data.formats.keys import unread_keys
+from mars_jax.data.formats.pictures import column_pictures, read_picture
+from mars_jax.data.formats.turns import with_system
+from mars_jax.data.values import kind_of
 from mars_jax.runtime.registry import Registry
 
 FORMATS: Registry[Format] = Registry(
@@ -21,6 +25,9 @@ FORMATS: Registry[Format] = Registry(
     {
         "llava": "mars_jax.data.formats.llava:LLAVA",  # detects every row, so it is tried last
         "llava_scienceqa": "mars_jax.data.formats.llava_scienceqa:LLAVA_SCIENCEQA",
+        "vqa": "mars_jax.data.formats.vqa:VQA",
+        "choices": "mars_jax.data.formats.choices:CHOICES",
+        "mmbench": "mars_jax.data.formats.mmbench:MMBENCH",
         "mmstar": "mars_jax.data.formats.mmstar:MMSTAR",
         "scienceqa": "mars_jax.data.formats.scienceqa:SCIENCEQA",
         "messages": "mars_jax.data.formats.messages:MESSAGES",
@@ -40,15 +47,17 @@ def draft(row: object) -> Draft:
         row: a parsed entry of a file; it must be a JSON object.
 
     Raises:
-        FaultError: the row is malformed; its arguments are all faults. The conversation is checked in `records`.
+        FaultError: the row is malformed; its arguments are all faults. The conversation is checked in `conversations`.
     """
     if not isinstance(row, dict):
-        raise FaultError(f"the record is a JSON {type(row).__name__}; an object with 'conversations' is expected.")
+        raise FaultError(f"the record is a JSON {kind_of(row)}; an object with 'conversations' is expected.")
     data_format = detect(row)
+    unread = unread_keys(row, data_format.keys)
     faults: list[str] = []
     columns = tuple(column_pictures(row, faults))
     try:
         turns, pictures = data_format.read(row, len(columns))
+        turns = with_system(row, turns)
     except FaultError as error:
         raise FaultError(*faults, *error.args) from None
     remaining = iter(columns)
@@ -57,12 +66,14 @@ def draft(row: object) -> Draft:
         try:
             images.append(next(remaining) if source is None else read_picture(source))
         except StopIteration:
-            faults.append(f"more pictures in 'messages' than the {len(columns)} of 'images'. Add the missing ones.")
+            if not faults:
+                faults.append(f"more pictures in 'messages' than the {len(columns)} of 'images'. Add the missing ones.")
             break
         except FaultError as error:
             faults += error.args
     if faults:
         raise FaultError(*faults)
     images += remaining
-    options, tags = data_format.options(row, turns), tuple(data_format.tags(row, len(images)))
-    return Draft(data_format.name, tuple(images), turns, options, tags)
+    learnt = turns[: 1 + max((n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.learn), default=0)]
+    options, tags = data_format.options(row, learnt), tuple(data_format.tags(row, len(images)))
+    return Draft(data_format.name, tuple(images), turns, options, tags, unread)

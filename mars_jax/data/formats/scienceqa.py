@@ -3,44 +3,46 @@
 Prompt and answer follow lmms-eval: options are listed by letter, and the answer is the letter alone.
 """
 
-import reprlib
-import string
 from collections.abc import Iterator, Mapping
 
-from mars_jax.data.formats.base import OPTION_PROMPT, Conversation, FaultError, Format, Turn, ask, text_columns
-
-_LETTERS = string.ascii_uppercase
+from mars_jax.data.formats.base import (
+    OPTION_PROMPT,
+    Conversation,
+    FaultError,
+    Format,
+    Keys,
+    Turn,
+    ask,
+    text_columns,
+    text_of,
+)
+from mars_jax.data.formats.choices import option_texts
+from mars_jax.data.formats.options import LETTERS, asks
+from mars_jax.data.values import is_absent, shown
 
 
 def _detect(row: Mapping[str, object]) -> bool:
-    return {"question", "choices", "answer"} <= row.keys()
+    return asks(row, "question", "choices", "answer") and isinstance(row["answer"], int | float)
 
 
 def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
-    choices, answer = _choices(row), row["answer"]
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    choices, answer = option_texts(row), row["answer"]
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise FaultError(
-            f"'answer' is {answer!r}; the number of one of the {len(choices)} choices, from 0, is expected."
+            f"'answer' is {shown(answer)}; the number of one of the {len(choices)} choices, from 0, is expected."
         )
     hint = _hint(row)
-    options = [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False)]
-    lines = [*([f"Context: {hint}"] if hint else []), str(row["question"]), *options, OPTION_PROMPT]
-    return ask(lines, _LETTERS[answer], num_pictures)
-
-
-def _choices(row: Mapping[str, object]) -> list[object]:
-    choices = row["choices"]
-    if not (isinstance(choices, list) and 2 <= len(choices) <= len(_LETTERS)):
-        raise FaultError(f"'choices' is {reprlib.repr(choices)}; a list of 2 to {len(_LETTERS)} texts is expected.")
-    return choices
+    options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    lines = [*([f"Context: {hint}"] if hint else []), text_of(row, "question"), *options, OPTION_PROMPT]
+    return ask(lines, LETTERS[answer], num_pictures)
 
 
 def _hint(row: Mapping[str, object]) -> str:
-    return str(row.get("hint") or "").strip()
+    return "" if is_absent(row.get("hint")) or not str(row["hint"]).strip() else text_of(row, "hint").strip()
 
 
 def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
-    return tuple(_LETTERS[: len(_choices(row))])
+    return tuple(LETTERS[: len(option_texts(row))])
 
 
 def _tags(row: Mapping[str, object], num_pictures: int) -> Iterator[tuple[str, str]]:
@@ -49,12 +51,13 @@ def _tags(row: Mapping[str, object], num_pictures: int) -> Iterator[tuple[str, s
     contexts = [("text", bool(_hint(row))), ("image", num_pictures > 0)]
     yield from [("context", name) for name, present in contexts if present] or [("context", "none")]
     grade = str(row.get("grade", "")).removeprefix("grade")
-    if grade.isdecimal():
+    if grade.isdecimal() and len(grade) <= 2:
         yield "grade", "1-6" if int(grade) <= 6 else "7-12"
 
 
 SCIENCEQA = Format(
     name="scienceqa",
+    keys=Keys(row=frozenset({"question", "choices", "answer", "hint", "subject", "grade"})),
     detect=_detect,
     read=_read,
     options=_options,

@@ -16,12 +16,16 @@ How to add a family:
    separate test, as tests/models/families/test_qwen2_5_vl.py does.
 """
 
+import re
+from collections.abc import Iterator, Mapping
+
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.base import Family
 from mars_jax.models.families.hf_json import Json
 from mars_jax.models.families.tables import CheckpointTable, Parameter
 from mars_jax.models.multimodal import Multimodal
+from mars_jax.runtime.json_object import belongs, shown
 from mars_jax.runtime.registry import Registry
 
 FAMILIES: Registry[Family[ModelConfig]] = Registry(
@@ -34,6 +38,11 @@ FAMILIES: Registry[Family[ModelConfig]] = Registry(
 )
 
 
+# Of LLaVA's own code, which transformers' models are converted from.
+_ORIGINAL_LLAVA = re.compile(r"Llava\w*ForCausalLM|llava_(?!onevision$|next$|next_video$)\w+")
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
+
+
 def model_config(config: Json, source: str = "config.json") -> ModelConfig:
     """Reads a `config.json` dictionary of any supported family, written by transformers 4 or 5.
 
@@ -42,15 +51,65 @@ def model_config(config: Json, source: str = "config.json") -> ModelConfig:
         source: path of the file, for error messages.
 
     Raises:
-        ConfigError: the family is not supported, or a setting is not implemented.
+        ConfigError: the family or the format is not supported, the weights are quantised, or a setting is not possible
+            or not implemented.
     """
+    _refuse_original_llava(config, source)
     name = config.get("model_type")
     if name not in FAMILIES.names:
+        architectures = ", ".join(_architectures(config))
         raise ConfigError(
-            f"{source}: model_type is {name!r}, which is not supported. Supported families: "
-            f"{', '.join(FAMILIES.names)}. Point model.checkpoint at a checkpoint of one of them."
+            f"{source}: model_type is {shown(name)}{f' ({architectures})' if architectures else ''}, which is not "
+            f"supported. Supported families: {', '.join(FAMILIES.names)}. Point model.checkpoint at a checkpoint of "
+            "one of them."
         )
-    return FAMILIES[name].read_config(config, source)
+    _refuse_quantised(config, source)
+    found = FAMILIES[name].read_config(config, source)
+    if found.image_token_id >= found.text.vocab_size:
+        raise ConfigError(
+            f"{source}: the image token is {found.image_token_id}, but the embedding has {found.text.vocab_size} rows "
+            f"(vocab_size). {belongs(source)}"
+        )
+    return found
+
+
+def _architectures(config: Json) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)][:3] if isinstance(names, list) else []
+
+
+def _refuse_original_llava(config: Json, source: str) -> None:
+    """Refuses checkpoints in the format of LLaVA's own code."""
+    names = [*_architectures(config), config.get("model_type")]
+    original = [name for name in names if isinstance(name, str) and _ORIGINAL_LLAVA.fullmatch(name)]
+    has_own_keys = "mm_vision_tower" in config and "vision_config" not in config
+    if (original or has_own_keys) and not any(name in FAMILIES.names for name in original):
+        raise ConfigError(
+            f"{source}: original LLaVA format ({original[0] if original else 'mm_vision_tower'}), which is not read. "
+            "Take the -hf conversion of this checkpoint, such as llava-hf/llava-1.5-7b-hf or "
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf on the hub."
+        )
+
+
+def _refuse_quantised(config: Json, source: str) -> None:
+    parts = (config, config.get("text_config"), config.get("vision_config"))
+    for part in [part for part in parts if isinstance(part, Mapping)]:
+        for key in _QUANTISATION_KEYS:
+            settings = part.get(key)
+            if settings is not None:
+                method = next(_methods(settings), "by an unknown method")
+                raise ConfigError(
+                    f"{source}: {key} is there: the weights are quantised ({method}), which is not read. Take the "
+                    "checkpoint that they were quantised from, in bfloat16, float16 or float32."
+                )
+
+
+def _methods(settings: object) -> Iterator[str]:
+    if isinstance(settings, Mapping):
+        if isinstance(settings.get("quant_method"), str):
+            yield settings["quant_method"][:40]
+        if "load_in_4bit" in settings or "load_in_8bit" in settings:
+            yield "bitsandbytes"
 
 
 def family_of(config: ModelConfig) -> Family[ModelConfig]:

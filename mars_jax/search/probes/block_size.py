@@ -15,7 +15,7 @@ from mars_jax.lanes.inputs import Hooks
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.result import Progress
-from mars_jax.runtime.jsonfiles import read_json, write_json
+from mars_jax.runtime.jsonfiles import write_json
 from mars_jax.search.probes.run import probe_schedule
 
 # A measurement compiles about four programs; it is made if the probes cost ten times as much.
@@ -27,8 +27,10 @@ def lane_block(job: Job) -> int:
     asked = job.config.probe.lane_block
     if asked != "auto":
         return asked
-    file = job.directory / files.LANE_BLOCK
-    return read_json(file)["lane_block"] if file.exists() else job.engines.default_lane_block
+    if not (job.directory / files.LANE_BLOCK).exists():
+        return job.engines.default_lane_block
+    block: int = job.directory.read(files.LANE_BLOCK)["lane_block"]
+    return block
 
 
 def measure_lane_block(job: Job, lanes: tuple[Lane, ...]) -> None:

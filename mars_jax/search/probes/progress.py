@@ -56,7 +56,7 @@ class ProbeProgress:
                 "validation_loss": progress.loss,
                 "memory_bytes": memory,
             }
-            write_json(self._job.directory / files.PROGRESS, status)
+            write_json(self._job.directory / files.PROGRESS, status, synced=False)
             self._last_write = time.monotonic()
 
     def __enter__(self) -> Self:

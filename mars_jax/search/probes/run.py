@@ -9,6 +9,7 @@ from functools import partial
 
 from mars_jax.adapters.files import write_adapters
 from mars_jax.config.load import Config
+from mars_jax.errors import DataError
 from mars_jax.job import files
 from mars_jax.job.checks import check_sizes
 from mars_jax.job.directory import RunDirectory
@@ -26,8 +27,9 @@ from mars_jax.lanes.snapshots import Snapshots
 from mars_jax.lanes.stopping import Patience, loss_ceiling
 from mars_jax.laws.records import LaneRecord, read_records
 from mars_jax.runtime.checkpoint import Checkpoints
+from mars_jax.runtime.durable import sync_tree
 from mars_jax.runtime.interrupts import Interrupts
-from mars_jax.runtime.jsonfiles import append_jsonl, read_jsonl
+from mars_jax.runtime.jsonfiles import append_jsonl
 from mars_jax.search.probes.design import prefixes, run_of
 from mars_jax.search.probes.progress import ProbeProgress
 from mars_jax.search.probes.records import convergence_rule, lane_records
@@ -63,8 +65,19 @@ def needs_swaps(config: Config) -> bool:
 
 
 def recorded_probes(job: Job) -> list[LaneRecord]:
-    """Records of the lanes that are finished."""
-    return read_records(read_jsonl(job.directory / files.LANES, job.reporter.warn))
+    """Records of the lanes that are finished.
+
+    Raises:
+        DataError: a lane is recorded twice, or a record isn't one.
+    """
+    records = read_records(job.directory.lines(files.LANES, job.reporter.warn))
+    twice = [name for name, number in Counter(record.lane for record in records).items() if number > 1]
+    if twice:
+        raise DataError(
+            f"{job.directory / files.LANES} has more than one record of the lane {twice[0]!r}"
+            f"{f' and of {len(twice) - 1} more' if twice[1:] else ''}. Keep one line of each."
+        )
+    return records
 
 
 def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> None:
@@ -72,7 +85,7 @@ def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> 
     config, directory = job.config, job.directory
     check_sizes(config, len(job.data.search.train))
     schedule = probe_schedule(config, job.base.model_config.text.vocab_size)
-    recorded = {record["lane"] for record in read_jsonl(directory / files.LANES, job.reporter.warn)}
+    recorded = {record["lane"] for record in directory.lines(files.LANES, job.reporter.warn)}
     checkpoint_folder = directory / files.PROBE_CHECKPOINTS
     remaining = []
     for program in programs:
@@ -168,6 +181,13 @@ def _record_group(
                 write_adapters(file, best_adapters(engine, result, k, lane))
     if snapshots:
         curves = with_module_swaps(job, engine, group, result, snapshots)
+    directory.book.append_event(
+        "group",
+        lanes=[lane.name for lane in group],
+        steps=[points[-1].step for points in result.points],
+        useful_lane_steps=result.useful_steps,
+        executed_lane_steps=result.executed_steps,
+    )
     append_curves(directory, lanes, curves)
     runs = [run_of(config, lane) for lane in lanes]
     for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates(), runs):
@@ -176,19 +196,15 @@ def _record_group(
             recorded.add(record.lane)
         if record.status == "diverged":
             job.reporter.warn(f"lane {record.lane} diverged: {record.reason}")
-    directory.book.append_event(
-        "group",
-        lanes=[lane.name for lane in group],
-        steps=[points[-1].step for points in result.points],
-        useful_lane_steps=result.useful_steps,
-        executed_lane_steps=result.executed_steps,
-    )
+    # Before the checkpoints that they were made from are removed.
+    for written in (files.EVENTS, files.CURVES, files.LANES):
+        sync_tree(directory / written)
 
 
 def append_curves(directory: RunDirectory, lanes: Sequence[Lane], curves: Sequence[Points]) -> None:
     """Adds the eval points of lanes, but for those that a killed run had written."""
     file = directory / files.CURVES
-    known = Counter(record["lane"] for record in read_jsonl(file, lambda text: None))
+    known = Counter(record["lane"] for record in directory.lines(files.CURVES, lambda text: None))
     for lane, points in zip(lanes, curves, strict=True):
         for point in points[known[lane.name] :]:
             append_jsonl(file, {"lane": lane.name, **point.to_json()})

@@ -1,58 +1,27 @@
 """What holds for every data format, and a format and an answer rule that are registered from outside."""
 
+import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mars_jax.data.formats.base import Conversation, Draft, Format, Turn
+from mars_jax.data.formats.base import Conversation, Draft, FaultError, Format, Keys, Turn
 from mars_jax.data.formats.registry import FORMATS, detect, draft
 from mars_jax.data.records import load_records
-from mars_jax.errors import ConfigError
+from mars_jax.errors import ConfigError, DataError
 from mars_jax.evals.evaluator import Outcome
 from mars_jax.evals.rules import RULES, AnswerRule, is_right, rules_of
 from mars_jax.evals.summary import summary
 from tests.helpers.tiny_data import save_picture
 
-# A row of each format; pictures are called a.png.
+PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+# The row of each format that the page on data shows; pictures are called a.png.
 EXAMPLES = {
-    "llava": {
-        "id": "1",
-        "image": "a.png",
-        "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}],
-    },
-    "llava_scienceqa": {
-        "id": "1",
-        "image": "a.png",
-        "conversations": [
-            {"from": "human", "value": "Which is a mineral?\nContext: N/A\nOptions: (A) rock (B) quartz\n<image>"},
-            {"from": "gpt", "value": "The answer is B."},
-        ],
-    },
-    "messages": {
-        "messages": [
-            {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
-            {"role": "assistant", "content": "A cat."},
-        ],
-    },
-    "scienceqa": {
-        "image": "a.png",
-        "question": "Which is a mineral?",
-        "choices": ["granite", "quartz"],
-        "answer": 1,
-        "hint": "",
-        "grade": "grade4",
-        "subject": "natural science",
-        "category": "Rocks",
-    },
-    "mmstar": {
-        "index": 7,
-        "question": "What is it?\nOptions: A: a cat, B: a dog, C: a cow, D: a pig",
-        "image": "a.png",
-        "answer": "C",
-        "category": "coarse perception",
-        "l2_category": "image scene",
-    },
+    name: json.loads(row)
+    for name, row in re.findall(r"^### (\w+)\n[^#]*?```json\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)
 }
 
 every_format = pytest.mark.parametrize("name", FORMATS.names)
@@ -66,8 +35,8 @@ def load(folder, row):
     return record
 
 
-def test_every_format_has_an_example_here():
-    assert set(EXAMPLES) == set(FORMATS.names)
+def test_the_page_on_data_shows_a_row_of_every_format():
+    assert list(EXAMPLES) == list(FORMATS.names)
 
 
 @every_format
@@ -76,14 +45,110 @@ def test_a_format_is_registered_under_its_own_name(name):
 
 
 @every_format
+def places(name, row):
+    """The objects of a row whose keys a format lists, with what messages and notes call them: row, turn and part."""
+    keys = FORMATS[name].keys
+    found = [(row, "", "")]
+    if keys.turns:
+        found.append((row[keys.turns][0], "turn 0: ", f"{keys.turns}."))
+    if keys.parts:
+        found.append((row[keys.turns][0][keys.parts][0], "turn 0, a part: ", f"{keys.turns}.{keys.parts}."))
+    return found
+
+
+CHANGES_MEANING = {
+    "video": "x.mp4",
+    "videos": ["x.mp4"],
+    "audios": ["x.mp3"],
+    "objects": {"ref": ["sheep"], "bbox": [[90, 160, 135, 212]]},
+    "bbox": [1, 2, 3, 4],
+    "tools": '[{"name": "zoom"}]',
+    "tool_calls": [{"type": "function"}],
+    "function_call": {"name": "zoom"},
+    "reasoning_content": "it has whiskers",
+    "rejected_response": "a dog",
+    "chosen": "a cat",
+    "min_pixels": 3136,
+    "resized_height": 280,
+    "loss_scale": 0.5,
+    "history": [["q", "a"]],
+    "chat_template_kwargs": {"enable_thinking": True},
+}
+
+
+@every_format
+@pytest.mark.parametrize("key", CHANGES_MEANING)
+def test_a_key_that_changes_the_meaning_was_dropped_in_silence(name, key):
+    for number in range(len(places(name, EXAMPLES[name]))):
+        row = copy.deepcopy(EXAMPLES[name])
+        place, where, _ = places(name, row)[number]
+        place[key] = CHANGES_MEANING[key]
+        with pytest.raises(FaultError, match=f"^{where}{key!r} is "):
+            draft(row)
+        for nothing in (None, [], {}, "", float("nan"), [None], {"a": None}):
+            place[key] = nothing  # tables fill absent values in
+            assert draft(row) == draft(EXAMPLES[name])
+
+
+@every_format
+def test_other_keys_are_named_as_not_read(name):
+    row = copy.deepcopy(EXAMPLES[name])
+    names = []
+    for place, _, column in places(name, row):
+        place["data_source"] = "web"
+        names.append(f"{column}data_source")
+    assert draft(row).unread == tuple(names)
+    assert draft(EXAMPLES[name]).unread == ()
+
+
+@every_format
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_a_system_text_was_read_from_one_key_and_format_alone(name, key):
+    plain = draft(EXAMPLES[name]).turns
+    assert draft(EXAMPLES[name] | {key: "Be short."}).turns == (Turn("system", "Be short."), *plain)
+    for nothing in ("", " ", None):
+        assert draft(EXAMPLES[name] | {key: nothing}).turns == plain
+    with pytest.raises(FaultError, match=rf"{key!r} is \['x'\] \(list\); a text is expected"):
+        draft(EXAMPLES[name] | {key: ["x"]})
+    with pytest.raises(FaultError, match="the row has 'system' and 'system_prompt'; one system text is read"):
+        draft(EXAMPLES[name] | {"system": "a", "system_prompt": "b"})
+
+
+def cut_within_a_character(value):
+    """A value with half a surrogate pair at the end of each text that is asked or answered."""
+    if isinstance(value, list):
+        return [cut_within_a_character(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: cut_within_a_character(item)
+            if key in ("conversations", "messages", "content")
+            else item + "\ud83d"
+            if key in ("value", "question", "text")
+            else item
+            for key, item in value.items()
+        }
+    return value
+
+
+@every_format
+def test_half_a_surrogate_pair_ended_in_a_traceback_of_the_tokenizer(name, tmp_path):
+    save_picture(tmp_path / "a.png")
+    row = cut_within_a_character(EXAMPLES[name])
+    with pytest.raises(
+        DataError, match=r"data.json item 0 \(id .*turn 0: character \d+ is '.ud83d', half of a surrogate"
+    ):
+        load(tmp_path, row)
+
+
+@every_format
 def test_an_example_is_detected_as_its_format(name):
     assert detect(EXAMPLES[name]) is FORMATS[name]
 
 
 @every_format
-def test_no_format_but_the_fallback_claims_another_s_example(name):
-    others = [row for other, row in EXAMPLES.items() if other != name]
-    assert [FORMATS[name].detect(row) for row in others] == [name == "llava"] * len(others)
+def test_no_format_claims_the_example_of_a_more_general_one(name):
+    earlier = FORMATS.names[: FORMATS.names.index(name)]
+    assert not any(FORMATS[name].detect(EXAMPLES[other]) for other in earlier)
 
 
 @every_format
@@ -136,6 +201,7 @@ def read_toy(row, num_pictures):
 
 TOY = Format(
     name="toy",
+    keys=Keys(row=frozenset({"ask", "reply", "photo"})),
     detect=lambda row: {"ask", "reply"} <= row.keys(),
     read=read_toy,
     tags=lambda row, num_pictures: [("kind", "toy")],

@@ -17,11 +17,12 @@ from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.errors import ConfigError
 from mars_jax.hub.adapter import read_adapter, write_adapter
-from mars_jax.hub.read import read_checkpoint, read_json
+from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_checkpoint, write_merged
 from mars_jax.models.families.registry import build_model, checkpoint_table, model_config, parameters
 from mars_jax.models.flops import BatchShape, evaluation_flops, lane_step_flops
+from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import flatten, unflatten
 from tests.helpers import tiny_data
 from tests.helpers.llava_kinds import CLIP, DINOV2, KINDS, TEXT
@@ -101,7 +102,7 @@ def test_every_layout_is_read_and_written_back(case, layout, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read_checkpoint(directory, "float32")[1], params)
         return
     used, count = config.num_vision_layers_used, config.vision.num_layers
-    settings = read_json(directory / "config.json")
+    settings = read_json_object(directory / "config.json")
     if used < count:
         settings["vision_config"]["num_hidden_layers"] = used
         layers = list(config.vision_feature_layers)
@@ -140,7 +141,8 @@ def test_settings_that_a_file_leaves_out_are_those_of_transformers():
 def test_defaults_are_those_of_transformers(theirs, part):
     settings = {"text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "clip_vision_model"}}
     settings[f"{part}_config"] = {"model_type": theirs.model_type}
-    ours = getattr(model_config({"model_type": "llava", **settings, "vision_feature_layer": -1}), part)
+    top = {"model_type": "llava", "vision_feature_layer": -1, "image_token_index": 9}
+    ours = getattr(model_config(top | settings), part)
     names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
     names |= {name: name for name in ("hidden_size", "image_size", "patch_size", "vocab_size")}
     names |= {} if theirs.model_type == "dinov2" else {"intermediate_size": "intermediate_size"}
@@ -150,15 +152,17 @@ def test_defaults_are_those_of_transformers(theirs, part):
 
 
 def test_parts_that_a_file_does_not_name_are_those_of_llava():
-    config = model_config({"model_type": "llava", "text_config": {}, "vision_config": {"image_size": 336}})
+    parts = {"text_config": {"vocab_size": 32064}, "vision_config": {"image_size": 336}}
+    config = model_config({"model_type": "llava", **parts})
     assert (config.vision.kind, config.text.attention_bias) == ("clip_vision_model", False)
+    assert config.image_token_id == 32000
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_lane_step_is_counted_for_every_kind(name):
     kind = KINDS[name]
     top = transformers.LlavaConfig(vision_config=kind.vision, text_config=kind.text, **kind.top).to_dict()
-    config = model_config(top)
+    config = model_config(top | {"image_token_index": tiny_data.IMAGE_TOKEN_ID})
     base = unflatten({p.path: jax.ShapeDtypeStruct(p.shape, np.float32) for p in parameters(config)})
     targets = find_targets(base, {name: module["targets"] for name, module in DEFAULT_MODULES.items()})
     assert set(targets) == set(checkpoint_table(config).linears)
@@ -175,14 +179,14 @@ def test_a_lane_step_is_counted_for_every_kind(name):
         (
             "vision_config",
             {"use_swiglu_ffn": True},
-            "vision_config.use_swiglu_ffn is True; this version supports False",
+            "vision_config.use_swiglu_ffn is true; this version supports false",
         ),
-        ("text_config", {"model_type": "gemma"}, "text_config.model_type is 'gemma'; this version supports 'qwen2', "),
-        ("text_config", {"attention_bias": True}, "text_config.attention_bias is True; this version supports False"),
+        ("text_config", {"model_type": "gemma"}, "text_config.model_type is 'gemma'; this version supports 'llama', "),
+        ("text_config", {"attention_bias": True}, "text_config.attention_bias is true; this version supports false"),
         (
             None,
             {"vision_feature_layer": [4]},
-            r"vision_feature_layer is \[4\]; one or more of the hidden states -3 to 3",
+            r"vision_feature_layer is \[4\]; one or more of the hidden states -4 to 3",
         ),
         (None, {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy is 'cls'"),
     ],

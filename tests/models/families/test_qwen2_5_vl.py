@@ -20,13 +20,14 @@ from mars_jax.adapters.tree import join_trainable, split_trainable
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.hub.adapter import read_adapter, write_adapter
-from mars_jax.hub.read import read_checkpoint, read_json
+from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_checkpoint, write_merged
 from mars_jax.models.families.pictures import rotary_positions
 from mars_jax.models.families.qwen2_5_vl.table import TABLE
 from mars_jax.models.families.qwen2_5_vl.windows import WindowGeometry, window_tokens
 from mars_jax.models.families.registry import build_model, model_config
+from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import flatten, unflatten
 from tests.helpers import tiny_qwen
 
@@ -150,7 +151,7 @@ def test_exports_compute_in_torch_what_they_compute_here(base, tmp_path):
     assert result["tensors"] == 2 * (3 * 5 + 2 + 2 * 7)
     assert result["moved"] > 0.1
     assert verify_merged(tmp_path / "merged", directory, batch, ours, plain)["moved"] > 0.1
-    settings = read_json(tmp_path / "adapter" / "adapter_config.json")
+    settings = read_json_object(tmp_path / "adapter" / "adapter_config.json")
     assert settings["rank_pattern"] == {r".*visual\.blocks\..*": 2, r".*visual\.merger\..*": 3}
     assert "enable_tower_connector_lora" in (tmp_path / "adapter" / "README.md").read_text()
 
@@ -158,7 +159,7 @@ def test_exports_compute_in_torch_what_they_compute_here(base, tmp_path):
 @pytest.mark.parametrize("layout", ["hub", "memory"])
 def test_every_layout_is_read_and_written_back(base, layout, tmp_path):
     model, directory, _ = base
-    config_json = read_json(directory / "config.json")
+    config_json = read_json_object(directory / "config.json")
     if layout == "hub":  # as the files of the hub: the decoder's settings at the top
         text = config_json.pop("text_config")
         rope = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
@@ -248,7 +249,7 @@ def test_a_picture_counts_the_tokens_that_transformers_counts(base):
     ],
 )
 def test_settings_that_are_not_supported_are_named(base, change, text, tmp_path):
-    config = read_json(base[1] / "config.json")
+    config = read_json_object(base[1] / "config.json")
     for part, values in change.items():
         for key, value in values.items():
             config[part] = {k: v for k, v in config[part].items() if k != key} | ({key: value} if value else {})
@@ -263,9 +264,11 @@ def test_defaults_of_the_encoder_are_those_of_transformers():
         "intermediate_size": 8,
         "num_hidden_layers": 1,
         "num_attention_heads": 28,
+        "num_key_value_heads": 4,
         "vocab_size": 9,
     }
-    ours = model_config({"model_type": "qwen2_5_vl", **text, "vision_config": {"hidden_size": 1280}}).vision
+    token = {"image_token_id": 3}
+    ours = model_config({"model_type": "qwen2_5_vl", **text, **token, "vision_config": {"hidden_size": 1280}}).vision
     assert (ours.num_layers, ours.num_heads, ours.intermediate_size) == (theirs.depth, theirs.num_heads, 3420)
     assert (ours.patch_size, ours.merge_size, ours.window_size) == (14, theirs.spatial_merge_size, theirs.window_size)
     assert list(ours.full_attention_layers) == list(theirs.fullatt_block_indexes)
@@ -277,7 +280,7 @@ def test_defaults_of_the_decoder_are_those_of_transformers(nested):
     sizes |= {"vocab_size": 9, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
     vision = {"vision_config": {"out_hidden_size": 1024}}
     text = {"text_config": sizes} if nested else sizes
-    ours = model_config({"model_type": "qwen2_5_vl", **text, **vision}).text
+    ours = model_config({"model_type": "qwen2_5_vl", "image_token_id": 3, **text, **vision}).text
     theirs = transformers.Qwen2_5_VLTextConfig(**sizes)
     assert (ours.num_kv_heads, ours.rms_norm_eps) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -177,6 +178,17 @@ def test_the_encoder_gives_as_many_rows_as_its_configuration_says(folder):
     params = unflatten({p.path: jax.ShapeDtypeStruct(p.shape, np.float32) for p in parameters(config)})
     encoded = jax.eval_shape(lambda base: model.apply({"params": base}, batch, method="encode"), params)
     assert encoded.shape == (2, SIZES["tiles"], config.vision.num_positions, config.feature_width)
+
+
+def test_every_encoder_computes_in_bfloat16(folder):
+    """Tests run under strict promotion: a float32 number beside a bfloat16 one would be refused."""
+    config, pictures = load(folder)
+    model, batch = build_model(config), abstract_batch(config, pictures)
+    params = unflatten({p.path: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16) for p in parameters(config)})
+    loss, _ = jax.eval_shape(lambda base: model.apply({"params": base}, batch, method="loss"), params)
+    batch["pixels"] = batch["pixels"].astype(jnp.bfloat16)
+    encoded = jax.eval_shape(lambda base: model.apply({"params": base}, batch, method="encode"), params)
+    assert (loss.dtype, encoded.dtype) == (jnp.float32, jnp.bfloat16)
 
 
 def test_a_limit_of_pixels_is_followed_or_refused_by_name(folder):

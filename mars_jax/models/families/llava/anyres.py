@@ -16,9 +16,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mars_jax.errors import ConfigError, DataError
-from mars_jax.models.families.llava.config import LlavaOnevisionConfig
+from mars_jax.models.families.llava.config import LlavaOnevisionConfig, Pinpoints
 from mars_jax.models.families.pictures import NEWLINE, ImageTokens, Size, gathered, refuse_max_pixels
-from mars_jax.models.families.processors import ImageProcessor, load_processor
+from mars_jax.models.families.processors import (
+    ImageProcessor,
+    SidedSettings,
+    attempt,
+    make_processor,
+    read_processor,
+    require_processor,
+)
+
+_PROCESSOR = "LlavaOnevisionImageProcessor"
+
+
+class _Settings(SidedSettings):
+    """The settings of LLaVA-OneVision's image processor."""
+
+    image_grid_pinpoints: Pinpoints | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +69,7 @@ class Geometry:
         Raises:
             ConfigError: a setting is not implemented.
         """
-        match = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
+        match = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", config.vision_aspect_ratio)
         if match is None:
             raise ConfigError(
                 f"{source}: vision_aspect_ratio is {config.vision_aspect_ratio!r}; only 'anyres_max_N' is supported."
@@ -212,20 +227,23 @@ def load_anyres_pictures(directory: Path, geometry: Geometry) -> AnyresPictures:
     Raises:
         ConfigError: the folder has no processor, or its settings differ from `geometry`.
     """
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-
-    processor = load_processor(LlavaOnevisionImageProcessorPil, directory)
+    settings, seen_name = read_processor(directory, _Settings)
+    require_processor(directory, seen_name, (_PROCESSOR,), _PROCESSOR)
+    processor = make_processor(directory, f"llava_onevision.{_PROCESSOR}", settings.given())
     pinpoints = tuple((int(height), int(width)) for height, width in processor.image_grid_pinpoints)
+    pictures, side = AnyresPictures(geometry, processor), geometry.image_size
+    shape = attempt(directory, lambda: pictures.tiles([Image.new("RGB", (side, side))])["pixels"]).shape
     for name, seen, expected in (
         ("image_grid_pinpoints", pinpoints, geometry.image_grid_pinpoints),
-        ("size", (processor.size["height"], processor.size["width"]), (geometry.image_size, geometry.image_size)),
+        ("size", shape[2:], (side, side)),
+        ("a number of tiles (crop_size)", shape[0], pictures.tokens([(side, side)])[0].num_tiles),
     ):
         if seen != expected:
             raise ConfigError(
                 f"{directory}: the image processor has {name} = {seen}, but config.json has {expected}. The files "
                 "come from different checkpoints; copy both from one."
             )
-    return AnyresPictures(geometry, processor)
+    return pictures
 
 
 def load_onevision_pictures(

@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
 
-from mars_jax.errors import ConfigError
+from pydantic import Field
+
 from mars_jax.models.configs import TextConfig, VisionConfig
 from mars_jax.models.families.hf_json import (
-    TEXT_KEYS,
-    VISION_KEYS,
+    DECODERS,
+    Activation,
     Json,
-    Part,
-    read_image_token,
-    read_parts,
+    TokenId,
+    kind_of,
     read_text_config,
     read_vision_config,
-    require,
 )
+from mars_jax.runtime.json_object import Settings, checked, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +72,56 @@ class LlavaOnevisionConfig(LlavaConfig):
     vision_aspect_ratio: str = "anyres_max_9"
 
 
+_HiddenState = Annotated[int, Field(ge=-1025, le=1024)]
+_Side = Annotated[int, Field(ge=1, le=2**14)]
+Pinpoints = Annotated[
+    list[Annotated[list[_Side], Field(min_length=2, max_length=2)]], Field(min_length=1, max_length=1024)
+]
+"""Heights and widths of canvases."""
+
+
+class LlavaFile(Settings):
+    """The top level of the `config.json` of a LLaVA-1.5."""
+
+    text_config: dict[str, Any]
+    vision_config: dict[str, Any]
+    image_token_index: TokenId = 32000
+    image_token_id: TokenId | None = None
+    vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    projector_hidden_act: Activation = "gelu"
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool | None = None
+
+
+class OnevisionFile(LlavaFile):
+    """The top level of the `config.json` of a LLaVA-OneVision."""
+
+    image_token_index: TokenId = 151646
+    vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -1
+    vision_feature_select_strategy: Literal["full"] = "full"
+    image_grid_pinpoints: Pinpoints | None = None
+    vision_aspect_ratio: Annotated[str, Field(max_length=64)] = "anyres_max_9"
+
+
 _DEFAULT_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 
 
 def read_llava(config: Json, source: str) -> LlavaConfig:
     """Reads the `config.json` of a LLaVA-1.5."""
-    kinds, strategies = ("clip_vision_model", "siglip_vision_model", "dinov2"), ("default", "full")
-    common = _common_settings(config, source, "llama", kinds, strategies, strategy="default", layer=-2, token=32000)
-    return LlavaConfig(**common)
+    file = checked(LlavaFile, config, source)
+    kinds = ("clip_vision_model", "siglip_vision_model", "dinov2")
+    return LlavaConfig(**_common_settings(file, source, "llama", kinds))
 
 
 def read_llava_onevision(config: Json, source: str) -> LlavaOnevisionConfig:
     """Reads the `config.json` of a LLaVA-OneVision."""
-    pinpoints = config.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS
-    kinds = ("siglip_vision_model",)
+    file = checked(OnevisionFile, config, source)
+    pinpoints = file.image_grid_pinpoints or _DEFAULT_PINPOINTS
     return LlavaOnevisionConfig(
-        **_common_settings(config, source, "qwen2", kinds, ("full",), strategy="full", layer=-1, token=151646),
-        image_grid_pinpoints=tuple((int(height), int(width)) for height, width in pinpoints),
-        vision_aspect_ratio=config.get("vision_aspect_ratio", "anyres_max_9"),
+        **_common_settings(file, source, "qwen2", ("siglip_vision_model",)),
+        image_grid_pinpoints=tuple((height, width) for height, width in pinpoints),
+        vision_aspect_ratio=file.vision_aspect_ratio,
     )
 
 
@@ -105,47 +137,46 @@ class _CommonSettings(TypedDict):
     projector_bias: bool
 
 
-def _common_settings(
-    config: Json,
-    source: str,
-    decoder: str,
-    kinds: tuple[str, ...],
-    strategies: tuple[str, ...],
-    *,
-    strategy: str,
-    layer: int,
-    token: int,
-) -> _CommonSettings:
+def _common_settings(file: LlavaFile, source: str, decoder: str, encoders: tuple[str, ...]) -> _CommonSettings:
     """Reads the settings that the LLaVA families have in common.
 
     Args:
-        config: the parsed file.
+        file: the top level of the file.
         source: path of the file, for error messages.
         decoder: default `model_type` of the decoder.
-        kinds: supported encoders, by `model_type`; the first is the default.
-        strategies: supported values of `vision_feature_select_strategy`.
-        strategy: default of `vision_feature_select_strategy`.
-        layer: default of `vision_feature_layer`.
-        token: default of `image_token_index`.
+        encoders: supported encoders, by `model_type`; the first is the default.
     """
-    text, vision = read_parts(config, source, Part(decoder, TEXT_KEYS), Part(kinds[0], VISION_KEYS))
-    strategy = config.get("vision_feature_select_strategy", strategy)
-    require(source, "vision_feature_select_strategy", strategy, strategies)
-    layers = config.get("vision_feature_layer", layer)
-    layers = [layers] if isinstance(layers, int) else layers
-    count = vision["num_hidden_layers"]
-    if not (isinstance(layers, list) and layers and all(isinstance(n, int) and abs(n) <= count for n in layers)):
-        raise ConfigError(
-            f"{source}: vision_feature_layer is {layers!r}; one or more of the hidden states {-count} to {count} are "
-            "expected."
-        )
-    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    kind = kind_of(file.text_config, DECODERS, decoder, source, "text_config")
+    text = {**file.text_config, "model_type": kind}
+    vision = read_vision_config(file.vision_config, source, encoders)
     return {
-        "vision": read_vision_config(vision, source, kinds),
-        "text": read_text_config(text, source, tied=bool(tied)),
-        "image_token_id": read_image_token(config, source, token),
-        "vision_feature_layers": tuple(n if n >= 0 else count + 1 + n for n in layers),
-        "drop_first": strategy == "default",
-        "projector_activation": config.get("projector_hidden_act", "gelu"),
-        "projector_bias": config.get("multimodal_projector_bias", True),
+        "vision": vision,
+        "text": read_text_config(text, source, DECODERS[kind], tied=file.tie_word_embeddings),
+        "image_token_id": _image_token(file, source),
+        "vision_feature_layers": _hidden_states(file, source, vision.num_layers),
+        "drop_first": file.vision_feature_select_strategy == "default",
+        "projector_activation": file.projector_hidden_act,
+        "projector_bias": file.multimodal_projector_bias,
     }
+
+
+def _image_token(file: LlavaFile, source: str) -> int:
+    """The id of the image token, which both keys name."""
+    index, other = file.image_token_index, file.image_token_id
+    if other is not None and other != index and "image_token_index" in file.model_fields_set:
+        raise refusal(source, "image_token_id", other, f"image_token_index = {index} expected, as it means the same")
+    return index if other is None else other
+
+
+def _hidden_states(file: LlavaFile, source: str, layers: int) -> tuple[int, ...]:
+    """The indices of the hidden states in use, counted from the embeddings, which are 0."""
+    value = file.vision_feature_layer
+    asked = [value] if isinstance(value, int) else value
+    states = tuple(state if state >= 0 else layers + 1 + state for state in asked)
+    if not all(0 <= state <= layers for state in states):
+        expected = f"one or more of the hidden states {-layers - 1} to {layers} are expected"
+        raise refusal(source, "vision_feature_layer", value, expected)
+    if max(states) == 0:
+        expected = "the embeddings alone leave no encoder layer to adapt; this version needs a later hidden state"
+        raise refusal(source, "vision_feature_layer", value, expected)
+    return states

@@ -5,7 +5,6 @@ Scaling, cropping and normalising are done by transformers' numpy processor.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,21 @@ from PIL import Image
 from mars_jax.errors import ConfigError
 from mars_jax.models.families.llava.config import LlavaConfig
 from mars_jax.models.families.pictures import ImageTokens, Size, gathered, refuse_max_pixels
-from mars_jax.models.families.processors import ImageProcessor, load_processor, processor_type
+from mars_jax.models.families.processors import (
+    ImageProcessor,
+    SidedSettings,
+    attempt,
+    make_processor,
+    read_processor,
+    require_processor,
+)
 
-_PROCESSORS = {"CLIPImageProcessor": "clip", "SiglipImageProcessor": "siglip", "BitImageProcessor": "bit"}
+_PROCESSORS = {
+    "CLIPImageProcessor": "clip",
+    "SiglipImageProcessor": "siglip",
+    "BitImageProcessor": "bit",
+    "LlavaImageProcessor": "llava",
+}
 
 
 @lru_cache(maxsize=8)
@@ -63,18 +74,11 @@ def load_tile_pictures(directory: Path, config: LlavaConfig, max_pixels: int | N
             a limit of pixels is set, which would have no effect.
     """
     refuse_max_pixels(directory, config, max_pixels)
-    kind = processor_type(directory)
-    name = kind.removesuffix("Fast").removesuffix("Pil")
-    if name not in _PROCESSORS:
-        raise ConfigError(
-            f"{directory}: the image processor is {kind!r}; {', '.join(_PROCESSORS)} are supported. Copy the processor "
-            "of the checkpoint's source."
-        )
-    part = _PROCESSORS[name]
-    module = import_module(f"transformers.models.{part}.image_processing_pil_{part}")
-    pictures = TilePictures(config, load_processor(getattr(module, f"{name}Pil"), directory))
+    settings, seen_name = read_processor(directory, SidedSettings)
+    name = require_processor(directory, seen_name, tuple(_PROCESSORS), "LlavaImageProcessor")
+    pictures = TilePictures(config, make_processor(directory, f"{_PROCESSORS[name]}.{name}", settings.given()))
     side = config.vision.image_size
-    seen = pictures.tiles([Image.new("RGB", (side + 3, 2 * side))])["pixels"].shape[2:]
+    seen = attempt(directory, lambda: pictures.tiles([Image.new("RGB", (side + 3, 2 * side))])["pixels"]).shape[2:]
     if seen != (side, side):
         raise ConfigError(
             f"{directory}: the image processor makes pictures of {seen[0]} x {seen[1]} pixels, but config.json has "

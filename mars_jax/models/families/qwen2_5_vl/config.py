@@ -2,19 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from mars_jax.errors import ConfigError
+from pydantic import Field
+
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.families.hf_json import (
-    TEXT_KEYS,
+    Activation,
+    Heads,
     Json,
-    Part,
-    read_image_token,
-    read_parts,
+    Layers,
+    RotarySettings,
+    Side,
+    TextSettings,
+    TokenId,
+    Width,
+    kind_of,
+    read_rope,
     read_text_config,
     require,
+    require_multiple,
 )
+from mars_jax.runtime.json_object import Settings, checked, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,7 @@ class QwenVisionConfig:
     window_size: int
     full_attention_layers: tuple[int, ...]
     activation: str = "silu"
+    rope_theta: float = 10_000.0
 
     @property
     def window_groups(self) -> int:
@@ -80,13 +90,18 @@ class QwenVisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class Qwen25VlConfig:
-    """Qwen2.5-VL (arXiv 2502.13923): its window-attention encoder, a patch merger, and a Qwen2 decoder with M-RoPE."""
+    """Qwen2.5-VL (arXiv 2502.13923): its window-attention encoder, a patch merger, and a Qwen2 decoder with M-RoPE.
+
+    Attributes:
+        around_pictures: ids of the tokens before and after the image tokens of a picture.
+    """
 
     family: ClassVar[str] = "qwen2_5_vl"
 
     vision: QwenVisionConfig
     text: TextConfig
     image_token_id: int
+    around_pictures: tuple[int, int] = (151652, 151653)
 
     @property
     def num_vision_layers_used(self) -> int:
@@ -108,61 +123,116 @@ class Qwen25VlConfig:
         return self
 
 
-_VISION_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "depth",
-    "num_heads",
-    "patch_size",
-    "out_hidden_size",
-    "fullatt_block_indexes",
-)
+# The most groups of patches along a side of a window.
+_MAX_GROUPS = 64
+
+_LayerNumbers = Annotated[list[Annotated[int, Field(ge=-1024, le=1024)]], Field(max_length=1024)]
+
+
+class QwenTextSettings(TextSettings):
+    """The decoder's settings; transformers' defaults of the sizes are those of the 72B, so files must have them."""
+
+    default_theta: ClassVar[float] = 1e6
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "mrope", "linear", "llama3")
+    axes: ClassVar[int] = 3
+
+    hidden_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = 8
+    rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
+
+
+class QwenVisionSettings(RotarySettings):
+    """The encoder's settings."""
+
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "axial")
+
+    depth: Layers = 32
+    hidden_size: Width = 3584
+    intermediate_size: Width = 3420
+    num_heads: Heads = 16
+    in_channels: Literal[3] = 3
+    in_chans: Literal[3] = 3
+    patch_size: Side = 14
+    spatial_merge_size: Annotated[int, Field(ge=1, le=64)] = 2
+    temporal_patch_size: Annotated[int, Field(ge=1, le=64)] = 2
+    window_size: Annotated[int, Field(ge=1, le=2**14)] = 112
+    out_hidden_size: Width = 3584
+    fullatt_block_indexes: _LayerNumbers = Field(default_factory=lambda: [7, 15, 23, 31])
+    hidden_act: Activation = "silu"
+    head_dim: Heads | None = None
+    # transformers also reads these names of `depth` and `num_heads`.
+    num_hidden_layers: Layers | None = None
+    num_attention_heads: Heads | None = None
+
+
+class QwenFile(Settings):
+    """The top level of the file."""
+
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any]
+    image_token_id: TokenId = 151655
+    vision_start_token_id: TokenId = 151652
+    vision_end_token_id: TokenId = 151653
+    tie_word_embeddings: bool | None = None
+
+
 # In older files both parts have the family's name as `model_type`.
-_TEXT_DEFAULTS: Json = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-_VISION_DEFAULTS: Json = {
-    "depth": 32,
-    "hidden_size": 3584,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "patch_size": 14,
-    "out_hidden_size": 3584,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-_DECODERS = ("qwen2_5_vl_text", "qwen2_5_vl")
-_TEXT = Part(_DECODERS[0], TEXT_KEYS, dict.fromkeys(_DECODERS, _TEXT_DEFAULTS))
-_VISION = Part("qwen2_5_vl", _VISION_KEYS, dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision"), _VISION_DEFAULTS))
+_DECODERS: dict[str, type[TextSettings]] = {"qwen2_5_vl_text": QwenTextSettings, "qwen2_5_vl": QwenTextSettings}
+_ENCODERS: dict[str, type[Settings]] = {"qwen2_5_vl_vision": QwenVisionSettings, "qwen2_5_vl": QwenVisionSettings}
 
 
 def read_qwen2_5_vl(config: Json, source: str) -> Qwen25VlConfig:
     """Reads `config.json`: decoder settings are at the top level on the hub, in `text_config` from transformers 5."""
-    if not isinstance(config.get("text_config"), Mapping):
-        config = {**config, "text_config": {key: value for key, value in config.items() if key != "vision_config"}}
-    text, vision = read_parts(config, source, _TEXT, _VISION)
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    decoder = read_text_config(text, source, tied=bool(tied), kinds=_DECODERS, mrope=True)
-    merge, patch = vision.get("spatial_merge_size", 2), vision["patch_size"]
-    window = vision.get("window_size", 112)
-    require(source, "vision_config.out_hidden_size", vision["out_hidden_size"], (decoder.hidden_size,))
-    channels = vision.get("in_channels", vision.get("in_chans", 3))
-    require(source, "vision_config.in_channels", channels, (3,))
-    if window % (merge * patch):
-        raise ConfigError(
-            f"{source}: vision_config.window_size is {window}; it must be a multiple of patch_size x "
-            f"spatial_merge_size = {merge * patch}."
-        )
+    file = checked(QwenFile, config, source)
+    text, section = (config, "") if file.text_config is None else (file.text_config, "text_config")
+    kind = kind_of(text, _DECODERS, "qwen2_5_vl_text", source, section or "the decoder")
+    decoder = read_text_config(
+        {**text, "model_type": kind}, source, _DECODERS[kind], section, tied=file.tie_word_embeddings
+    )
     return Qwen25VlConfig(
-        vision=QwenVisionConfig(
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_layers=vision["depth"],
-            num_heads=vision["num_heads"],
-            patch_size=patch,
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            merge_size=merge,
-            window_size=window,
-            full_attention_layers=tuple(vision["fullatt_block_indexes"]),
-            activation=vision.get("hidden_act", "silu"),
-        ),
+        vision=_read_vision(file.vision_config, source, decoder.hidden_size),
         text=decoder,
-        image_token_id=read_image_token(config, source, 151655),
+        image_token_id=file.image_token_id,
+        around_pictures=(file.vision_start_token_id, file.vision_end_token_id),
+    )
+
+
+def _read_vision(vision: Json, source: str, width: int) -> QwenVisionConfig:
+    """Reads the encoder's part.
+
+    Args:
+        vision: the part.
+        source: path of the file, for error messages.
+        width: the decoder's width.
+    """
+    kind_of(vision, _ENCODERS, "qwen2_5_vl", source, "vision_config")
+    settings = checked(QwenVisionSettings, vision, source, "vision_config")
+    key = "vision_config."
+    require(source, f"{key}out_hidden_size", settings.out_hidden_size, (width,))
+    require(source, f"{key}num_hidden_layers", settings.num_hidden_layers, (None, settings.depth))
+    require(source, f"{key}num_attention_heads", settings.num_attention_heads, (None, settings.num_heads))
+    require_multiple(source, f"{key}hidden_size", settings.hidden_size, "num_heads", settings.num_heads)
+    head_dim = settings.hidden_size // settings.num_heads
+    require(source, f"{key}head_dim", settings.head_dim, (None, head_dim))
+    if head_dim % 4:
+        raise refusal(source, f"{key}hidden_size", settings.hidden_size, "heads of a multiple of 4 numbers expected")
+    group = settings.patch_size * settings.spatial_merge_size
+    if settings.window_size % group or settings.window_size > _MAX_GROUPS * group:
+        expected = f"it must be a multiple of patch_size x spatial_merge_size = {group}, at most {_MAX_GROUPS} times it"
+        raise refusal(source, f"{key}window_size", settings.window_size, expected)
+    theta, _ = read_rope(settings, source, key)
+    return QwenVisionConfig(
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_layers=settings.depth,
+        num_heads=settings.num_heads,
+        patch_size=settings.patch_size,
+        temporal_patch_size=settings.temporal_patch_size,
+        merge_size=settings.spatial_merge_size,
+        window_size=settings.window_size,
+        full_attention_layers=tuple(settings.fullatt_block_indexes),
+        activation=settings.hidden_act,
+        rope_theta=theta,
     )

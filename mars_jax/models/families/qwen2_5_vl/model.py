@@ -21,7 +21,6 @@ from mars_jax.models.families.qwen2_5_vl.config import Qwen25VlConfig, QwenVisio
 from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, STACKED, Dense, RMSNorm, rematerialised, rotate
 from mars_jax.models.multimodal import Batch, Multimodal
 
-_ROPE_THETA = 10_000.0
 _NORM_EPS = 1e-6
 
 
@@ -106,7 +105,7 @@ class WindowEncoder(nn.Module):
         x = Dense(config.hidden_size, use_bias=False, name="patch_embed")(pixels)
         frequencies = jnp.arange(0, config.head_dim // 2, 2, dtype=jnp.float32) / (config.head_dim // 2)
         # The first half of the angles is for the row, the second for the column.
-        angles = positions.astype(jnp.float32)[..., None] * (_ROPE_THETA**-frequencies)[None, None, None, None]
+        angles = positions.astype(jnp.float32)[..., None] * (config.rope_theta**-frequencies)[None, None, None, None]
         angles = angles.reshape(*positions.shape[:3], -1)
         full = jnp.asarray(np.isin(np.arange(config.num_layers), config.full_attention_layers))
         layers = nn.scan(

@@ -9,20 +9,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.models.families.pictures import ImageTokens, Size, gathered
-from mars_jax.models.families.processors import load_processor
+from mars_jax.models.families.processors import (
+    Pixels,
+    ProcessorSettings,
+    attempt,
+    make_processor,
+    read_processor,
+    require_processor,
+)
 from mars_jax.models.families.qwen2_5_vl.config import Qwen25VlConfig, QwenVisionConfig
-
-if TYPE_CHECKING:
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from mars_jax.runtime.json_object import Settings
 
 _MAX_ASPECT_RATIO = 200
+_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
+_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # transformers' defaults
+
+_PatchSize = Annotated[int, Field(ge=1, le=4096)]
+
+
+class _Size(Settings):
+    """Bounds of pixels; transformers 4.45 to 4.49 saved the last two."""
+
+    shortest_edge: Pixels | None = None
+    longest_edge: Pixels | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+
+
+class _Settings(ProcessorSettings):
+    """The settings of Qwen2.5-VL's image processor."""
+
+    do_resize: Literal[True] | None = None
+    size: _Size | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    patch_size: _PatchSize = 14
+    temporal_patch_size: _PatchSize = 2
+    merge_size: _PatchSize = 2
+
+    def bounds(self) -> tuple[int | None, int | None]:
+        """Least and most pixels of a picture; the keys at the top level come first, as in transformers."""
+        if self.size is None:
+            return self.min_pixels or _MIN_PIXELS, self.max_pixels or _MAX_PIXELS
+        least = self.min_pixels or self.size.shortest_edge or self.size.min_pixels
+        return least, self.max_pixels or self.size.longest_edge or self.size.max_pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +133,7 @@ class WindowPictures:
     patch_images     int32   [N, P]          index of its picture in the record, -1 for padding
     """
 
-    def __init__(self, config: QwenVisionConfig, processor: "Qwen2VLImageProcessorPil") -> None:
+    def __init__(self, config: QwenVisionConfig, processor: Any) -> None:
         self._config, self._processor = config, processor
         limits = processor.size
         self.geometry = WindowGeometry(
@@ -159,26 +197,35 @@ def load_window_pictures(directory: Path, config: Qwen25VlConfig, max_pixels: in
         ConfigError: the folder has no processor, its patches differ from the model's, or `max_pixels` is below its
             smallest picture.
     """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    processor = load_processor(
-        Qwen2VLImageProcessorPil, directory, **({"max_pixels": max_pixels} if max_pixels else {})
-    )
-    smallest = processor.size["shortest_edge"]
-    if max_pixels is not None and max_pixels < smallest:
+    settings, name = read_processor(directory, _Settings)
+    require_processor(directory, name, _PROCESSORS, _PROCESSORS[0])
+    least, most = settings.bounds()
+    if least is None or most is None or least > most:
+        raise ConfigError(
+            f"{directory}: the image processor's size is {least} to {most} pixels; shortest_edge and longest_edge "
+            "(or min_pixels and max_pixels) in this order are expected. Copy its configuration from the checkpoint's "
+            "source."
+        )
+    if max_pixels is not None and max_pixels < least:
         raise ConfigError(
             f"data.max_pixels is {max_pixels}, but the image processor in {directory} enlarges every picture to "
-            f"{smallest} pixels at least. Give at least as many."
+            f"{least} pixels at least. Give at least as many."
         )
+    size = {"shortest_edge": least, "longest_edge": max_pixels or most}
+    given = {key: value for key, value in settings.given().items() if key not in ("min_pixels", "max_pixels")}
+    processor = make_processor(directory, f"qwen2_vl.{_PROCESSORS[0]}", given | {"size": size})
     vision = config.vision
     for name, expected in (
         ("patch_size", vision.patch_size),
         ("merge_size", vision.merge_size),
         ("temporal_patch_size", vision.temporal_patch_size),
     ):
-        if getattr(processor, name) != expected:
+        if getattr(settings, name) != expected:
             raise ConfigError(
-                f"{directory}: the image processor has {name} = {getattr(processor, name)}, but config.json has "
+                f"{directory}: the image processor has {name} = {getattr(settings, name)}, but config.json has "
                 f"{expected}. The files come from different checkpoints; copy both from one."
             )
-    return WindowPictures(vision, processor)
+    pictures = WindowPictures(vision, processor)
+    side = vision.patch_size * vision.merge_size
+    attempt(directory, lambda: pictures.tiles([Image.new("RGB", (side, side))]))
+    return pictures

@@ -1,0 +1,53 @@
+"""How much a config plans: counted from its settings, so that too much is refused before any of it is listed."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from mars_jax.config.fields import MAX_LANES
+
+MAX_RANK_VECTORS = 100_000
+MAX_EVAL_POINTS = 100_000  # of one final run
+
+
+def check_lanes(grids: Mapping[str, Sequence[int]], corners: bool, single_module: bool, sizes: int, seeds: int) -> None:
+    """Refuses a search of too many lanes or rank vectors.
+
+    Args:
+        grids: module -> ranks to try.
+        corners: whether every combination of smallest and largest ranks is probed.
+        single_module: whether lanes that adapt one module alone are probed too.
+        sizes: number of data sizes D that have lanes of their own.
+        seeds: runs of each.
+
+    Raises:
+        ValueError: it plans more than `MAX_LANES` or `MAX_RANK_VECTORS`.
+    """
+    searched = [ranks for ranks in grids.values() if len(ranks) > 1]
+    combinations = math.prod(map(len, searched))
+    cross = 1 + sum(len(ranks) - 1 for ranks in searched) + (2 ** len(searched) if corners else 0)
+    vectors = min(cross, combinations) + (sum(map(len, searched)) if single_module else 0)
+    lanes = vectors * sizes * seeds
+    if lanes > MAX_LANES:
+        raise ValueError(
+            f"up to {lanes:,} lanes are planned ({vectors:,} rank vectors, {sizes} data sizes, {seeds} "
+            f"seeds); at most {MAX_LANES:,} are allowed. Give lora.modules fewer ranks or modules, or lower "
+            "probe.num_samples or probe.seeds; probe.corners: false plans fewer too"
+        )
+    if combinations > MAX_RANK_VECTORS:
+        raise ValueError(
+            f"lora.modules has {combinations:,} combinations of ranks to choose from; at most {MAX_RANK_VECTORS:,} are "
+            "allowed. Give fewer ranks"
+        )
+
+
+def check_eval_points(steps: int, look_every: int) -> None:
+    """Refuses a final run of too many eval points.
+
+    Raises:
+        ValueError: it plans more than `MAX_EVAL_POINTS`.
+    """
+    if steps // look_every > MAX_EVAL_POINTS:
+        raise ValueError(
+            f"{steps:,} steps with an eval point every {look_every} are {steps // look_every:,} eval points; at most "
+            f"{MAX_EVAL_POINTS:,} are allowed. Raise look_every or lower steps"
+        )

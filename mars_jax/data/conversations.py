@@ -1,0 +1,141 @@
+"""Checks of conversations, whatever their format, and what is put right in them: placeholders, and where they end."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, Turn
+from mars_jax.data.values import shown
+
+MAX_CHARACTERS = 1_000_000
+"""Characters of the texts of one row, together."""
+
+MAX_TURNS = 1_000
+"""Turns of one row."""
+
+# Placeholders of other tools for what is not read; a closing tag after one makes it HTML.
+_FOREIGN = re.compile(r"<(video|audio|speech|bbox|ref-object)>(?!.{0,2000}?</\1>)", re.DOTALL)
+_NUMBERED = re.compile(r"<\|?(?:image|img)[ _-]?\d+\|?>|<image_placeholder>|<img>[^<>\n]{1,500}</img>", re.IGNORECASE)
+_NUMBER = r"\s{0,2}\d{1,5}(?:\.\d{1,9})?\s{0,2}"
+_BOX = re.compile(
+    rf"[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]|\({_NUMBER},{_NUMBER}\),?\s?\({_NUMBER},{_NUMBER}\)"
+    rf"|\"?(?:bbox_2d|point_2d|bbox)\"?\s?[:=]\s?[\[(]{_NUMBER},|<\|?(?:box|box_start|point)\|?>"
+)
+
+
+class Finished(NamedTuple):
+    """A conversation that is ready to be trained on.
+
+    Attributes:
+        turns: they end with an answer that is trained on.
+        num_pictures: how many of the row's pictures are in them.
+        changes: what was changed: keys of `notes.CHANGES`.
+    """
+
+    turns: tuple[Turn, ...]
+    num_pictures: int
+    changes: tuple[str, ...]
+
+
+def finished(made: Draft) -> Finished:
+    """A conversation without faults, with a placeholder for each picture, and cut after the last learnt answer."""
+    turns = tuple(replace(turn, text=_unix_picture(turn.text)) if not turn.parts else turn for turn in made.turns)
+    changes = []
+    if made.images and not _placeholders(turns):
+        turns, changes = _pictures_first(turns, len(made.images)), ["pictures_first"]
+    end = 1 + max(number for number, turn in enumerate(turns) if turn.role == "assistant" and turn.learn)
+    if end < len(turns):
+        changes.append("cut")
+    return Finished(turns[:end], _placeholders(turns[:end]), tuple(changes))
+
+
+def only_last(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns with the last answer alone trained on."""
+    return (*(replace(turn, learn=False) if turn.role == "assistant" else turn for turn in turns[:-1]), turns[-1])
+
+
+def has_boxes(turns: Sequence[Turn]) -> str:
+    """What looks like coordinates in pixels in the texts, or "": shares of 0 to 1 are no pixels."""
+    for turn in turns:
+        for found in _BOX.finditer(turn.text):
+            numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", re.sub(r"_2d", "", found[0]))]
+            if not numbers or max(numbers) > 1:
+                return found[0]
+    return ""
+
+
+def oversize(turns: Sequence[Turn]) -> str:
+    """The fault of a conversation that is longer than any context, or ""."""
+    characters = sum(len(turn.text) for turn in turns)
+    if len(turns) > MAX_TURNS:
+        return f"{len(turns):,} turns, more than {MAX_TURNS:,}. Split the conversation."
+    if characters > MAX_CHARACTERS:
+        return f"its texts have {characters:,} characters, more than {MAX_CHARACTERS:,}. Split or shorten them."
+    return ""
+
+
+def conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[str]:
+    """The faults of a conversation with so many pictures."""
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    expected = [("user", "assistant")[number % 2] for number in range(len(spoken))]
+    if "assistant" not in roles:
+        yield "no assistant turn, so nothing to learn. Add the answer."
+    elif roles.count("system") > 1:
+        yield f"{roles.count('system')} system turns; one is read, at the start. Join them."
+    elif spoken[0] != "user":
+        yield f"the conversation starts with {spoken[0]!r}; after an optional system turn the user must start."
+    elif spoken != expected:
+        yield f"the speakers are {', '.join(roles[:10])}; user and assistant must alternate."
+    elif spoken[-1] != "assistant":
+        yield "the last user turn has no answer. Add it, or remove the turn."
+    elif not any(turn.learn for turn in turns if turn.role == "assistant"):
+        yield "no answer is trained on: all are excluded. Mark one as trained on, or remove the record."
+    for number, turn in enumerate(turns):
+        yield from _text_faults(turn, f"turn {number}")
+    placeholders = _placeholders(turns)
+    numbered = next((found[0] for turn in turns for found in [_NUMBERED.search(turn.text)] if found), "")
+    if placeholders != num_images and (placeholders or not num_images or numbered):
+        seen = f" The text has {shown(numbered)}, which is not read." if numbered else ""
+        yield (
+            f"{placeholders} {IMAGE_PLACEHOLDER} in the user turns but {num_images} images. Write {IMAGE_PLACEHOLDER} "
+            f"once for each image.{seen}"
+        )
+    elif not num_images and numbered.startswith("<img>"):
+        yield f"the text has {shown(numbered)}, which is not read. Give it as 'image', with <image> in the text."
+
+
+def _text_faults(turn: Turn, where: str) -> Iterator[str]:
+    if turn.role == "assistant" and not turn.text.strip():
+        yield f"{where}: the answer is empty. Write it, or remove the record."
+    if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
+        yield f"{where}: {IMAGE_PLACEHOLDER} in a turn of the {turn.role}; only user turns may hold it."
+    foreign = _FOREIGN.search(turn.text)
+    if foreign:
+        yield (
+            f"{where}: {foreign[0]} stands for something that is not read ({foreign[1]}). Write what it stands for, or "
+            "leave the row out."
+        )
+
+
+def _placeholders(turns: Sequence[Turn]) -> int:
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+
+
+def _unix_picture(text: str) -> str:
+    """The text with a plain line end after each placeholder, which templates set off from the text."""
+    return text.replace(f"{IMAGE_PLACEHOLDER}\r\n", f"{IMAGE_PLACEHOLDER}\n")
+
+
+def _pictures_first(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
+    """The turns with the placeholders of all pictures at the start of the first question."""
+    number = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    turn = turns[number]
+    if turn.parts:
+        changed = replace(
+            turn, text=IMAGE_PLACEHOLDER * count + turn.text, parts=(*[IMAGE_PLACEHOLDER] * count, *turn.parts)
+        )
+    else:
+        changed = replace(turn, text="\n".join([*[IMAGE_PLACEHOLDER] * count, turn.text]))
+    return (*turns[:number], changed, *turns[number + 1 :])

@@ -1,0 +1,1 @@
+"""Files of samples: JSON texts and tables, read into rows."""

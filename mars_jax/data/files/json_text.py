@@ -1,0 +1,163 @@
+"""JSON lists and JSON lines. Which of the two a text is follows from what it holds, not from the name of its file."""
+
+import json
+from pathlib import Path
+
+from mars_jax.data.files.row import MAX_TEXT_BYTES, Row, check_number, check_readable, numbered
+from mars_jax.data.formats.keys import CONVERSATIONS
+from mars_jax.data.values import kind_of, shown
+from mars_jax.errors import DataError
+
+Parsed = tuple[list[Row], list[str], list[str]]
+"""Rows, faults and notes."""
+
+# How files begin that are no texts.
+_BINARY = {
+    b"PAR1": "a parquet file. Name it .parquet",
+    b"ARROW1": "an Arrow file. Name it .arrow",
+    b"\xff\xff\xff\xff": "an Arrow stream. Name it .arrow",
+    b"\x1f\x8b": "compressed by gzip. Unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd. Unpack it",
+    b"\xfd7zXZ": "compressed by xz. Unpack it",
+    b"BZh": "compressed by bzip2. Unpack it",
+    b"PK\x03\x04": "a zip file (a spreadsheet, or an archive). Unpack it, or save it as CSV",
+    b"\x80\x04": "a pickle, which is never opened. Save it as JSON",
+    b"\xff\xfe": "UTF-16. Save it as UTF-8",
+    b"\xfe\xff": "UTF-16. Save it as UTF-8",
+}
+_WRAPPERS = ("data", "rows", "records", "samples", "examples", "items", "annotations", "train")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        DataError: it is no readable text, or too large.
+    """
+    facts = check_readable(path)
+    if facts.st_size > MAX_TEXT_BYTES:
+        raise DataError(
+            f"{path}: has {facts.st_size:,} bytes, more than {MAX_TEXT_BYTES:,}. Save it as parquet, or split it."
+        )
+    try:
+        content = path.read_bytes()
+        kind = next((kind for start, kind in _BINARY.items() if content.startswith(start)), "")
+        if kind:
+            raise DataError(f"{path}: byte 0 is not UTF-8: the file is {kind}.")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Give a readable JSON or JSONL file.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+
+
+def read_json(path: Path) -> object:
+    """The JSON document of a file.
+
+    Raises:
+        DataError: it is none.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, error) from None
+
+
+def read_samples(path: Path) -> Parsed:
+    """The rows of a file with a JSON list, JSON lines, one record, or an object that holds a list.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    text = read_text(path)
+    start = text.lstrip()[:1]
+    first = text.lstrip().partition("\n")[0].strip()
+    if not start:
+        return [], [], []
+    error: Exception | None = None
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as seen:
+        error = seen
+    if error is None:
+        is_row = isinstance(document, dict) and not any(isinstance(document.get(key), list) for key in _WRAPPERS)
+        is_line = path.suffix.lower() == ".jsonl" and "\n" not in text.strip()
+        return _lines(path, text) if is_row and is_line else _document(path, document)
+    whole = start == "[" and not _goes_on(error)
+    if whole or first == "{" or (path.suffix.lower() == ".json" and not (start == "{" and _is_line(first))):
+        raise _not_json(path, error)
+    return _lines(path, text)
+
+
+def read_lines(path: Path) -> Parsed:
+    """The rows of a file of JSON lines, each of which may end in a comma.
+
+    Raises:
+        DataError: it is no readable text.
+    """
+    return _lines(path, read_text(path))
+
+
+def _lines(path: Path, text: str) -> Parsed:
+    rows, faults, commas = [], [], 0
+    # Not splitlines(): JSON strings may hold other Unicode line ends.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    check_number(path, len(lines))
+    for row_number, (line_number, line) in enumerate(lines):
+        source = f"{path.name}:{line_number}"
+        bare = line.rstrip().removesuffix(",")
+        commas += bare != line.rstrip()
+        try:
+            rows.append(Row(row_number, source, json.loads(bare)))
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{source}: {_problem(error)}. Mend or remove the line.")
+    return rows, faults, [f"{commas} lines end in a comma, which is not read"] if commas else []
+
+
+def _document(path: Path, document: object) -> Parsed:
+    if isinstance(document, list):
+        return numbered(path, document), [], []
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: the file holds a JSON {kind_of(document)}; a list of records is expected.")
+    if {*CONVERSATIONS, "question"} & document.keys() and not isinstance(document.get("question"), list):
+        return numbered(path, [document]), [], []
+    lists = [key for key, value in document.items() if isinstance(value, list)]
+    if len(lists) == 1 and lists[0] in _WRAPPERS:
+        others = [key for key in document if key not in lists]
+        notes = [f"rows are those of {lists[0]!r}; not read: {shown(others)}"] if others else []
+        return numbered(path, document[lists[0]]), [], notes
+    hint = ""
+    if len(lists) > 1:
+        hint = f" It has the lists {shown(lists)}. Write the rows of one of them to a file of its own."
+    elif document and all(isinstance(value, dict) for value in document.values()):
+        hint = " It has an object for each key. Write a list of them, each with its key as 'id'."
+    raise DataError(f"{path}: the file holds a JSON object; a list of records is expected.{hint}")
+
+
+def _goes_on(error: Exception) -> bool:
+    return isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+
+
+def _is_line(line: str) -> bool:
+    try:
+        json.loads(line.removesuffix(","))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _not_json(path: Path, error: Exception) -> DataError:
+    line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+    hint = ""
+    if _goes_on(error):
+        hint = " Write one object on each line (JSON lines), or a list of them."
+    return DataError(f"{path}{line}: {_problem(error)}. Mend it there.{hint}")
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON at column {error.colno} ({error.msg})"
+    if isinstance(error, RecursionError):
+        return "not readable JSON (lists or objects nested too deep)"
+    return "not readable JSON (a number with thousands of digits)"

@@ -1,0 +1,64 @@
+"""Pictures of a row: paths, `data:` URIs, base64 texts, and the {"bytes", "path"} of parquet. None is opened here."""
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import PureWindowsPath
+
+from mars_jax.data.formats.base import FaultError
+from mars_jax.data.values import is_absent, kind_of, shown
+
+# How the base64 texts of JPEG, PNG, WebP and GIF files begin; VLMEvalKit's tables hold pictures like that.
+_PNG = "iVBORw0KGgo"
+_BASE64 = ("/9j/", "UklGR", "R0lGOD")
+_SHORTEST_BASE64 = 40
+
+
+def column_pictures(row: Mapping[str, object], faults: list[str]) -> Iterator[str | bytes]:
+    """Pictures of the columns `image` and `images`, each a source or a list of sources; faults are appended."""
+    for key in ("image", "images"):
+        value = row.get(key)
+        if is_absent(value):
+            continue
+        for source in value if isinstance(value, list) else [value]:
+            try:
+                yield read_picture(source)
+            except FaultError as error:
+                faults += error.args
+
+
+def read_picture(source: object) -> str | bytes:
+    """The path of a picture as it is written, or the encoded picture.
+
+    Raises:
+        FaultError: the source is neither.
+    """
+    if isinstance(source, dict):
+        if isinstance(source.get("bytes"), bytes):
+            return bytes(source["bytes"])
+        source = source.get("path")
+    if not isinstance(source, str) or not source:
+        kind = "" if source is None else f" ({kind_of(source)})"
+        raise FaultError(f"image is {shown(source)}{kind}; a path relative to the image folder is expected.")
+    if source.startswith("data:"):
+        return _decoded(source.partition(",")[2], source)
+    is_long = len(source) >= _SHORTEST_BASE64
+    if (source.startswith(_PNG) or (source.startswith(_BASE64) and is_long)) and "." not in source:
+        return _decoded(source, source)
+    scheme = source[:8].lower()
+    if scheme.startswith(("http://", "https://", "ftp://", "s3://", "gs://")):
+        raise FaultError(f"image {shown(source)} is an address. Download the picture and give its path.")
+    if scheme.startswith("file:"):
+        raise FaultError(f"image {shown(source)} is an address of a file. Give its path alone.")
+    if "\0" in source:
+        raise FaultError(f"image {shown(source)} holds a NUL character, which no path can. Write the path anew.")
+    windows = PureWindowsPath(source)
+    if windows.drive or ("\\" in source and ".." in windows.parts):
+        raise FaultError(f"image {shown(source)} points outside the image folder. Use a path below it, without '..'.")
+    return source
+
+
+def _decoded(text: str, source: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise FaultError(f"image {shown(source)} is no base64 ({error}). Encode it again.") from None

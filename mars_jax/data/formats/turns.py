@@ -1,0 +1,76 @@
+"""Lists of turns: their roles and texts, and which answers are trained on."""
+
+from collections.abc import Mapping
+
+from mars_jax.data.formats.base import ROLES, FaultError, Turn
+from mars_jax.data.formats.keys import LEARN, SYSTEM
+from mars_jax.data.values import is_absent, kind_of, shown
+
+
+def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> tuple[Turn, ...]:
+    """The turns of a row's list of messages.
+
+    Args:
+        row: the row.
+        key: its column with the list.
+        speaker: key of a message's role, one of `ROLES`.
+        text: key of a message's text.
+
+    Raises:
+        FaultError: the column holds no list, or a message is malformed.
+    """
+    messages = row.get(key)
+    if not isinstance(messages, list) or not messages:
+        raise FaultError(f"{key!r} is {shown(messages)}; a list of {{{speaker!r}, {text!r}}} turns is expected.")
+    malformed = [
+        f"turn {number} is {shown(turn)}; an object with the strings {speaker!r} and {text!r} is expected."
+        for number, turn in enumerate(messages)
+        if not (isinstance(turn, dict) and isinstance(turn.get(speaker), str) and isinstance(turn.get(text), str))
+    ] or [
+        f"turn {number} is from {shown(turn[speaker])}; allowed: {', '.join(ROLES)}."
+        for number, turn in enumerate(messages)
+        if turn[speaker] not in ROLES
+    ]
+    if malformed:
+        raise FaultError(*malformed)
+    return tuple(
+        Turn(ROLES[turn[speaker]], turn[text], learn=_learn(turn, ROLES[turn[speaker]], number))
+        for number, turn in enumerate(messages)
+    )
+
+
+def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:
+    """Whether a turn is trained on, by its keys `LEARN`."""
+    given = {key: turn[key] for key in LEARN if key in turn and not is_absent(turn[key])}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise FaultError(
+                f"turn {number}: {key!r} is {shown(value)} ({kind_of(value)}); true or 1 (trained on) and false or 0 "
+                "(not) are read, weights between them are not. Write one of these."
+            )
+        if value and role != "assistant":
+            raise FaultError(
+                f"turn {number}: {key!r} is {shown(value)} in a turn of the {role}; only answers are trained on. Take "
+                "the key out of other turns."
+            )
+    if len({bool(value) for value in given.values()}) > 1:
+        raise FaultError(f"turn {number}: {' and '.join(map(repr, given))} contradict each other. Keep one of them.")
+    return all(given.values())
+
+
+def with_system(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns without empty system turns, after one with the text of the row's column `SYSTEM`, if any.
+
+    Raises:
+        FaultError: the column holds no text, or there are several system texts.
+    """
+    given = {key: row[key] for key in SYSTEM if not is_absent(row.get(key))}
+    turns = tuple(turn for turn in turns if turn.role != "system" or turn.text.strip())
+    sources = [repr(key) for key in given] + ["a system turn"] * any(turn.role == "system" for turn in turns)
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise FaultError(f"{key!r} is {shown(value)} ({kind_of(value)}); a text is expected.")
+    if len(sources) > 1:
+        raise FaultError(f"the row has {' and '.join(sources)}; one system text is read. Keep one of them.")
+    text = next(iter(given.values()), "")
+    return (Turn("system", str(text)), *turns) if str(text).strip() else turns

@@ -1,0 +1,82 @@
+"""Loads the tokenizer of a checkpoint with its chat template."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mars_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Loads a checkpoint's tokenizer, with the chat template of its processor where the folder has one.
+
+    Code in the folder is never run, whatever its files ask for.
+
+    Args:
+        directory: the checkpoint's folder.
+
+    Raises:
+        ConfigError: the tokenizer cannot be read, or has no chat template or no padding token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the readers of its files raise anything on damaged ones
+        raise ConfigError(
+            f"{directory}: no usable tokenizer ({type(error).__name__}: {str(error)[:500]}). Copy tokenizer.json and "
+            "tokenizer_config.json from the checkpoint's source."
+        ) from error
+    # The tokenizer reads chat_template.jinja itself; older checkpoints keep the multimodal template only in these.
+    template = tokenizer.chat_template
+    for name in ("processor_config.json", "chat_template.json"):
+        file = directory / name
+        if file.is_file() and not (directory / "chat_template.jinja").is_file():
+            template = _template_in(file) or template
+    if template is None:
+        raise ConfigError(
+            f"{directory}: the tokenizer has no chat template. Copy chat_template.jinja (or chat_template.json) from "
+            "the checkpoint's source."
+        )
+    tokenizer.chat_template = _default_of(template, directory)
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"{directory}: the tokenizer has no padding token. Set pad_token in tokenizer_config.json.")
+    return tokenizer
+
+
+def _template_in(file: Path) -> object:
+    """The key `chat_template` of a JSON file, or None."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}). Copy it from the checkpoint's source.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(
+            f"{file} holds a JSON {type(document).__name__}; an object with 'chat_template' is expected. Copy it from "
+            "the checkpoint's source."
+        )
+    return document.get("chat_template")
+
+
+def _default_of(template: object, directory: Path) -> str:
+    """The template itself, or the one named "default" of several: {name: text} or [{"name", "template"}]."""
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {str(entry.get("name")): entry.get("template") for entry in named}
+    if isinstance(template, dict):
+        names = ", ".join(sorted(map(str, template)))
+        template = template.get("default")
+        if template is None:
+            raise ConfigError(
+                f"{directory}: there are several chat templates ({names}), none of them named 'default'. Write the one "
+                "to use to chat_template.jinja."
+            )
+    if not isinstance(template, str) or not template.strip():
+        raise ConfigError(
+            f"{directory}: the chat template is a {type(template).__name__} or empty; a text is expected. Copy "
+            "chat_template.jinja from the checkpoint's source."
+        )
+    return template

@@ -1,0 +1,393 @@
+"""Shapes of the JSON files of a run directory: the keys that are read, and their types.
+
+A file of another shape is refused by `RunDirectory.read` or `RunDirectory.lines`, at the key. Other keys may be there
+too. None stands for NaN and infinities, which JSON lacks, or for what older runs didn't write.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mars_jax.job import files
+
+Number = float | None
+Numbers = dict[str, float | None]
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a finished phase left in a file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """A phase in state.json.
+
+    Attributes:
+        status: how far it is.
+        inputs_hash: of all its inputs.
+        started: when this attempt began.
+        finished: when it ended.
+        seconds: that all attempts at these inputs took.
+        error: what ended it.
+        inputs: name -> hash of each input, so that a change can be named.
+        outputs: file, relative to the run directory -> what the finished phase left in it.
+    """
+
+    status: Literal["running", "done", "failed", "interrupted"]
+    inputs_hash: str
+    started: str = ""
+    finished: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, FileRecord] | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """state.json."""
+
+    phases: dict[str, PhaseRecord]
+    versions: dict[str, str] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What a file that the run is made from holds, and size and times by which a change is noticed."""
+
+    sha256: str
+    stamp: list[int] | None
+
+
+@dataclass(frozen=True)
+class SourcesRecord:
+    """sources.json."""
+
+    digest: str
+    data: dict[str, SourceRecord]
+    pictures: dict[str, SourceRecord]
+    base: dict[str, SourceRecord]
+
+
+@dataclass(frozen=True)
+class Data:
+    """data.json."""
+
+    files: dict[str, str]
+    sources: str | None = None
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    formats: list[str] | dict[str, Any] | None = None
+    dropped: list[dict[str, Any]] | None = None
+    shapes: dict[str, Any] | None = None
+    padding: dict[str, Any] | None = None
+    tokens_per_sample: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json."""
+
+    lanes: int
+    runs: int | None = None
+    lane_steps: int | None = None
+    samples: int | None = None
+    flops: Number = None
+    final_runs: int | None = None
+    full_grid_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """progress.json."""
+
+    phase: str
+    lanes: Counts
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of events.jsonl; `lanes` and `steps` are those of a group."""
+
+    event: str
+    lanes: list[str] | None = None
+    steps: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A line of probes/lanes.jsonl; `LaneRecord.from_json` says which keys a line needs."""
+
+    lane: str = ""
+    run: str | None = None
+    ranks: Counts = field(default_factory=dict)
+    num_samples: int = 1
+    seed: int = 0
+    learning_rate: Numbers | float | None = None
+    adapted: list[str] | None = None
+    steps: int = 1
+    convergence_steps: Numbers = field(default_factory=dict)
+    censored: dict[str, bool] = field(default_factory=dict)
+    best_loss: Number = None
+    best_step: int | None = None
+    update_norm: Numbers = field(default_factory=dict)
+    interaction: Number = None
+    eval_interval: Number = None
+    status: str = ""
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """An eval point."""
+
+    step: int
+    validation_loss: Number
+    train_loss: Number = None
+    update_norm: Numbers = field(default_factory=dict)
+    drift: Numbers = field(default_factory=dict)
+    alive: bool = True
+    reason: str | None = None
+    remaining: Numbers | None = None
+    interaction: Number = None
+    hybrids: Numbers | None = None
+
+
+@dataclass(frozen=True)
+class CurvePoint(Point):
+    """A line of probes/curves.jsonl."""
+
+    lane: str = ""
+
+
+@dataclass(frozen=True)
+class LaneBlock:
+    """probes/lane_block.json."""
+
+    lane_block: int
+
+
+@dataclass(frozen=True)
+class ConvergenceLaw:
+    """A Law-C in laws.json."""
+
+    k: float
+    gamma: float
+    delta: float
+    E: float
+    rmse_log: float
+    ci: dict[str, list[float]]
+    points: int
+    censored: int
+
+
+@dataclass(frozen=True)
+class PerformanceLaw:
+    """A Law-P in laws.json."""
+
+    form: Literal["power", "power_overfit"]
+    A: float
+    alpha: dict[str, float]
+    beta: float
+    E: float
+    ci: dict[str, list[float]]
+    overfit: dict[str, Any] | None
+    held_out_error: Number
+    order_tau: Number
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The bootstrap draws in laws.json."""
+
+    convergence: dict[str, dict[str, list[float]]]
+    performance: dict[str, list[float]]
+    multiplicative: dict[str, list[float]] | None
+
+
+@dataclass(frozen=True)
+class Laws:
+    """laws.json."""
+
+    convergence: dict[str, ConvergenceLaw]
+    untimed: dict[str, str]
+    performance: PerformanceLaw
+    multiplicative: PerformanceLaw | None
+    diverged: int
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rank vector in selection.json."""
+
+    ranks: Counts
+    parameters: int
+    predicted_loss: Number = None
+    predicted_ci: list[float | None] = field(default_factory=list)
+    convergence_steps: Numbers = field(default_factory=dict)
+    imbalance: Number = None
+    kept: bool = False
+    reason: str = ""
+    p_best: Number = None
+    probed_loss: Number = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """selection.json."""
+
+    target_num_samples: int
+    pick: Counts
+    method: str
+    explanation: str
+    candidates: list[Candidate]
+    p_best: Number
+    fallback: str | None
+    tau: Number
+
+
+@dataclass(frozen=True)
+class BegunRun:
+    """A final run in sweep/runs.json."""
+
+    ranks: Counts
+    looks: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """sweep/runs.json."""
+
+    runs: list[BegunRun]
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """The final run in sweep/final.json."""
+
+    ranks: Counts
+    num_samples: int
+    learning_rate: dict[str, float]
+    points: list[Point]
+    warm_start: str | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """sweep/final.json."""
+
+    settings: str
+    run: KeptRun
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A line of finetune/metrics.jsonl."""
+
+    step: int
+    validation_loss: Number
+    train_loss: Number = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """finetune/summary.json."""
+
+    ranks: Counts
+    steps: int | None = None
+    best_step: int | None = None
+    best_validation_loss: Number = None
+    num_samples: int | None = None
+    learning_rate: dict[str, float] | float | None = None
+    parameters: int | None = None
+    warm_start: str | None = None
+    from_sweep: bool | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A line of compare/trials.jsonl."""
+
+    trial: str
+    ranks: Counts
+    factors: dict[str, float]
+    looks: list[list[float | None]]
+    validation_loss: Number = None
+    reason: str | None = None
+    test_losses: list[float] = field(default_factory=list)
+    test_tokens: list[int] = field(default_factory=list)
+    test_correct: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """compare.json."""
+
+    methods: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition in evaluation.json."""
+
+    loss: Number
+    perplexity: Number
+    accuracy: Number
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation.json."""
+
+    conditions: dict[str, Condition]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the fine-tuned model did with a test sample, in samples.jsonl."""
+
+    loss: float
+    right: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of samples.jsonl."""
+
+    id: str
+    prompt: str
+    target: str
+    finetuned: Outcome
+
+
+SHAPES: dict[Path, type] = {
+    files.STATE: State,
+    files.SOURCES: SourcesRecord,
+    files.DATA: Data,
+    files.PLAN: Plan,
+    files.PROGRESS: Progress,
+    files.EVENTS: Event,
+    files.LANES: Lane,
+    files.CURVES: CurvePoint,
+    files.LANE_BLOCK: LaneBlock,
+    files.LAWS: Laws,
+    files.SELECTION: Selection,
+    files.SWEEP: Sweep,
+    files.FINAL_RUN: Kept,
+    files.METRICS: Metric,
+    files.SUMMARY: Summary,
+    files.TRIALS: Trial,
+    files.COMPARISON: Comparison,
+    files.EVALUATION: Evaluation,
+    files.SAMPLES: Sample,
+}
+"""File, relative to the run directory -> the shape of the document, or of each of its lines."""

@@ -1,0 +1,28 @@
+"""How values and texts that strangers wrote are shown: shortened, and with control characters written out."""
+
+import re
+import reprlib
+
+# C0 without tab and newline, DEL and C1; marks that turn the direction of a text; line separators; lone surrogates.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 4
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
+def visible(text: str) -> str:
+    r"""A text whose control characters are written as escapes, so that a terminal or a page shows and obeys none.
+
+    Newlines and tabs stay.
+
+    >>> visible("red\x1b[2J\n"), visible("\u202etxt")
+    ('red\\x1b[2J\n', '\\u202etxt')
+    """
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def short(value: object) -> str:
+    """A value as Python writes it, cut to what fits a message."""
+    return _REPR.repr(value)
