@@ -80,7 +80,8 @@ def write_adapter(
         config: the base's configuration.
         base_name: hub id or path of the base, as PEFT should look it up.
         base_revision: commit of the base.
-        provenance: whatever says where the adapter comes from; JSON values.
+        provenance: whatever says where the adapter comes from; JSON values. The card shows its `prompt`, the text of
+            a prompt.
         method: the adapter method.
 
     Raises:
@@ -121,9 +122,8 @@ def write_adapter(
     write_json(directory / ADAPTER_CONFIG_FILE, dict(sorted(adapter_config.items())))
     record = {"ranks": dict(ranks), "alpha": alphas, "base_model": base_name, "base_revision": base_revision}
     write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)})
-    card = model_card(
-        family, base_name, base_revision, trained, alphas, sum(tensor.size for tensor in tensors.values())
-    )
+    size = sum(tensor.size for tensor in tensors.values())
+    card = model_card(family, base_name, base_revision, trained, alphas, size, provenance.get("prompt"))
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 

@@ -45,7 +45,7 @@ model = PeftModel.from_pretrained(base, "PATH/TO/THIS/DIRECTORY")
 Names and patterns fit transformers 4.57 to 5.23 with peft 0.18 or newer. peft only warns about tensors that it cannot
 assign, so check once that the outputs differ from the base's, with `mars export RUN --verify`.{loading}
 
-## Serve
+{prompt}## Serve
 
 - transformers with peft: as above.
 - {vllm}
@@ -55,6 +55,20 @@ Where the adapter comes from (run, data, settings) is in `mars.json`.
 """
 
 
+_PROMPT = """\
+## Prompt
+
+It was trained on answers that follow the generation prompt of the base's chat template. `AutoProcessor` of the base
+gives it: `processor.apply_chat_template(messages, add_generation_prompt=True)`. For one of its samples, each picture as
+the one token that the processor repeats, it is
+
+{block}
+
+"""
+# Of a longer prompt only the two ends are shown.
+_LONGEST_PROMPT = 4000
+
+
 def model_card(
     table: CheckpointTable[ModelConfig],
     base: str,
@@ -62,6 +76,7 @@ def model_card(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     size: int,
+    prompt: str | None = None,
 ) -> str:
     """Markdown for the adapter's README.
 
@@ -72,6 +87,7 @@ def model_card(
         ranks: module -> rank, for adapted modules.
         alphas: module -> alpha, for the same modules.
         size: number of adapter parameters.
+        prompt: a prompt as it was trained, to be shown.
     """
     rows = [f"| {module} | {rank} | {alphas[module]:g} | {alphas[module] / rank:g} |" for module, rank in ranks.items()]
     return _TEMPLATE.format(
@@ -85,7 +101,18 @@ def model_card(
         revision=f" at revision {_code(revision)}" if revision else "",
         revision_argument=f", revision={revision!r}" if revision else "",
         size=size,
+        prompt=_PROMPT.format(block=_block(prompt)) if prompt else "",
     )
+
+
+def _block(text: str) -> str:
+    """A fenced Markdown block of any text."""
+    if len(text) > _LONGEST_PROMPT:
+        half = _LONGEST_PROMPT // 2
+        text = f"{text[:half]}\n[{len(text) - 2 * half} characters]\n{text[-half:]}"
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    shown = "\n".join(visible(line) for line in text.split("\n"))
+    return f"{fence}text\n{shown}\n{fence}"
 
 
 def _scalar(text: str) -> str:

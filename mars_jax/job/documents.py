@@ -127,6 +127,7 @@ class Lane:
     """A line of probes/lanes.jsonl; `LaneRecord.from_json` says which keys a line needs."""
 
     lane: str = ""
+    run: str | None = None
     ranks: Counts = field(default_factory=dict)
     num_samples: float = 1
     seed: int = 0
