@@ -68,7 +68,8 @@ _OPTION = re.compile(
     r"(option|choice)s?[_ ]?([a-z]|[0-9]+)|candidates|(answer|mc|multi(ple)?_choice)_?(options|choices)?"
 )
 
-_MOST_FAULTS = 3  # of one row
+MOST_FAULTS = 3
+"""Faults of one kind that a row is given."""
 
 
 def unread_keys(row: Mapping[str, object], keys: Keys) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ def unread_keys(row: Mapping[str, object], keys: Keys) -> tuple[str, ...]:
         else:
             names.append(f"{name}.{key}" if name else key)
     if faults:
-        raise FaultError(*faults[:_MOST_FAULTS])
+        raise FaultError(*faults[:MOST_FAULTS])
     return tuple(names)
 
 

@@ -60,6 +60,7 @@ def test_a_row_without_an_answer_that_is_trained_on_is_refused(tmp_path, column)
         ({"weight": 0.5}, r"turn 1: 'weight' is 0.5 \(number\); true or 1 \(trained on\) and false or 0"),
         ({"weight": 2}, r"turn 1: 'weight' is 2 \(number\)"),
         ({"weight": float("inf")}, r"turn 1: 'weight' is inf \(number\)"),
+        ({"weight": float("nan")}, r"turn 1: 'weight' is nan \(number\)"),
         ({"loss": "false"}, r"turn 1: 'loss' is 'false' \(text\)"),
         ({"loss": [1]}, r"turn 1: 'loss' is \[1\] \(list\)"),
         ({"loss": False, "weight": 1}, "turn 1: 'loss' and 'weight' contradict each other"),
