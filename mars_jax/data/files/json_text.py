@@ -129,7 +129,7 @@ def _document(path: Path, document: object) -> Parsed:
         notes = [f"rows are those of {lists[0]!r}; not read: {shown(others)}"] if others else []
         return numbered(path, document[lists[0]]), [], notes
     hint = ""
-    if len(lists) > 1:
+    if lists:
         hint = f" It has the lists {shown(lists)}. Write the rows of one of them to a file of its own."
     elif document and all(isinstance(value, dict) for value in document.values()):
         hint = " It has an object for each key. Write a list of them, each with its key as 'id'."

@@ -47,6 +47,7 @@ def test_a_file_of_one_record_is_that_record(tmp_path, indent):
         (json.dumps({"1": ROW, "2": ROW}), "It has an object for each key. Write a list of them, each with its key"),
         (json.dumps({"train": TWO, "test": TWO}), "It has the lists ['train', 'test']. Write the rows of one of"),
         (json.dumps({"question": ["a"], "answer": ["b"]}), "It has the lists ['question', 'answer']"),
+        (json.dumps({"questions": TWO}), "It has the lists ['questions']. Write the rows of one of them to a file"),
         ('"a text"', "the file holds a JSON text; a list of records is expected"),
         ("3", "the file holds a JSON number; a list of records is expected"),
         (f"[{json.dumps(ROW)},]", "not valid JSON at column"),

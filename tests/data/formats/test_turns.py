@@ -65,6 +65,10 @@ def test_a_row_without_an_answer_that_is_trained_on_is_refused(tmp_path, column)
         ({"loss": [1]}, r"turn 1: 'loss' is \[1\] \(list\)"),
         ({"loss": False, "weight": 1}, "turn 1: 'loss' and 'weight' contradict each other"),
         ({"loss_scale": 1.0}, "turn 1: 'loss_scale' is 1.0: training weights are read from turns alone"),
+        (
+            {"masked": True},
+            "turn 1: 'masked' is True: training weights are read from turns alone, as loss, weight, train",
+        ),
         ({"thinking": "hm"}, "turn 1: 'thinking' is 'hm': reasoning is not read"),
         ({"images": ["a.png"]}, r"turn 1: 'images' is \['a.png'\]: pictures are read from 'image' and 'images'"),
     ],
