@@ -216,8 +216,8 @@ def test_another_family_is_refused_with_those_supported(config, copy, command):
         ({"image": "images/none.png"}, "image 'images/none.png' does not exist in"),
         ({"image": "text.png"}, "image 'text.png' cannot be decoded"),
         (
-            {"conversations": [{"from": "human", "value": "what colour?"}, {"from": "gpt", "value": "red"}]},
-            "0 <image> in the user turns but 1 images. Write <image> once for each image.",
+            {"conversations": [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "red"}]},
+            "2 <image> in the user turns but 1 images. Write <image> once for each image.",
         ),
         (
             {"conversations": [{"from": "human", "value": "<image> colour?"}, {"from": "gpt", "value": " "}]},

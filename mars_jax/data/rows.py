@@ -47,9 +47,11 @@ def source_files(path: Path) -> list[Path]:
     """The existing files that `read_rows` reads, pictures excluded.
 
     Raises:
-        DataError: the path cannot be read.
+        DataError: what is there is no regular file that can be read.
     """
     path, split = _path_and_split(path)
+    if facts_of(path) is None:
+        return []
     if not is_folder(path):
         check_readable(path)
         return [path]

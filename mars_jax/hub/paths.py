@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from mars_jax.errors import ConfigError, DataError
 
+# A file of a data set; any other path within it is a folder.
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv")
 # The files of a model that are downloaded: not the same weights in other formats.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm"]
 
@@ -53,7 +55,7 @@ def local(path: Path) -> Path:
 
     kind, name, revision, within, split = _parse(path)
     # The pictures of a file are in the same folder.
-    folder = PurePosixPath(within).parent if within.endswith((".json", ".jsonl", ".parquet")) else PurePosixPath(within)
+    folder = PurePosixPath(within).parent if PurePosixPath(within).suffix in _DATA_SUFFIXES else PurePosixPath(within)
     patterns = [f"{folder}/*"] if folder.name else _MODEL_FILES if kind == "model" else None
     try:
         target = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)) / within

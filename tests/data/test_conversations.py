@@ -1,6 +1,7 @@
 """Placeholders, coordinates, sizes and ids of conversations."""
 
 import json
+import re
 
 import pytest
 
@@ -168,6 +169,5 @@ def test_values_nested_deep_are_faults_or_notes(tmp_path, depth, key):
             outcome = " ".join(read(tmp_path, text)[1])
         except DataError as error:
             outcome = str(error)
-        reported = ("1 fault", "2 faults", f"keys not read: {key}", "question")
-        assert any(text in outcome for text in reported)
+        assert re.search(r"\d faults?\b|keys not read|nested too deep", outcome)
         assert len(outcome) < 1_000

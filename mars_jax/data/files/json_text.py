@@ -1,6 +1,7 @@
 """JSON lists and JSON lines. Which of the two a text is follows from what it holds, not from the name of its file."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from mars_jax.data.files.row import MAX_TEXT_BYTES, Row, check_number, check_readable, numbered
@@ -59,7 +60,7 @@ def read_json(path: Path) -> object:
     """
     text = read_text(path)
     try:
-        return json.loads(text)
+        return _parsed(text)
     except (ValueError, RecursionError) as error:
         raise _not_json(path, error) from None
 
@@ -77,7 +78,7 @@ def read_samples(path: Path) -> Parsed:
         return [], [], []
     error: Exception | None = None
     try:
-        document = json.loads(text)
+        document = _parsed(text)
     except (ValueError, RecursionError) as seen:
         error = seen
     if error is None:
@@ -109,7 +110,7 @@ def _lines(path: Path, text: str) -> Parsed:
         bare = line.rstrip().removesuffix(",")
         commas += bare != line.rstrip()
         try:
-            rows.append(Row(row_number, source, json.loads(bare)))
+            rows.append(Row(row_number, source, _parsed(bare)))
         except (ValueError, RecursionError) as error:
             faults.append(f"{source}: {_problem(error)}. Mend or remove the line.")
     return rows, faults, [f"{commas} lines end in a comma, which is not read"] if commas else []
@@ -128,11 +129,27 @@ def _document(path: Path, document: object) -> Parsed:
         notes = [f"rows are those of {lists[0]!r}; not read: {shown(others)}"] if others else []
         return numbered(path, document[lists[0]]), [], notes
     hint = ""
-    if len(lists) > 1:
+    if lists:
         hint = f" It has the lists {shown(lists)}. Write the rows of one of them to a file of its own."
     elif document and all(isinstance(value, dict) for value in document.values()):
         hint = " It has an object for each key. Write a list of them, each with its key as 'id'."
     raise DataError(f"{path}: the file holds a JSON object; a list of records is expected.{hint}")
+
+
+class _TwiceError(ValueError):
+    """An object has a key twice; its argument is the key."""
+
+
+def _parsed(text: str) -> object:
+    """The value of a JSON text, no object of which has a key twice."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return made
 
 
 def _goes_on(error: Exception) -> bool:
@@ -141,7 +158,7 @@ def _goes_on(error: Exception) -> bool:
 
 def _is_line(line: str) -> bool:
     try:
-        json.loads(line.removesuffix(","))
+        _parsed(line.removesuffix(","))
     except (ValueError, RecursionError):
         return False
     return True
@@ -152,12 +169,14 @@ def _not_json(path: Path, error: Exception) -> DataError:
     hint = ""
     if _goes_on(error):
         hint = " Write one object on each line (JSON lines), or a list of them."
-    return DataError(f"{path}{line}: {_problem(error)}. Mend it there.{hint}")
+    return DataError(f"{path}{line}: {_problem(error)}. Mend it{' there' * bool(line)}.{hint}")
 
 
 def _problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON at column {error.colno} ({error.msg})"
+    if isinstance(error, _TwiceError):
+        return f"an object has the key {shown(error.args[0])} twice"
     if isinstance(error, RecursionError):
         return "not readable JSON (lists or objects nested too deep)"
     return "not readable JSON (a number with thousands of digits)"

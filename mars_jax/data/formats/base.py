@@ -80,7 +80,7 @@ class FaultError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """The keys that a format reads. Of the others, those of `keys.REFUSED` are refused and the rest are counted.
+    """The keys that a format reads. Of the others, those that change what a row means are refused, the rest counted.
 
     Attributes:
         row: of a row, besides those that all formats read: `keys.COMMON`.

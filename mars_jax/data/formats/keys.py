@@ -54,21 +54,20 @@ _ANYWHERE = {
 }
 _IN_TURN = {
     **dict.fromkeys(("reasoning", "thinking", "thought", "thoughts"), _THINKING),
+    **dict.fromkeys(("mask", "masked", "ignore"), _WEIGHT),
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "files", "attachments"), _NUMBERED),
 }
 _IN_PART = dict.fromkeys(("source", "file", "file_id", "data", "input_image", "image_file"), _NUMBERED)
 _PICTURE_NAMES = frozenset({"img", "imgs", "picture", "pictures", "image_path", "image_paths", "image_file"})
 _PICTURE_NAMES |= {"image_files", "image_url", "image_urls", "img_path", "image_base64", "image_bytes", "image_list"}
 
-REFUSED = frozenset(_ANYWHERE)
-"""Keys that are refused wherever they are, unless a format reads them."""
-
 # Options of a question under names that no format reads.
 _OPTION = re.compile(
     r"(option|choice)s?[_ ]?([a-z]|[0-9]+)|candidates|(answer|mc|multi(ple)?_choice)_?(options|choices)?"
 )
 
-_MOST_FAULTS = 3  # of one row
+MOST_FAULTS = 3
+"""Faults of one kind that a row is given."""
 
 
 def unread_keys(row: Mapping[str, object], keys: Keys) -> tuple[str, ...]:
@@ -86,7 +85,7 @@ def unread_keys(row: Mapping[str, object], keys: Keys) -> tuple[str, ...]:
         else:
             names.append(f"{name}.{key}" if name else key)
     if faults:
-        raise FaultError(*faults[:_MOST_FAULTS])
+        raise FaultError(*faults[:MOST_FAULTS])
     return tuple(names)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mars_jax.data.formats.base import ROLES, FaultError, Turn
-from mars_jax.data.formats.keys import LEARN, SYSTEM
+from mars_jax.data.formats.keys import LEARN, MOST_FAULTS, SYSTEM
 from mars_jax.data.values import is_absent, kind_of, shown
 
 
@@ -32,7 +32,7 @@ def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> 
         if turn[speaker] not in ROLES
     ]
     if malformed:
-        raise FaultError(*malformed)
+        raise FaultError(*malformed[:MOST_FAULTS])
     return tuple(
         Turn(ROLES[turn[speaker]], turn[text], learn=_learn(turn, ROLES[turn[speaker]], number))
         for number, turn in enumerate(messages)
@@ -41,7 +41,7 @@ def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> 
 
 def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:
     """Whether a turn is trained on, by its keys `LEARN`."""
-    given = {key: turn[key] for key in LEARN if key in turn and not is_absent(turn[key])}
+    given = {key: turn[key] for key in LEARN if key in turn and turn[key] not in (None, "")}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise FaultError(

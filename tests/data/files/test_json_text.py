@@ -47,6 +47,7 @@ def test_a_file_of_one_record_is_that_record(tmp_path, indent):
         (json.dumps({"1": ROW, "2": ROW}), "It has an object for each key. Write a list of them, each with its key"),
         (json.dumps({"train": TWO, "test": TWO}), "It has the lists ['train', 'test']. Write the rows of one of"),
         (json.dumps({"question": ["a"], "answer": ["b"]}), "It has the lists ['question', 'answer']"),
+        (json.dumps({"questions": TWO}), "It has the lists ['questions']. Write the rows of one of them to a file"),
         ('"a text"', "the file holds a JSON text; a list of records is expected"),
         ("3", "the file holds a JSON number; a list of records is expected"),
         (f"[{json.dumps(ROW)},]", "not valid JSON at column"),
@@ -61,6 +62,7 @@ def test_a_file_of_one_record_is_that_record(tmp_path, indent):
         (b"[\"\xe4\"]", "byte 2 is not UTF-8. Save the file as UTF-8"),
         ("[" * 100_000 + "]" * 100_000, "not readable JSON (lists or objects nested too deep)"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "not readable JSON (lists or objects nested too deep)"),
+        ('[{"question": "a?", "answer": "x", "answer": "y"}]', "an object has the key 'answer' twice. Mend it."),
         (f'[{{"id": {"1" * 5_000}}}]', "not readable JSON (a number with thousands of digits)"),
     ],
 )  # fmt: skip
@@ -76,6 +78,7 @@ def test_other_files_are_refused_with_the_cause_and_the_way_out_in_one_message(t
     [
         ("[" * 100_000, "d.jsonl:2: not readable JSON (lists or objects nested too deep). Mend or remove the line"),
         ('{"id": %s}' % ("1" * 5_000), "d.jsonl:2: not readable JSON (a number with thousands of digits)"),
+        ('{"id": 1, "id": 2}', "d.jsonl:2: an object has the key 'id' twice. Mend or remove the line"),
         ('{"id": 1', "d.jsonl:2: not valid JSON at column 9"),
     ],
 )
