@@ -167,7 +167,10 @@ def diff(
     def work(reporter: "Reporter") -> "Document":
         from mars_jax.evals.paired import difference
         from mars_jax.job import files
+        from mars_jax.job.directory import RunDirectory
 
+        for directory in (run, other):
+            RunDirectory(directory).book.check(files.SAMPLES)
         return difference(run / files.SAMPLES, other / files.SAMPLES, reporter.warn)
 
     execute(work, json_output=json_output)

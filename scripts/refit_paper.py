@@ -16,6 +16,7 @@ from paper_points import RANKS, convergence_points, performance_points
 
 from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law, fit_data_exponent
 from mars_jax.laws.law_p import PerformanceLaw, choose_form, fit_performance_law
+from mars_jax.laws.resamples import resample_runs
 from mars_jax.report.style import LIGHT, WIDTH, figure_style, plain_log_axis, ramp, rank_handles, to_svg
 from mars_jax.runtime.jsonfiles import write_text
 
@@ -40,11 +41,10 @@ def main() -> None:
 
 
 def convergence() -> ConvergenceLaw:
-    """Law-C of all points; its intervals are over resamples of the 28 cells."""
+    """Law-C of all points; for its intervals each of the 28 cells is a run by itself."""
     rank, samples, steps = convergence_points()
-    drawn = jax.random.randint(jax.random.key(0), (BOOTSTRAPS, len(rank)), 0, len(rank))
-    counts = np.stack([np.bincount(row, minlength=len(rank)) for row in np.asarray(drawn)])
-    return fit_convergence_law("llm", rank, samples, steps, np.zeros(len(rank), bool), counts=counts)
+    resamples = resample_runs(jax.random.key(0), range(len(rank)), [None] * len(rank), BOOTSTRAPS)
+    return fit_convergence_law("llm", rank, samples, steps, np.zeros(len(rank), bool), resamples=resamples)
 
 
 def performance() -> Fits:

@@ -1,4 +1,4 @@
-"""The architecture page: what it links to is there, and its words are those of the registries."""
+"""The pages: what they link to is there, and their words are those of the registries and limits."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from mars_jax.adapters.registry import METHODS
+from mars_jax.data.conversations import MAX_CHARACTERS, MAX_TURNS
+from mars_jax.data.files.row import MAX_ID, MAX_ROWS, MAX_TEXT_BYTES
+from mars_jax.data.files.tables import FREE_BYTES, MOST_GROWTH
+from mars_jax.data.formats.keys import COMMON, CONVERSATIONS, LEARN
 from mars_jax.data.formats.registry import FORMATS
+from mars_jax.data.images import FORMATS as PICTURES
+from mars_jax.data.images import MAX_BYTES, MAX_PIXELS
+from mars_jax.data.records import MAX_PICTURES, MAX_ROW_PIXELS
 from mars_jax.laws.convergence.registry import RULES
 from mars_jax.models.families.registry import FAMILIES
 from mars_jax.search.strategies.registry import STRATEGIES
@@ -31,3 +38,28 @@ REGISTRIES = {"METHODS": METHODS, "RULES": RULES, "FAMILIES": FAMILIES, "FORMATS
 def test_the_architecture_page_lists_the_members_of_every_registry(name):
     (listed,) = re.findall(rf"`{name}`: ([a-z0-9_, ]+) \|", PAGE)
     assert tuple(listed.split(", ")) == REGISTRIES[name].names
+
+
+DATA_PAGE = (DOCS / "data.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [MAX_PIXELS, MAX_ROW_PIXELS, MAX_PICTURES, MAX_TURNS, MAX_CHARACTERS, MAX_ROWS, MAX_ID],
+)
+def test_the_page_on_data_gives_the_limits_as_they_are(limit):
+    assert f"{limit:,}" in DATA_PAGE
+
+
+def test_the_page_on_data_names_the_formats_of_pictures_and_the_keys():
+    read = re.search(r"^(.*) are read, told by their content", DATA_PAGE, re.MULTILINE)[1]
+    assert re.findall(
+        r"\w+", read.replace("JPEG 2000", "JPEG2000").replace("WebP", "WEBP").replace(" and ", " ")
+    ) == list(PICTURES)
+    named = set(re.findall(r"`(\w+)`", DATA_PAGE))
+    assert named >= {*COMMON, *LEARN, *CONVERSATIONS}
+    assert (MAX_BYTES, MAX_TEXT_BYTES, FREE_BYTES, MOST_GROWTH) == (512 * 2**20, 4 * 2**30, 2**30, 100)
+
+
+def test_the_readme_links_the_page_on_data():
+    assert "[docs/data.md](docs/data.md)" in (DOCS.parent / "README.md").read_text()

@@ -74,6 +74,9 @@ def copy_of(job: Job, path: Path, change: Callable[[dict[str, Any]], None]) -> P
     config = yaml.safe_load((path / "config.resolved.yaml").read_text())
     change(config)
     (path / "config.resolved.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    state = read(path / "state.json")
+    del state["config"]
+    (path / "state.json").write_text(json.dumps(state))
     return path
 
 

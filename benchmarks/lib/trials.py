@@ -24,7 +24,7 @@ from mars_jax.laws.convergence import registry
 from mars_jax.laws.convergence.base import ConvergenceRule
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import read_json, write_json
-from mars_jax.search.probes.design import prefixes
+from mars_jax.search.probes.design import prefixes, run_of
 from mars_jax.search.probes.records import lane_records
 from mars_jax.search.probes.run import probe_schedule, with_module_swaps
 
@@ -114,4 +114,4 @@ def one_engine(job: Job, lanes: Sequence[Lane]) -> Engine:
 
 def records_by(rule: ConvergenceRule | None, config: Config, lanes: Sequence[Lane], curves: Curves) -> list[LaneRecord]:
     """Records of the lanes with the times that a rule finds."""
-    return lane_records(lanes, curves, rule, config.learning_rates())
+    return lane_records(lanes, curves, rule, config.learning_rates(), [run_of(config, lane) for lane in lanes])

@@ -79,6 +79,7 @@ def lanes(seed: int) -> list[LaneRecord]:
         found.append(
             LaneRecord(
                 lane=str(len(found)),
+                run=str(len(found)),
                 ranks=ranks,
                 num_samples=samples,
                 steps=10_000,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,8 +52,12 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[s
     Raises:
         OSError: the file system refuses it, for example because it is full.
     """
+    # safetensors lets only the owner read its files; others are to be as readable as files are here.
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         found = _OS_ERROR.search(str(error))
         if not found:

@@ -56,6 +56,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     file = path / RESOLVED_CONFIG if is_run else path
     raw, origins = _read(file)
     if is_run:
+        if not raw:
+            raise ConfigError(
+                f"{file} is empty: it was damaged. Run the command with the config that the run was made with, and "
+                f"run_dir={path}: if the settings are the same, it is written again."
+            )
         raw["run_dir"] = str(path.absolute())
     lora = raw.setdefault("lora", {})
     if isinstance(lora, dict):

@@ -91,7 +91,7 @@ def conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[st
     elif spoken[-1] != "assistant":
         yield "the last user turn has no answer. Add it, or remove the turn."
     elif not any(turn.learn for turn in turns if turn.role == "assistant"):
-        yield "no answer is trained on: all are marked so. Mark one as trained on, or remove the record."
+        yield "no answer is trained on: all are excluded. Mark one as trained on, or remove the record."
     for number, turn in enumerate(turns):
         yield from _text_faults(turn, f"turn {number}")
     placeholders = _placeholders(turns)

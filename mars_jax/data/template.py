@@ -185,6 +185,17 @@ def answer_ids(record: Record, text: str, tokenizer: "PreTrainedTokenizerBase", 
     return _answer_ids(other, answer, _beginning(answer.prompt, tokenizer), chat)[1]
 
 
+def prompt_messages(record: Record, tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> list[Message]:
+    """The turns before the last answer as the chat template takes them."""
+    chat = _chat_of(tokenizer, image_token_id)
+    return [chat.message(turn) for turn in record.turns[:-1]]
+
+
+def prompt_text(record: Record, tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> str:
+    """The text before the last answer, as it is trained and asked; each picture is one token."""
+    return _rendered_answer(record, len(record.turns) - 1, _chat_of(tokenizer, image_token_id)).prompt
+
+
 def separate_answers(record: Record, apart: Sequence[int]) -> tuple[Record, ...]:
     """The conversations in which all answers of a record can be trained.
 

@@ -11,11 +11,13 @@ _REPR.maxstring = _REPR.maxother = 100
 
 def is_absent(value: object, depth: int = _ABSENT_DEPTH) -> bool:
     """Whether a value is one of those for no value: null, NaN, an empty text, or a list or object of nothing else."""
+    if value is None or isinstance(value, str):
+        return not value
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         return not value or (depth > 0 and all(is_absent(item, depth - 1) for item in value))
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def shown(value: object) -> str:

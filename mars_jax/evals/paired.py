@@ -8,6 +8,8 @@ import numpy as np
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.evals.stats import mcnemar, share
+from mars_jax.job import files
+from mars_jax.job.documents import SHAPES
 from mars_jax.runtime.jsonfiles import Document, read_jsonl
 
 _CONDITION = "finetuned"
@@ -52,7 +54,7 @@ def difference(first: Path, second: Path, warn: Callable[[str], None]) -> Docume
     differences = losses[:, 1] - losses[:, 0]
     half = 1.96 * float(differences.std(ddof=1)) / len(differences) ** 0.5 if len(differences) > 1 else None
     mean = float(differences.mean())
-    rules = [rule for rule in pairs[0][0]["right"] if rule in pairs[0][1]["right"]]
+    rules = [rule for rule in pairs[0][0]["right"] if all(rule in side["right"] for pair in pairs for side in pair)]
     return {
         "num_samples": len(common),
         "loss": {
@@ -66,7 +68,7 @@ def difference(first: Path, second: Path, warn: Callable[[str], None]) -> Docume
 
 
 def _samples(path: Path, warn: Callable[[str], None]) -> dict[str, Document]:
-    samples = {sample["id"]: sample for sample in read_jsonl(path, warn)}
+    samples = {sample["id"]: sample for sample in read_jsonl(path, warn, SHAPES[files.SAMPLES])}
     if not samples:
         raise ConfigError(f"{path} is missing: run `mars evaluate {path.parent}` first.")
     return samples

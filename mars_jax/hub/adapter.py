@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mars_jax.adapters.files import save_tensors
@@ -21,6 +22,7 @@ from mars_jax.adapters.merge import delta_of
 from mars_jax.adapters.method import AdapterMethod, PeftFormat, leaf_names
 from mars_jax.adapters.targets import Target
 from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.hub.adapter_settings import check_plain_lora, rank_and_scale
 from mars_jax.hub.card import model_card
 from mars_jax.hub.read import read_tensors
 from mars_jax.hub.write import write_json
@@ -43,19 +45,6 @@ _LORA_LEAVES = {tensor.name: leaf for leaf, tensor in _LORA.tensors.items()}
 _LORA_TENSOR = re.compile(
     rf"({re.escape(PEFT_PREFIX)})?(?P<linear>.+)\.(?P<name>{'|'.join(_LORA_LEAVES)})(\.[^.]+)?\.weight"
 )
-# Settings that PEFT writes and that do not change what the tensors compute, and those that are read by their values.
-_WITHOUT_EFFECT = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
-    *("lora_dropout", "eva_config", "velora_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
-}
-# What the others may be; what isn't here must be off. Other initialisations change the weights of the base.
-_PLAIN_LORA: dict[str, tuple[object, ...]] = {
-    "peft_type": (_LORA.peft_type,),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +80,8 @@ def write_adapter(
         config: the base's configuration.
         base_name: hub id or path of the base, as PEFT should look it up.
         base_revision: commit of the base.
-        provenance: whatever says where the adapter comes from; JSON values.
+        provenance: whatever says where the adapter comes from; JSON values. The card shows its `prompt`, the text of
+            a prompt.
         method: the adapter method.
 
     Raises:
@@ -132,9 +122,8 @@ def write_adapter(
     write_json(directory / ADAPTER_CONFIG_FILE, dict(sorted(adapter_config.items())))
     record = {"ranks": dict(ranks), "alpha": alphas, "base_model": base_name, "base_revision": base_revision}
     write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)})
-    card = model_card(
-        family, base_name, base_revision, trained, alphas, sum(tensor.size for tensor in tensors.values())
-    )
+    size = sum(tensor.size for tensor in tensors.values())
+    card = model_card(family, base_name, base_revision, trained, alphas, size, provenance.get("prompt"))
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -153,12 +142,12 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
         ranks of the modules it adapts.
 
     Raises:
-        ConfigError: a file that is missing or broken, a setting that makes it more than plain LoRA, or a tensor that
-            has no place in the tree.
+        ConfigError: a file that is missing or broken, a setting that makes it more than plain LoRA or is none, or a
+            tensor that has no place in the tree or holds what is no weight.
     """
     directory = Path(directory)
     settings = read_json_object(directory / ADAPTER_CONFIG_FILE)
-    _check_plain_lora(settings, directory / ADAPTER_CONFIG_FILE)
+    check_plain_lora(settings, directory / ADAPTER_CONFIG_FILE)
     file = directory / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
         found = sorted(path.name for path in directory.iterdir())
@@ -196,7 +185,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
                 f"{file}: {name!r} and {other!r} are the same tensor of two adapters or in two key layouts. "
                 f"Keep one of them."
             )
-        setting = _resolved(settings, match["linear"])
+        setting = rank_and_scale(settings, match["linear"])
         module = path.split("/")[0]
         if modules.setdefault(module, setting) != setting:
             rank, scale = modules[module]
@@ -212,7 +201,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
                 f"gives it, and the base's configuration make it {list(expected)}. Give the files of one adapter, and "
                 f"the base that it was trained on."
             )
-        layers.setdefault(leaf, {})[layer] = tensor.astype(np.float32).T
+        layers.setdefault(leaf, {})[layer] = _float32(tensor, file, name).T
     if not layers:
         raise ConfigError(f"{file}: holds no tensor that the model would read. Export the adapter again.")
     flat = _stacked(layers, kernels, {module: scale for module, (_, scale) in modules.items()}, file)
@@ -331,32 +320,20 @@ def _check_expression(expression: str, paths: list[str], config: ModelConfig) ->
                 assert bool(re.fullmatch(expression, variant)) == (linear in paths and reached), (expression, variant)
 
 
-def _resolved(settings: Mapping[str, Any], linear: str) -> tuple[int, float]:
-    """The rank and scale that PEFT gives a linear by its path."""
-    rank = _pattern_value(settings, "r", "rank_pattern", linear)
-    alpha = _pattern_value(settings, "lora_alpha", "alpha_pattern", linear)
-    return int(rank), alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _pattern_value(settings: Mapping[str, Any], default: str, patterns: str, linear: str) -> float:
-    """That of the first pattern that matches up to the path's end, or the default."""
-    hits = (value for key, value in (settings.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", linear))
-    return float(next(hits, settings[default]))
-
-
-def _check_plain_lora(settings: Mapping[str, Any], path: Path) -> None:
-    for key, value in {"peft_type": None, **settings}.items():
-        allowed = _PLAIN_LORA.get(key, (None, False, [], {}))
-        if key not in _WITHOUT_EFFECT and value not in allowed:
-            raise ConfigError(
-                f"{path}: {key} is {value!r}; only {', '.join(map(repr, allowed))} is read here: plain LoRA. Give "
-                f"a plain LoRA adapter, or merge this one into its base in PyTorch and give that as the checkpoint."
-            )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), int | float) or not settings[key] > 0:
-            raise ConfigError(
-                f"{path}: {key} is {settings.get(key)!r}; a number above 0 is needed. Export the adapter again."
-            )
+def _float32(tensor: np.ndarray, file: Path, name: str) -> np.ndarray:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+        raise ConfigError(
+            f"{file}: {name!r} is stored as {tensor.dtype}; float16, bfloat16, float32 and float64 are read. Save the "
+            "adapter without quantisation."
+        )
+    with np.errstate(over="ignore"):
+        values = tensor.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            f"{file}: {name!r} holds NaN, infinity or what float32 can't hold, in {np.sum(~np.isfinite(values))} of "
+            f"{values.size} numbers: the run that wrote it diverged, or the file is damaged. Give another adapter."
+        )
+    return values
 
 
 def _stacked(

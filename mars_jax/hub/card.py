@@ -3,21 +3,26 @@
 The statements about vLLM follow the source of vLLM 0.33.0: `config/lora.py`, `lora/` and the model classes.
 """
 
+import json
+import re
 from collections.abc import Mapping
 
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.tables import CheckpointTable
+from mars_jax.runtime.text import visible
 
+# Names and paths that YAML reads as text without quotes.
+_NAME = re.compile(r"[A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)+")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _TEMPLATE = """\
 ---
-base_model: {base}
+base_model: {scalar}
 library_name: peft
 tags: [lora, mars_jax]
 ---
 
-# LoRA adapter for {base}
+# LoRA adapter for {code}
 
 Trained with mars_jax, which picked one rank for each part of the model.
 
@@ -25,7 +30,7 @@ Trained with mars_jax, which picked one rank for each part of the model.
 |---|---|---|---|
 {rows}
 
-Base: `{base}`{revision}. Parameters: {size:,}, float32.
+Base: {code}{revision}. Parameters: {size:,}, float32.
 
 ## Load
 
@@ -40,7 +45,7 @@ model = PeftModel.from_pretrained(base, "PATH/TO/THIS/DIRECTORY")
 Names and patterns fit transformers 4.57 to 5.23 with peft 0.18 or newer. peft only warns about tensors that it cannot
 assign, so check once that the outputs differ from the base's, with `mars export RUN --verify`.{loading}
 
-## Serve
+{prompt}## Serve
 
 - transformers with peft: as above.
 - {vllm}
@@ -50,6 +55,20 @@ Where the adapter comes from (run, data, settings) is in `mars.json`.
 """
 
 
+_PROMPT = """\
+## Prompt
+
+It was trained on answers that follow the generation prompt of the base's chat template. `AutoProcessor` of the base
+gives it: `processor.apply_chat_template(messages, add_generation_prompt=True)`. For one of its samples, each picture as
+the one token that the processor repeats, it is
+
+{block}
+
+"""
+# Of a longer prompt only the two ends are shown.
+_LONGEST_PROMPT = 4000
+
+
 def model_card(
     table: CheckpointTable[ModelConfig],
     base: str,
@@ -57,6 +76,7 @@ def model_card(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     size: int,
+    prompt: str | None = None,
 ) -> str:
     """Markdown for the adapter's README.
 
@@ -67,6 +87,7 @@ def model_card(
         ranks: module -> rank, for adapted modules.
         alphas: module -> alpha, for the same modules.
         size: number of adapter parameters.
+        prompt: a prompt as it was trained, to be shown.
     """
     rows = [f"| {module} | {rank} | {alphas[module]:g} | {alphas[module] / rank:g} |" for module, rank in ranks.items()]
     return _TEMPLATE.format(
@@ -74,11 +95,37 @@ def model_card(
         loading=f"\n{table.loading}" if table.loading else "",
         vllm=_vllm(table, ranks, alphas),
         base=base,
+        scalar=_scalar(base),
+        code=_code(base),
         rows="\n".join(rows),
-        revision=f" at revision `{revision}`" if revision else "",
+        revision=f" at revision {_code(revision)}" if revision else "",
         revision_argument=f", revision={revision!r}" if revision else "",
         size=size,
+        prompt=_PROMPT.format(block=_block(prompt)) if prompt else "",
     )
+
+
+def _block(text: str) -> str:
+    """A fenced Markdown block of any text."""
+    if len(text) > _LONGEST_PROMPT:
+        half = _LONGEST_PROMPT // 2
+        text = f"{text[:half]}\n[{len(text) - 2 * half} characters]\n{text[-half:]}"
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    shown = "\n".join(visible(line) for line in text.split("\n"))
+    return f"{fence}text\n{shown}\n{fence}"
+
+
+def _scalar(text: str) -> str:
+    """A YAML scalar: as it is where YAML reads it back so, else in quotes."""
+    return text if _NAME.fullmatch(text) else visible(json.dumps(text, ensure_ascii=False))
+
+
+def _code(text: str) -> str:
+    """A Markdown code span of any text, on one line, in which nothing has a meaning."""
+    shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    # The spaces are not part of a span that they are on both sides of.
+    return f"`{shown}`" if fence == "`" else f"{fence} {shown} {fence}"
 
 
 def _vllm(table: CheckpointTable[ModelConfig], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:

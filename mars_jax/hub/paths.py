@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from mars_jax.errors import ConfigError, DataError
 
 # The files of a model that are downloaded: not the same weights in other formats.
-_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm"]
 
 
 def on_hub(path: Path) -> bool:
@@ -20,6 +20,24 @@ def on_hub(path: Path) -> bool:
 def repository(path: Path) -> str:
     """`OWNER/NAME` of an address on the hub; any other path as it is."""
     return _parse(path)[1] if on_hub(path) else str(path)
+
+
+def revision(path: Path, folder: Path) -> str | None:
+    """The revision of a model on the hub that a run read; None for a folder.
+
+    Args:
+        path: the address of the model.
+        folder: where `local` found it: the hub's cache keeps each commit in `snapshots/COMMIT`.
+
+    Returns:
+        The revision that the address pins, or else the commit that its default branch was at.
+    """
+    if not on_hub(path):
+        return None
+    pinned = _parse(path)[2]
+    parts = folder.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    return pinned or commit
 
 
 def local(path: Path) -> Path:

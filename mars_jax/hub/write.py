@@ -36,7 +36,10 @@ from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import flatten
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
-_COMPANIONS = (".json", ".txt", ".model", ".jinja")
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
+# Lists of weights that are not there, and what would make the folder an adapter.
+_NOT_COPIED = (".index.json", "adapter_config.json")
+_MORE_TEMPLATES = "additional_chat_templates"
 _METADATA = {"format": "pt"}
 
 
@@ -95,7 +98,7 @@ def write_checkpoint(
     save_tensors(directory / WEIGHTS_FILE, tensors, metadata=_METADATA)
     write_json(directory / CONFIG_FILE, config_json)
     for file in extra_files:
-        shutil.copy(file, directory)
+        shutil.copyfile(file, directory / Path(file).name)
 
 
 def write_merged(
@@ -139,8 +142,12 @@ def write_merged(
             f"Give the checkpoint that the adapters were trained on."
         )
     for path in sorted(base.iterdir()):
-        if path.suffix in _COMPANIONS and path.name != INDEX_FILE:
-            shutil.copy(path, directory)
+        if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(_NOT_COPIED):
+            shutil.copyfile(path, directory / path.name)
+    if (base / _MORE_TEMPLATES).is_dir():
+        (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
+        for path in sorted((base / _MORE_TEMPLATES).glob("*.jinja")):
+            shutil.copyfile(path, directory / _MORE_TEMPLATES / path.name)
     if (base / INDEX_FILE).is_file():
         write_json(directory / INDEX_FILE, read_json_object(base / INDEX_FILE) | {"weight_map": weight_map})
 

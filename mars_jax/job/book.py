@@ -85,17 +85,23 @@ class Book:
         Raises:
             DataError: it is gone or holds something else.
         """
+        if fault := self.fault(file):
+            raise DataError(fault)
+
+    def fault(self, file: Path) -> str | None:
+        """What `check` refuses a file for."""
         for phase, record in self.state()["phases"].items():
             outputs = (record.get("outputs") or {}) if record["status"] == "done" else {}
-            within = [Path(name) for name in outputs if Path(name).is_relative_to(file)]
-            for path in (path for path in within if not self._is_intact(path, outputs[path.as_posix()])):
-                state = "isn't what" if (self.path / path).exists() else "is gone, which"
-                raise DataError(
-                    f"{self.path / path} {state} the phase {phase} left: it was damaged, or changed by hand. Run "
-                    f"`mars {_COMMANDS.get(phase, phase)} {self.path}` to make it again. To go on with a file of your "
-                    f"own, copy it and {RESOLVED_CONFIG} to a new run directory: what no phase of a run made is taken "
-                    "as it is."
-                )
+            for name in (name for name in outputs if Path(name).is_relative_to(file)):
+                if not self._is_intact(name, outputs[name]):
+                    state = "isn't what" if (self.path / name).exists() else "is gone, which"
+                    return (
+                        f"{self.path / name} {state} the phase {phase} left: it was damaged, or changed by hand. Run "
+                        f"`mars {_COMMANDS.get(phase, phase)} {self.path}` to make it again. To go on with a file of "
+                        f"your own, copy it and {RESOLVED_CONFIG} to a new run directory: what no phase of a run made "
+                        "is taken as it is."
+                    )
+        return None
 
     def _is_intact(self, file: str | Path, left: Mapping[str, object]) -> bool:
         path = self.path / file

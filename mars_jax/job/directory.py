@@ -44,26 +44,31 @@ class RunDirectory:
         """Its phases and events."""
         return Book(self.path)
 
-    def read(self, file: Path) -> Document:
+    def read(self, file: Path, *, whole: bool = True) -> Document:
         """The document of a JSON file of the run, such as `files.LAWS`.
+
+        Args:
+            file: which.
+            whole: whether it must have all keys that are read.
 
         Raises:
             DataError: it can't be read, isn't JSON, or a key that is read is missing or of another type.
         """
-        document: Document = read_json(self / file, SHAPES[file])
+        document: Document = read_json(self / file, SHAPES[file], whole=whole)
         return document
 
-    def lines(self, file: Path, warn: Callable[[str], None]) -> list[Document]:
+    def lines(self, file: Path, warn: Callable[[str], None], *, whole: bool = True) -> list[Document]:
         """The records of a JSON Lines file of the run, such as `files.LANES`; none if it is absent.
 
         Args:
             file: which.
             warn: called with a message where the last line is incomplete.
+            whole: as in `read`.
 
         Raises:
             DataError: as `read`, of a line.
         """
-        return read_jsonl(self / file, warn, SHAPES[file])
+        return read_jsonl(self / file, warn, SHAPES[file], whole=whole)
 
     @classmethod
     @contextmanager
@@ -81,7 +86,7 @@ class RunDirectory:
             with lock.holding(run.path):
                 remove_leftovers(run.path)
                 run._check_config(config)
-                run.book.note(versions=_versions(), config=_config_hash(config))
+                run.book.note(versions=_versions(), config=_hash(_flatten(yaml.safe_load(config.resolved_yaml()))))
                 run.book.append_event("opened")
                 yield run
 
@@ -128,18 +133,19 @@ class RunDirectory:
             write_text(file, config.resolved_yaml())
             return
         damage, settings = _settings(file)
-        if damage:
+        there, here = _flatten(settings), _flatten(yaml.safe_load(config.resolved_yaml()))
+        known = self.book.state().get("config")
+        if damage or known not in (None, _hash(there)):
             # What it held is known by its hash alone.
-            if self.book.state().get("config") != _config_hash(config):
+            if known == _hash(here):
+                write_text(file, config.resolved_yaml())
+                return
+            if damage or _hash(there) == _hash(here):
                 raise DataError(
-                    f"{file} {damage}: it was damaged, and these settings aren't known to be those that it held. Put "
-                    f"it back from a copy, give the config that the run was made with, or delete {self.path} to start "
-                    "again."
+                    f"{file} {damage or 'holds other settings than the run was made with'}: it was damaged, or changed "
+                    "by hand. Put it back from a copy, or give the config that the run was made with, and it is "
+                    "written again; for other settings set another run_dir."
                 )
-            write_text(file, config.resolved_yaml())
-            return
-        there = _flatten(settings)
-        here = _flatten(yaml.safe_load(config.resolved_yaml()))
         lines = [
             f"  {key}: {there.get(key, '(absent)')} -> {here.get(key, '(absent)')}"
             for key in dict.fromkeys([*there, *here])
@@ -167,9 +173,8 @@ def _settings(file: Path) -> tuple[str | None, object]:
     return None, settings
 
 
-def _config_hash(config: Config) -> str:
+def _hash(settings: Mapping[str, object]) -> str:
     """Of all settings but `run_dir`, since a run directory may be moved."""
-    settings = _flatten(yaml.safe_load(config.resolved_yaml()))
     return hash_inputs(repr({key: value for key, value in settings.items() if key != "run_dir"}))
 
 

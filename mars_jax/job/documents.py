@@ -127,8 +127,9 @@ class Lane:
     """A line of probes/lanes.jsonl; `LaneRecord.from_json` says which keys a line needs."""
 
     lane: str = ""
+    run: str | None = None
     ranks: Counts = field(default_factory=dict)
-    num_samples: int = 1
+    num_samples: float = 1
     seed: int = 0
     learning_rate: Numbers | float | None = None
     adapted: list[str] | None = None
@@ -235,7 +236,7 @@ class Candidate:
     convergence_steps: Numbers = field(default_factory=dict)
     imbalance: Number = None
     kept: bool = False
-    reason: str = ""
+    reason: str | None = None
     p_best: Number = None
     probed_loss: Number = None
 
@@ -323,7 +324,7 @@ class Trial:
     validation_loss: Number = None
     reason: str | None = None
     test_losses: list[float] = field(default_factory=list)
-    test_tokens: list[int] = field(default_factory=list)
+    test_tokens: list[float] = field(default_factory=list)
     test_correct: list[bool] = field(default_factory=list)
 
 

@@ -12,8 +12,9 @@ from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
+from mars_jax.data.template import prompt_text
 from mars_jax.hub.adapter import write_adapter
-from mars_jax.hub.paths import repository
+from mars_jax.hub.paths import repository, revision
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import verify_adapter, verify_merged
 from mars_jax.hub.write import write_merged
@@ -38,7 +39,7 @@ def _inputs(job: Job) -> Inputs:
 
 
 def _write_adapter(job: Job) -> Document:
-    directory = job.directory
+    directory, preprocessor = job.directory, job.data.preprocessor
     selection = directory.read(files.SELECTION)
     with filling(directory / files.ADAPTER) as folder:
         write_adapter(
@@ -47,7 +48,9 @@ def _write_adapter(job: Job) -> Document:
             picked_ranks(job),
             job.base.model_config,
             base_name=repository(job.config.model.checkpoint),
+            base_revision=revision(job.config.model.checkpoint, job.base.checkpoint),
             provenance={
+                "prompt": prompt_text(job.data.test_records[0], preprocessor.tokenizer, preprocessor.image_token_id),
                 "selection": {name: value for name, value in selection.items() if name != "candidates"},
                 "finetune": directory.read(files.SUMMARY),
                 "alpha": asdict(job.base.alpha),

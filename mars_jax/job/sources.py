@@ -110,11 +110,13 @@ class JobSources:
 
     def of_base(self) -> str:
         """Digest of the base alone, for what depends on no data."""
-        return hash_inputs(repr(sorted((name, record.sha256) for name, record in self._files["base"].items())))
+        base = self._kept.base if self._kept else self._files["base"]
+        return hash_inputs(repr(sorted((name, record.sha256) for name, record in base.items())))
 
     def listed(self) -> dict[str, str]:
-        """File of samples -> hash of its content, of the files that are there now."""
-        return {name: record.sha256 for name, record in self._files["data"].items()}
+        """File of samples -> hash of its content."""
+        data = self._kept.data if self._kept else self._files["data"]
+        return {name: record.sha256 for name, record in data.items()}
 
     @cached_property
     def _kept(self) -> Sources | None:

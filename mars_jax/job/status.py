@@ -31,6 +31,9 @@ def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
         killed = record["status"] == "running" and holder is None
         shown = {key: value for key, value in record.items() if key not in _FOR_THE_BOOK}
         phases[name] = {**shown, "status": "interrupted"} if killed else shown
+    for fault in (run.book.fault(file) for file in (files.PLAN, files.LANES)):
+        if fault:
+            warn(fault)
     return {
         "run_dir": run.path,
         "process": holder.process if holder else None,

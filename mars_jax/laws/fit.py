@@ -3,7 +3,7 @@
 Law-C of one module is fitted in `law_c`, Law-P in `law_p`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
-from mars_jax.laws.law_c import NAMES, ConvergenceLaw, check_design, fit_convergence_law
+from mars_jax.laws.law_c import NAMES, ConvergenceLaw, fit_convergence_law
 from mars_jax.laws.law_p import PerformanceLaw, can_fit, choose_form, fit_performance_law, parameter_names
 from mars_jax.laws.records import Document, LaneRecord
+from mars_jax.laws.resamples import resample_runs
 
 _FEWEST_DRAWS, _MOST_DRAWS_IN_JSON = 20, 200
-_Design = tuple[np.ndarray, Sequence[np.ndarray]]  # which lanes a law uses [N], and its columns [N]
 # Spread of log t between seeds: assumed where no cell has two seeds, and the least where some have.
 _USUAL_SEED_SPREAD, _LEAST_SEED_SPREAD = 0.1, 0.01
 
@@ -33,7 +33,7 @@ class Laws:
         multiplicative: Law-P in the paper's form; the same object when `performance` has that form.
         diverged: number of lanes left out because they diverged.
 
-    Row s of every `draws` array comes from the same resampled lanes.
+    Row s of every `draws` array comes from the same resampled runs.
     """
 
     convergence: Mapping[str, ConvergenceLaw]
@@ -112,18 +112,19 @@ def fit_laws(
 
     Args:
         lanes: records of probes/lanes.jsonl (`read_records`).
-        key: random key of the bootstrap, which resamples (ranks, D) cells with their seeds, separately among lanes that
-            adapt the same modules.
+        key: random key of the bootstrap, which resamples whole runs among those that adapt the same modules and have
+            lanes of the same D (`laws.resamples`). Lanes whose run is not known count as one run if they differ in D
+            only.
         num_bootstraps: resamples, at least 20.
         measuring_interval: steps between eval points as a share of t, for lanes without `eval_interval`.
         huber: relative error of a loss beyond which Huber's loss is linear (see `fit_performance_law`); None: squares.
 
     Returns:
-        The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes has no Law-C; the
-        losses of those lanes still count for Law-P.
+        The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes, or in too few
+        runs, has no Law-C; the losses of those lanes still count for Law-P.
 
     Raises:
-        NoValidResultError: the lanes do not determine Law-P, or no law's intervals; the message names what to add.
+        NoValidResultError: the lanes do not determine Law-P or its intervals; the message names what to add.
     """
     if num_bootstraps < _FEWEST_DRAWS:
         raise ConfigError(f"num_bootstraps is {num_bootstraps}; allowed: {_FEWEST_DRAWS} or more.")
@@ -152,58 +153,47 @@ def fit_laws(
             "Add probe lanes that adapt them together."
         )
 
-    untimed = {}
+    # Only runs whose lanes serve the same laws can exchange residuals.
+    serves = np.stack([joint, *(np.isfinite(time) for time, _ in times.values())], axis=1).tolist()
+    kinds = [(lane.num_samples, lane.trained, *laws) for lane, laws in zip(kept, serves, strict=True)]
+    resamples = resample_runs(key, [_run(lane) for lane in kept], kinds, num_bootstraps)
+    horizons = np.array([lane.steps for lane in kept])
+    convergence, untimed = {}, {}
     # Without a convergence rule no lane has a time, and no Law-C is missing.
-    timed = searched if any(lane.convergence_steps for lane in kept) else []
-    for module in timed:
+    for module in searched if any(lane.convergence_steps for lane in kept) else []:
         time, censored = times[module]
         used = np.isfinite(time)
+        weights = _weights(kept, time, measured[module], every_rank, samples, measuring_interval)
         try:
-            check_design(module, ranks[module][used], samples[used], censored[used])
+            convergence[module] = fit_convergence_law(
+                module,
+                ranks[module][used],
+                samples[used],
+                time[used],
+                censored[used],
+                weights=weights[used],
+                horizons=horizons[used],
+                resamples=resamples.of(used),
+            )
         except NoValidResultError as error:
             untimed[module] = str(error)
-    designs = {module: (measured[module], [ranks[module], samples]) for module in timed if module not in untimed}
-    performance_design = joint, [*(ranks[module] for module in searched), samples]
-
-    def resample(*designs: _Design) -> np.ndarray | None:
-        cells = np.column_stack([every_rank, samples])
-        return _resample(key, cells, every_rank > 0, [*designs, performance_design], num_bootstraps)
-
-    counts = resample(*designs.values())
-    if counts is None:
-        for module in designs:
-            untimed[module] = (
-                f"Law-C of module {module!r}: fewer than {_FEWEST_DRAWS} bootstrap resamples still determine it, so it "
-                "has no interval. Add probe lanes at other ranks or numbers of samples, or longer ones."
-            )
-        designs, counts = {}, resample()
-    convergence = {}
-    for module in designs:
-        time, censored = times[module]
-        used = np.isfinite(time)
-        convergence[module] = fit_convergence_law(
-            module,
-            ranks[module][used],
-            samples[used],
-            time[used],
-            censored[used],
-            weights=_weights(kept, time, measured[module], every_rank, samples, measuring_interval)[used],
-            counts=None if counts is None else counts[:, used],
-        )
     points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]
-    joint_counts = None if counts is None else counts[:, joint]
     fit = partial(fit_performance_law, huber=huber)
-    power = fit("power", *points, counts=joint_counts)
+    of_joint = resamples.of(joint)
+    power = fit("power", *points, resamples=of_joint)
     overfit = fit("power_overfit", *points) if can_fit("power_overfit", *points[:2]) else None
     performance = choose_form(power, overfit)
     if performance is overfit:
-        performance = fit("power_overfit", *points, counts=joint_counts)
-    if counts is None:
-        raise NoValidResultError(
-            f"the laws of {', '.join(searched)} can be fitted, but fewer than {_FEWEST_DRAWS} bootstrap resamples "
-            "still determine them, so no interval can be given. Add probe lanes at other ranks or numbers of samples."
-        )
+        try:
+            performance = fit("power_overfit", *points, resamples=of_joint)
+        except NoValidResultError:  # Its more parameters leave too few runs for an interval.
+            performance = power
     return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
+
+
+def _run(lane: LaneRecord) -> Hashable:
+    """What lanes of one run have in common."""
+    return lane.run or (tuple(sorted(lane.ranks.items())), lane.seed)
 
 
 def _convergence_times(module: str, lanes: Sequence[LaneRecord]) -> tuple[np.ndarray, np.ndarray]:
@@ -235,45 +225,3 @@ def _weights(
     relative = np.array([np.nan if x.eval_interval is None else x.eval_interval for x in lanes], np.float64) / time
     relative = np.where(np.isfinite(relative), relative, measuring_interval)
     return 1.0 / (max(spread, _LEAST_SEED_SPREAD) ** 2 + relative**2 / 12.0)
-
-
-def _resample(
-    key: jax.Array,
-    cells: np.ndarray,
-    adapted: np.ndarray,
-    designs: Sequence[_Design],
-    number: int,
-) -> np.ndarray | None:
-    """[number, N] counts of each lane in resamples of whole cells within each set of adapted modules.
-
-    Resamples in which a design no longer determines its exponents are replaced. There are fewer than `number` rows when
-    too few remain; the result is None when fewer than 20 do.
-    """
-    _, cell = np.unique(cells, axis=0, return_inverse=True)
-    _, group = np.unique(adapted, axis=0, return_inverse=True)
-    cell, group = cell.reshape(-1), group.reshape(-1)
-    uniform = np.asarray(jax.random.uniform(key, (4 * number, len(cell))))
-    resamples: list[np.ndarray] = []
-    for block in np.split(uniform, 4):
-        counts = np.zeros(block.shape)
-        for index in range(group.max() + 1):
-            members = np.flatnonzero(group == index)
-            names, position = np.unique(cell[members], return_inverse=True)
-            drawn = np.minimum(block[:, members[: len(names)]] * len(names), len(names) - 1).astype(int)
-            multiplicity = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
-            counts[:, members] = multiplicity[:, position]
-        determined = np.all([_determines(counts[:, used], columns, used) for used, columns in designs], axis=0)
-        resamples += list(counts[determined])
-        if len(resamples) >= number:
-            break
-    return np.stack(resamples[:number]) if len(resamples) >= _FEWEST_DRAWS else None
-
-
-def _determines(counts: np.ndarray, columns: Sequence[np.ndarray], used: np.ndarray) -> np.ndarray:
-    """[S] whether an intercept and the logs of the columns are linearly independent under the counts."""
-    logs = np.log(np.column_stack([column[used] for column in columns]).astype(np.float64))
-    total = np.maximum(counts.sum(axis=1), 1.0)
-    means = counts @ logs / total[:, None]
-    centred = logs[None] - means[:, None, :]
-    covariance = np.einsum("sn,sni,snj->sij", counts, centred, centred) / total[:, None, None]
-    return np.linalg.eigvalsh(covariance)[:, 0] > 1e-3

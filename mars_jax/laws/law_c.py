@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from mars_jax.errors import DataError, NoValidResultError
 from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, pad_points
 from mars_jax.laws.records import Document
+from mars_jax.laws.resamples import RunResamples, central_interval
 
 NAMES = ("k", "gamma", "delta", "E")
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
@@ -27,6 +28,8 @@ _EM_ITERATIONS, _INNER_ITERATIONS, _OFFSETS = 60, 3, 48
 # Convergence times lie on a grid of eval points: a spread under 0.1 % is no evidence for another parameter.
 _SMALLEST_SPREAD = 1e-3
 _AICC_MARGIN = 4.0
+# Columns of a fitted row, after the parameters.
+_AICC, _SPREAD = 4, 5
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ def fit_convergence_law(
     censored: ArrayLike,
     *,
     weights: ArrayLike | None = None,
-    counts: ArrayLike | None = None,
+    horizons: ArrayLike | None = None,
+    resamples: RunResamples | None = None,
 ) -> ConvergenceLaw:
     """Fits Law-C of one module by weighted least squares of log t, with censored points as in a Tobit model.
 
@@ -135,20 +139,22 @@ def fit_convergence_law(
         steps: [N] convergence times in optimizer steps; the horizon where censored.
         censored: [N] True where the time is a lower bound.
         weights: [N] relative inverse variances of log t; None: equal.
-        counts: [S, N] multiplicity of each point in each bootstrap resample; None: no intervals.
+        horizons: [N] steps beyond which times are censored, in resamples too; None: those of censored points are
+            `steps`, and the others have none.
+        resamples: bootstrap resamples of the N points; None: no intervals.
 
     Returns:
         The law.
 
     Raises:
-        NoValidResultError: the measured points do not determine the parameters; the message names what to add.
+        NoValidResultError: the measured points do not determine the parameters, or the runs not the intervals; the
+            message names what to add.
     """
     rank = np.asarray(ranks, np.float64)
     samples, time = np.asarray(num_samples, np.float64), np.asarray(steps, np.float64)
     is_censored = np.asarray(censored, bool)
     check_design(module, rank, samples, is_censored)
     weight = np.ones_like(time) if weights is None else np.asarray(weights, np.float64)
-    resamples = np.zeros((0, len(time))) if counts is None else np.asarray(counts, np.float64)
 
     # Centring the logs makes the columns nearly orthogonal; the units are put back below.
     log_rank, log_samples = np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)
@@ -157,16 +163,30 @@ def fit_convergence_law(
     points = _Points(
         x=device_column(log_rank - rank_mean),
         d=device_column(log_samples - samples_mean),
-        y=device_column(np.log(time) - time_mean),
         weight=device_column(weight / weight.mean()),
-        censored=device_column(is_censored) > 0,
+        known=device_column(np.ones_like(time)),
     )
-    rows = pad_points(np.concatenate([np.ones((1, len(time))), resamples]).T, 0.0).T
+    log_time = np.log(time) - time_mean
     # E is at most the shortest measured time.
-    largest = jnp.float32(np.exp(np.log(time[~is_censored]).min() - time_mean))
-    with_offset, plain = partial(_fit_rows, points, largest), partial(_fit_rows_without_offset, points)
-    aicc = [in_blocks(fit, rows[:1])[0, 4] for fit in (with_offset, plain)]
-    fitted = in_blocks(with_offset if aicc[0] < aicc[1] - _AICC_MARGIN else plain, rows)
+    largest = jnp.float32(np.exp(log_time[~is_censored].min()))
+    forms = partial(_fit_rows, points, largest), partial(_fit_rows_without_offset, points)
+    columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
+    with_offset, plain = (_in_blocks(form, log_time[None], is_censored[None]) for form in forms)
+    use_offset = with_offset[0, _AICC] < plain[0, _AICC] - _AICC_MARGIN
+    fitted = with_offset if use_offset else plain
+    if resamples is not None:
+        errors = _errors(fitted[0], columns, log_time, is_censored, weight / weight.mean(), resamples)
+        if errors is None:
+            raise NoValidResultError(
+                f"Law-C of module {module!r}: {resamples.number} runs are too few to know how much runs differ, so it "
+                "has no interval. Add probe lanes at other ranks, or seeds."
+            )
+        last = np.where(is_censored, log_time, np.inf) if horizons is None else np.log(horizons) - time_mean
+        moved = _centred_log_time(fitted[0], columns) + errors
+        late = moved > last
+        late[np.sum(~late, axis=1) < columns.shape[1]] = is_censored  # Too few times to fit.
+        rows = np.where(late, np.where(np.isfinite(last), last, 0.0), moved), late
+        fitted = np.concatenate([fitted, _in_blocks(forms[0] if use_offset else forms[1], *rows)])
 
     intercept, gamma, delta, scaled_offset = fitted[:, :4].T
     log_k = intercept + time_mean - gamma * (rank_mean + math.log(_RANK_UNIT))
@@ -192,7 +212,7 @@ def percentile_intervals(names: tuple[str, ...], draws: np.ndarray) -> dict[str,
     """95 % percentile intervals of [S, n] draws by name; empty without draws."""
     if not len(draws):
         return {}
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    low, high = central_interval(draws)
     return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
 
 
@@ -234,14 +254,46 @@ def check_design(module: str, ranks: np.ndarray, num_samples: np.ndarray, censor
         )
 
 
+def _in_blocks(fit: Callable[..., jax.Array], *rows: np.ndarray) -> np.ndarray:
+    return in_blocks(fit, *(pad_points(row.T.astype(np.float32), 0.0).T for row in rows))
+
+
+def _centred_log_time(theta: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return np.log(np.exp(columns @ theta[:3]) + theta[3])
+
+
+def _errors(
+    fitted: np.ndarray,
+    columns: np.ndarray,
+    log_time: np.ndarray,
+    censored: np.ndarray,
+    weight: np.ndarray,
+    resamples: RunResamples,
+) -> np.ndarray | None:
+    """[S, N] errors of log t in the resamples of a fit; None where the runs are too few."""
+    expected = _centred_log_time(fitted, columns)
+    spread = fitted[_SPREAD] / np.sqrt(weight)
+    # Of a censored point the residual is not known; its mean square beyond the horizon is.
+    z = (log_time - expected) / spread
+    hazard = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - np.asarray(log_ndtr(-z), np.float64))
+    beyond = spread * np.sqrt(np.maximum(1.0 + z * hazard, 0.0))
+    residuals = np.where(censored, beyond, log_time - expected)
+    offset = fitted[3]
+    jacobian = columns * (1.0 - offset * np.exp(-expected))[:, None]
+    if offset > 0:
+        jacobian = np.column_stack([jacobian, np.exp(-expected)])
+    root = np.sqrt(weight)
+    errors = resamples.errors(residuals * root, jacobian * root[:, None])
+    return None if errors is None else errors / root
+
+
 class _Points(NamedTuple):
-    """Centred logs of rank, samples and steps, all [N]; weights with mean 1; censored."""
+    """Centred logs of rank and samples, all [N]; weights with mean 1; 1 for points, 0 for padding."""
 
     x: jax.Array
     d: jax.Array
-    y: jax.Array
     weight: jax.Array
-    censored: jax.Array
+    known: jax.Array
 
 
 def _log_time(theta: jax.Array, points: _Points) -> jax.Array:
@@ -249,41 +301,40 @@ def _log_time(theta: jax.Array, points: _Points) -> jax.Array:
 
 
 @jax.jit
-def _fit_rows(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> jax.Array:
-    """[S, N] counts -> [S, 5]: intercept, gamma, delta, scaled E, and the corrected AIC."""
-    return jax.vmap(partial(_fit_row, points, largest_offset))(counts)
+def _fit_rows(points: _Points, largest_offset: jax.Array, log_times: jax.Array, censored: jax.Array) -> jax.Array:
+    """[S, N] centred log t -> [S, 6]: intercept, gamma, delta, scaled E, the corrected AIC, and the spread."""
+    return jax.vmap(partial(_fit_row, points, largest_offset))(log_times, censored > 0)
 
 
 @jax.jit
-def _fit_rows_without_offset(points: _Points, counts: jax.Array) -> jax.Array:
+def _fit_rows_without_offset(points: _Points, log_times: jax.Array, censored: jax.Array) -> jax.Array:
     """`_fit_rows` with E = 0: every refit is linear, in closed form."""
-    return jax.vmap(partial(_fit_row_without_offset, points))(counts)
+    return jax.vmap(partial(_fit_row_without_offset, points))(log_times, censored > 0)
 
 
-def _fit_row_without_offset(points: _Points, counts: jax.Array) -> jax.Array:
-    weight = points.weight * counts
+def _fit_row_without_offset(points: _Points, y: jax.Array, censored: jax.Array) -> jax.Array:
+    weight = points.weight
 
     def refit(theta: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         theta = jnp.append(_linear_fit(points.x, points.d, target, weight), 0.0)
         return theta, jnp.sum(weight * (target - _log_time(theta, points)) ** 2)
 
-    measured = jnp.where(points.censored, 0.0, weight)
-    theta = jnp.append(_linear_fit(points.x, points.d, points.y, measured), 0.0)
-    cost = jnp.sum(measured * (points.y - _log_time(theta, points)) ** 2)
-    theta, log_likelihood = _expectation_maximisation(points, counts, theta, cost, refit)
-    return jnp.append(theta, _aicc(log_likelihood, jnp.sum(counts), 4.0))
+    measured = jnp.where(censored, 0.0, weight)
+    theta = jnp.append(_linear_fit(points.x, points.d, y, measured), 0.0)
+    cost = jnp.sum(measured * (y - _log_time(theta, points)) ** 2)
+    return _expectation_maximisation(points, y, censored, (theta, cost), refit, 4.0)
 
 
-def _fit_row(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> jax.Array:
-    weight = points.weight * counts
-    measured = jnp.where(points.censored, 0.0, weight)
+def _fit_row(points: _Points, largest_offset: jax.Array, y: jax.Array, censored: jax.Array) -> jax.Array:
+    weight = points.weight
+    measured = jnp.where(censored, 0.0, weight)
 
     # Start: the closed form on log(t - E) of the measured points at each E of a grid, compared by the error of log t.
     def at_offset(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-        left = jnp.maximum(1.0 - offset * jnp.exp(-points.y), 0.02)
-        theta = _linear_fit(points.x, points.d, points.y + jnp.log(left), measured * left**2)
+        left = jnp.maximum(1.0 - offset * jnp.exp(-y), 0.02)
+        theta = _linear_fit(points.x, points.d, y + jnp.log(left), measured * left**2)
         theta = jnp.append(theta, offset)
-        return theta, jnp.sum(measured * (points.y - _log_time(theta, points)) ** 2)
+        return theta, jnp.sum(measured * (y - _log_time(theta, points)) ** 2)
 
     starts, costs = jax.vmap(at_offset)(jnp.linspace(0.0, 0.98, _OFFSETS) * largest_offset)
     lower = jnp.array([-jnp.inf, -jnp.inf, -jnp.inf, 0.0])
@@ -295,39 +346,41 @@ def _fit_row(points: _Points, largest_offset: jax.Array, counts: jax.Array) -> j
 
         return levenberg_marquardt(residual, theta, lower, upper, _INNER_ITERATIONS)
 
-    start = starts[jnp.argmin(costs)]
-    theta, log_likelihood = _expectation_maximisation(points, counts, start, jnp.min(costs), refit)
-    return jnp.append(theta, _aicc(log_likelihood, jnp.sum(counts), 5.0))
+    start = starts[jnp.argmin(costs)], jnp.min(costs)
+    return _expectation_maximisation(points, y, censored, start, refit, 5.0)
 
 
 def _expectation_maximisation(
     points: _Points,
-    counts: jax.Array,
-    theta: jax.Array,
-    cost: jax.Array,
+    y: jax.Array,
+    censored: jax.Array,
+    start: tuple[jax.Array, jax.Array],
     refit: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, jax.Array]:
-    """Parameters [4] and log-likelihood, from a start whose weighted sum of squares over measured points is `cost`."""
-    weight = points.weight * counts
+    parameters: float,
+) -> jax.Array:
+    """A row of `_fit_rows`, from parameters and their weighted sum of squares over measured points."""
+    theta, cost = start
     noise = 1.0 / jnp.sqrt(jnp.maximum(points.weight, 1e-12))
 
     def em(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
         theta, spread = state
         mean, sigma = _log_time(theta, points), spread * noise
-        z = (points.y - mean) / sigma
+        z = (y - mean) / sigma
         hazard = jnp.exp(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-z))
-        target = jnp.where(points.censored, mean + sigma * hazard, points.y)
-        imputed_variance = jnp.where(points.censored, sigma**2 * jnp.clip(1.0 + z * hazard - hazard**2, 0.0, 1.0), 0.0)
+        target = jnp.where(censored, mean + sigma * hazard, y)
+        imputed_variance = jnp.where(censored, sigma**2 * jnp.clip(1.0 + z * hazard - hazard**2, 0.0, 1.0), 0.0)
         theta, cost = refit(theta, target)
-        spread = jnp.sqrt((cost + jnp.sum(weight * imputed_variance)) / jnp.sum(counts))
+        spread = jnp.sqrt((cost + jnp.sum(points.weight * imputed_variance)) / jnp.sum(points.known))
         return (theta, jnp.maximum(spread, _SMALLEST_SPREAD)), None
 
-    spread = jnp.sqrt(cost / jnp.sum(jnp.where(points.censored, 0.0, counts)))
-    start = (theta, jnp.maximum(spread, _SMALLEST_SPREAD))
-    (theta, spread), _ = jax.lax.scan(em, start, None, length=_EM_ITERATIONS)
-    z = (points.y - _log_time(theta, points)) / (spread * noise)
+    spread = jnp.sqrt(cost / jnp.sum(jnp.where(censored, 0.0, points.known)))
+    state = (theta, jnp.maximum(spread, _SMALLEST_SPREAD))
+    (theta, spread), _ = jax.lax.scan(em, state, None, length=_EM_ITERATIONS)
+    z = (y - _log_time(theta, points)) / (spread * noise)
     log_density = -0.5 * z**2 - jnp.log(spread * noise) - 0.5 * jnp.log(2 * jnp.pi)
-    return theta, jnp.sum(counts * jnp.where(points.censored, log_ndtr(-z), log_density))
+    log_likelihood = jnp.sum(points.known * jnp.where(censored, log_ndtr(-z), log_density))
+    aicc = _aicc(log_likelihood, jnp.sum(points.known), parameters)
+    return jnp.concatenate([theta, jnp.stack([aicc, spread])])
 
 
 def _aicc(log_likelihood: jax.Array, points: jax.Array, parameters: float) -> jax.Array:

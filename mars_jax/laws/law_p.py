@@ -24,6 +24,7 @@ from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.laws.law_c import percentile_intervals
 from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
 from mars_jax.laws.records import Document
+from mars_jax.laws.resamples import RunResamples
 
 Form = Literal["power", "power_overfit"]
 
@@ -144,7 +145,7 @@ def fit_performance_law(
     num_samples: ArrayLike,
     losses: ArrayLike,
     *,
-    counts: ArrayLike | None = None,
+    resamples: RunResamples | None = None,
     huber: float | None = None,
 ) -> PerformanceLaw:
     """Fits one form by variable projection, and tests it at the largest D after a fit without it.
@@ -159,7 +160,7 @@ def fit_performance_law(
         ranks: module -> [N] ranks, >= 1, any number of modules.
         num_samples: [N] samples D.
         losses: [N] lowest validation losses in nats a token.
-        counts: [S, N] multiplicity of each point in each bootstrap resample; None: no intervals.
+        resamples: bootstrap resamples of the N points; None: no intervals.
         huber: relative error, above 0, beyond which the Huber loss is linear; None: least squares.
 
     Returns:
@@ -167,7 +168,8 @@ def fit_performance_law(
 
     Raises:
         ConfigError: `huber` is not above 0.
-        NoValidResultError: the points do not determine the parameters; the message names what to add.
+        NoValidResultError: the points do not determine the parameters, or the runs not the intervals; the message names
+            what to add.
     """
     if huber is not None and not huber > 0:
         raise ConfigError(f"huber is {huber}; allowed: a relative error above 0, such as 0.02, or None.")
@@ -175,31 +177,42 @@ def fit_performance_law(
     rank = np.stack([np.asarray(ranks[module], np.float64) for module in modules], axis=1)
     samples, loss = np.asarray(num_samples, np.float64), np.asarray(losses, np.float64)
     _check_design(form, modules, rank, samples)
-    resamples = np.zeros((0, len(loss))) if counts is None else np.asarray(counts, np.float64)
     log_rank, log_samples = np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)
 
-    # Rows of counts: all points, all but the largest D, then the bootstraps.
+    # Rows: all points, and all but those of the largest D.
     held_out = samples == samples.max()
     can_hold_out = _number_of_cells(rank[~held_out], samples[~held_out]) >= len(parameter_names(form, modules))
     can_hold_out &= len(np.unique(samples[~held_out])) > 1
-    rows = np.stack([np.ones_like(loss), (~held_out if can_hold_out else np.ones_like(held_out)).astype(np.float64)])
+    fitted_to = np.stack([np.ones_like(held_out), ~held_out if can_hold_out else np.ones_like(held_out)])
     # Below half of the median loss the noise is no longer relative, and one such lane must not outweigh the rest.
     scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
-    rows, resamples = (pad_points(counts.T, 0.0).T for counts in (rows, resamples))
-    points = _Points(*(device_column(column) for column in (log_rank, log_samples, loss, 1.0 / scale)))
+    points = _Points(*(device_column(column) for column in (log_rank, log_samples, 1.0 / scale)))
     threshold = jnp.float32(_NO_THRESHOLD if huber is None else huber)
     starts = _starts(*_exponent_bounds(form, len(modules)))
 
-    def fit(polish: tuple[int, int], starts: np.ndarray, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, threshold, counts)
+    def fit(polish: tuple[int, int], starts: np.ndarray, losses: jax.Array, weights: jax.Array) -> _Fitted:
+        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, threshold, losses, weights)
 
-    fitted, costs = fit(_POLISH[form], starts, jnp.asarray(rows, jnp.float32))
+    def padded(rows: np.ndarray) -> np.ndarray:
+        return pad_points(rows.astype(np.float32).T, 0.0).T
+
+    all_losses = np.stack([loss, loss])
+    fitted, costs = fit(_POLISH[form], starts, jnp.asarray(padded(all_losses)), jnp.asarray(padded(fitted_to)))
     scaled = np.asarray(fitted, np.float64)
-    if len(resamples):
+    if resamples is not None:
+        predicted, jacobian = _linearised(form, scaled[0], log_rank, log_samples)
+        errors = resamples.errors((loss - predicted) / scale, jacobian / scale[:, None])
+        if errors is None:
+            raise NoValidResultError(
+                f"Law-P ({form}): {resamples.number} runs are too few to know how much runs differ, so its "
+                "exponents have no interval. Add lanes that adapt every module, at other ranks or with other seeds."
+            )
         # Most resamples have their optimum near the fit of all points, the rest near its next best starts.
         near = starts[np.argsort(costs[0])[:_STARTS_OF_RESAMPLES]]
         near = np.concatenate([scaled[:1, : starts.shape[1]], near]).astype(np.float32)
-        draws = in_blocks(lambda counts: fit(_POLISH_OF_RESAMPLES[form], near, counts)[0], resamples)
+        moved = predicted + scale * errors
+        refit = partial(fit, _POLISH_OF_RESAMPLES[form], near)
+        draws = in_blocks(lambda *rows: refit(*rows)[0], padded(moved), padded(np.ones_like(moved)))
         scaled = np.concatenate([scaled, draws])
     parameters = _raw_units(scaled, len(modules))
 
@@ -320,13 +333,33 @@ def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -
     return jnp.stack(columns, axis=1)
 
 
+def _linearised(
+    form: Form, scaled: np.ndarray, log_ranks: np.ndarray, log_samples: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """[N] losses of a fit, and [N, m] their derivatives by the m parameters that aren't on a bound."""
+    lower, upper = _exponent_bounds(form, log_ranks.shape[1])
+    logs = np.column_stack([log_ranks, log_samples])
+    falling, rising = scaled[: logs.shape[1]], scaled[logs.shape[1] : len(lower)]
+    terms = [np.exp(-logs @ falling), np.ones(len(logs)), *([np.exp(logs @ rising)] if len(rising) else [])]
+    amplitudes = scaled[len(lower) :]
+    by_exponents = [-amplitudes[0] * terms[0][:, None] * logs]
+    if len(rising):
+        by_exponents.append(amplitudes[2] * terms[2][:, None] * logs)
+    jacobian = np.column_stack([*by_exponents, *terms])
+    free = np.concatenate([(scaled[: len(lower)] > lower) & (scaled[: len(lower)] < upper), amplitudes > 0])
+    # Where a term is 0 its exponents change nothing.
+    return np.column_stack(terms) @ amplitudes, jacobian[:, free & np.any(jacobian != 0, axis=0)]
+
+
 class _Points(NamedTuple):
-    """Padded device columns: scaled logs [N, M] and [N], losses [N] in nats, and inverse scales [N] of their errors."""
+    """Padded device columns: scaled logs [N, M] and [N], and inverse scales [N] of the errors of losses."""
 
     log_ranks: jax.Array
     log_samples: jax.Array
-    losses: jax.Array
     inverse_scale: jax.Array
+
+
+_Fitted = tuple[jax.Array, jax.Array]
 
 
 def _huber_residuals(errors: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -342,29 +375,30 @@ def _fit_rows(
     starts: jax.Array,
     points: _Points,
     threshold: jax.Array,
-    counts: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """[S, N] counts -> ([S, n] exponents, A, E (and C) in scaled units, [S, F] costs of the F starts)."""
-    log_ranks, log_samples, losses, inverse_scale = points
+    losses: jax.Array,
+    weights: jax.Array,
+) -> _Fitted:
+    """[S, N] losses and weights -> ([S, n] exponents, A, E (and C) in scaled units, [S, F] costs of the F starts)."""
+    log_ranks, log_samples, inverse_scale = points
     linear, (refined_starts, iterations) = 3 if overfit else 2, polish
     lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
     below = jnp.concatenate([jnp.asarray(lower), jnp.zeros(linear)])
     above = jnp.concatenate([jnp.asarray(upper), jnp.full(linear, jnp.inf)])
 
-    # The bases of the starts are the same for every row of counts.
+    # The bases of the starts are the same for every row.
     bases = jax.vmap(_basis, in_axes=(0, None, None))(starts, log_ranks, log_samples)
 
-    def one_row(count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights = count * inverse_scale**2
-        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, weights)
+    def one_row(losses: jax.Array, weight: jax.Array) -> _Fitted:
+        squared = weight * inverse_scale**2
+        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, squared)
         best = jax.lax.top_k(-start_costs, refined_starts)[1]
         thetas = jnp.concatenate([starts[best], coefficients[best]], axis=1)
 
         def residual(theta: jax.Array) -> jax.Array:
             predicted = jnp.sum(_basis(theta[:-linear], log_ranks, log_samples) * theta[None, -linear:], axis=1)
-            return jnp.sqrt(count) * _huber_residuals((predicted - losses) * inverse_scale, threshold)
+            return jnp.sqrt(weight) * _huber_residuals((predicted - losses) * inverse_scale, threshold)
 
         refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
         return refined[jnp.argmin(costs)], start_costs
 
-    return jax.vmap(one_row)(counts)
+    return jax.vmap(one_row)(losses, weights)

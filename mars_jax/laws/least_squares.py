@@ -18,21 +18,24 @@ ROWS_PER_CALL = 32
 """Bootstrap rows are fitted in blocks of this many, so one compiled program serves any number of them."""
 
 
-def in_blocks(fit: Callable[[jax.Array], jax.Array], counts: np.ndarray) -> np.ndarray:
+def in_blocks(fit: Callable[..., jax.Array], *rows: np.ndarray) -> np.ndarray:
     """Runs a jitted, batched fit over blocks of rows, all of one shape.
 
     Args:
-        fit: [ROWS_PER_CALL, N] counts -> [ROWS_PER_CALL, n] parameters.
-        counts: [S, N] multiplicity of each point in each row.
+        fit: arrays [ROWS_PER_CALL, N] -> [ROWS_PER_CALL, n] parameters.
+        rows: arrays [S, N].
 
     Returns:
         [S, n] parameters, float64 holding the float32 results.
     """
-    rows = len(counts)
-    padding = -rows % ROWS_PER_CALL
-    padded = np.concatenate([counts, np.repeat(counts[:1], padding, axis=0)]).astype(np.float32)
-    blocks = padded.reshape(-1, ROWS_PER_CALL, counts.shape[1])
-    return np.concatenate([np.asarray(fit(jnp.asarray(block)), np.float64) for block in blocks])[:rows]
+    number = len(rows[0])
+    padding = -number % ROWS_PER_CALL
+    blocks = []
+    for array in rows:
+        padded = np.concatenate([array, np.repeat(array[:1], padding, axis=0)]).astype(np.float32)
+        blocks.append(padded.reshape(-1, ROWS_PER_CALL, array.shape[1]))
+    fitted = [fit(*map(jnp.asarray, block)) for block in zip(*blocks, strict=True)]
+    return np.concatenate([np.asarray(block, np.float64) for block in fitted])[:number]
 
 
 def pad_points(values: np.ndarray, fill: float, multiple: int = 32) -> np.ndarray:

@@ -33,6 +33,7 @@ class LaneRecord:
         update_norm: module -> Frobenius norm of its update at the last step.
         interaction: share of the lane's fall in loss that needs all modules together, where module swaps were measured.
         eval_interval: steps between eval points near the convergence times, where they are not log-spaced.
+        run: name of the training run that the lane was read off; lanes of one run are not independent. None: not known.
     """
 
     lane: str
@@ -51,6 +52,7 @@ class LaneRecord:
     update_norm: Mapping[str, float] = field(default_factory=dict)
     interaction: float | None = None
     eval_interval: float | None = None
+    run: str | None = None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -61,6 +63,7 @@ class LaneRecord:
         """A record of lanes.jsonl."""
         return {
             "lane": self.lane,
+            **({} if self.run is None else {"run": self.run}),
             "ranks": dict(self.ranks),
             "num_samples": self.num_samples,
             "seed": self.seed,

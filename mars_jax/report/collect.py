@@ -11,7 +11,7 @@ from mars_jax.config.load import RESOLVED_CONFIG
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
-from mars_jax.runtime.jsonfiles import read_json, read_jsonl
+from mars_jax.runtime.jsonfiles import read_json
 
 Record = Mapping[str, Any]
 """A JSON object that is only read."""
@@ -99,26 +99,26 @@ def read_run(directory: Path) -> RunRecord:
         directory=directory,
         config_text=config_text,
         config=_config(run / RESOLVED_CONFIG, config_text),
-        state=_document(run / files.STATE),
-        plan=_document(run / files.PLAN),
-        data=_document(run / files.DATA),
-        lanes=tuple(read_jsonl(run / files.LANES, notes.append)),
-        curves=tuple(read_jsonl(run / files.CURVES, notes.append)),
-        laws=_document(run / files.LAWS),
-        selection=_document(run / files.SELECTION),
-        sweep=_document(run / files.SWEEP),
-        metrics=tuple(read_jsonl(run / files.METRICS, notes.append)),
-        summary=_document(run / files.SUMMARY),
-        evaluation=_document(run / files.EVALUATION),
-        adapter=_document(adapter_file),
+        state=_document(run, files.STATE),
+        plan=_document(run, files.PLAN),
+        data=_document(run, files.DATA),
+        lanes=tuple(run.lines(files.LANES, notes.append, whole=False)),
+        curves=tuple(run.lines(files.CURVES, notes.append, whole=False)),
+        laws=_document(run, files.LAWS),
+        selection=_document(run, files.SELECTION),
+        sweep=_document(run, files.SWEEP),
+        metrics=tuple(run.lines(files.METRICS, notes.append, whole=False)),
+        summary=_document(run, files.SUMMARY),
+        evaluation=_document(run, files.EVALUATION),
+        adapter=_mapping(adapter_file, read_json(adapter_file)) if adapter_file.is_file() else {},
         read=tuple(name for name, exists in names.items() if exists),
         absent=tuple(name for name, exists in names.items() if not exists),
         notes=tuple(notes),
     )
 
 
-def _document(path: Path) -> Record:
-    return _mapping(path, read_json(path)) if path.is_file() else {}
+def _document(run: RunDirectory, file: Path) -> Record:
+    return run.read(file, whole=False) if (run / file).exists() else {}
 
 
 def _config(path: Path, text: str) -> Record:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mars_jax.laws.resamples import central_interval
 from mars_jax.report.collect import Record, RunRecord
-from mars_jax.report.laws_data import convergence_points, interval, joint_lanes, measured_losses, searched_modules
+from mars_jax.report.laws_data import convergence_points, joint_lanes, measured_losses, searched_modules
 from mars_jax.report.style import (
     LIGHT,
     WIDTH,
@@ -53,7 +54,7 @@ def law_c(run: RunRecord, laws: Mapping[str, "ConvergenceLaw"]) -> "Figure | Non
         for rank, curve in zip(ranks, fitted.T, strict=True):
             axes.plot(line, curve, color=colours[rank])
         if len(law.draws):
-            low, high = interval(np.exp([law.log_steps_draws(ranks, size) for size in line]).swapaxes(0, 1))
+            low, high = central_interval(np.exp([law.log_steps_draws(ranks, size) for size in line]).swapaxes(0, 1))
             for i, rank in enumerate(ranks):
                 axes.fill_between(line, low[:, i], high[:, i], color=colours[rank], alpha=0.16, linewidth=0)
         for rank, size, steps, censored in points:
@@ -125,7 +126,7 @@ def _predicted_against_measured(
     for lane, colour in zip(lanes, colours, strict=True):
         predicted = law.loss([lane["ranks"]], lane["num_samples"])[0]
         if len(law.draws):
-            low, high = interval(law.loss_draws([lane["ranks"]], lane["num_samples"])[:, 0])
+            low, high = central_interval(law.loss_draws([lane["ranks"]], lane["num_samples"])[:, 0])
             axes.plot([lane["best_loss"]] * 2, [low, high], color=colour, linewidth=1.0, alpha=0.6)
         axes.plot(lane["best_loss"], predicted, "o", color=colour)
         ends += [lane["best_loss"], predicted]

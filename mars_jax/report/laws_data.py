@@ -45,9 +45,3 @@ def measured_losses(run: RunRecord) -> dict[tuple[tuple[str, int], ...], float]:
         if lane["num_samples"] == largest:
             cells.setdefault(tuple(sorted(lane["ranks"].items())), []).append(lane["best_loss"])
     return {ranks: float(np.mean(losses)) for ranks, losses in cells.items()}
-
-
-def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end [...] of the central 95 % of bootstrap draws [S, ...]."""
-    low, high = np.percentile(draws, (2.5, 97.5), axis=0)
-    return low, high

@@ -1,10 +1,12 @@
 """Writes `report/` of a run directory: index.html, an SVG file for each figure, and report.json."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from mars_jax.job import files
@@ -16,6 +18,7 @@ from mars_jax.report.figures_laws import law_c, law_p, rank_grid
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
 from mars_jax.runtime.jsonfiles import Document, write_json, write_text
+from mars_jax.runtime.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +92,7 @@ def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | Non
     for group in probe_groups(run):
         yield (
             "probe_curves",
-            f"probe_curves_{'_'.join(group)}",
+            f"probe_curves_{'_'.join(re.sub(r'[^A-Za-z0-9_]', '-', module) for module in group)}",
             f"Probe lanes that adapt {words.listing(list(group))}",
             "Validation loss, a panel for each number of training samples D."
             + (" A dot is where the module has converged." if len(group) == 1 else ""),
@@ -133,13 +136,13 @@ def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | Non
 
 
 def render(run: RunRecord, report: Document, drawings: tuple[Drawing, ...]) -> str:
-    """HTML text of the page; every value from the run is escaped."""
+    """HTML text of the page; every value from the run is escaped, and its control characters are shown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("mars_jax.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
     for name in ("number", "count", "percent", "duration", "size", "ranks_text"):
         environment.filters[name] = getattr(words, name)
@@ -186,6 +189,6 @@ def usage(run: RunRecord) -> dict[str, str | bool]:
             "model = AutoModelForImageTextToText.from_pretrained(base)\n"
             f"model = PeftModel.from_pretrained(model, {str(run.directory / files.ADAPTER)!r})"
         ),
-        "merge": f"mars export {run.directory} --merged --verify",
-        "serve": f"vllm serve {run.directory / files.MERGED}",
+        "merge": f"mars export {quote(str(run.directory))} --merged --verify",
+        "serve": f"vllm serve {quote(str(run.directory / files.MERGED))}",
     }

@@ -5,9 +5,12 @@ matplotlib is imported inside functions, because `import mars_jax.report` must s
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from mars_jax.runtime.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,6 +68,7 @@ def figure_style() -> Iterator[None]:
     settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 8.5,
+        "text.parse_math": False,  # a dollar sign of a name is no formula
         "axes.titlesize": 9,
         "axes.titlelocation": "left",
         "axes.labelsize": 8.5,
@@ -172,9 +176,11 @@ def to_svg(figure: "Figure", name: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # Text stays text: the reader's fonts draw it.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
+    text = visible(buffer.getvalue())  # XML has no control characters
     text = re.sub(r'\b(id="|href="#)', rf"\1{name}-", text).replace("url(#", f"url(#{name}-")
     return text.replace("'DejaVu Sans'", "system-ui, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif")
 

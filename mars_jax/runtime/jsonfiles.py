@@ -57,12 +57,13 @@ def write_json(path: Path, value: object, *, synced: bool = True) -> None:
     write_text(path, dump_json(value, indent=2) + "\n", synced=synced)
 
 
-def read_json(path: Path, schema: type | None = None) -> Any:
+def read_json(path: Path, schema: type | None = None, *, whole: bool = True) -> Any:
     """Reads a JSON document.
 
     Args:
         path: of the file.
         schema: a dataclass with the keys that the caller reads and their types; other keys may be there.
+        whole: whether keys of the schema must be there.
 
     Raises:
         DataError: the file can't be read, isn't JSON, or isn't of the schema.
@@ -75,14 +76,14 @@ def read_json(path: Path, schema: type | None = None) -> Any:
         what = "is empty, not JSON" if not content.strip() else f"is not JSON: {reason}"
         raise DataError(f"{path} {what}. {_WRITE_AGAIN}") from None
     if schema:
-        _check(content, value, schema, str(path), _WRITE_AGAIN)
+        _check(content, value, schema, (str(path), _WRITE_AGAIN), whole)
     return value
 
 
-def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
-    """Appends one record as a line, after cutting off an incomplete last line of a killed writer."""
+def append_jsonl(path: Path, *records: Mapping[str, object]) -> None:
+    """Appends records as lines, all by one call, after cutting off an incomplete last line of a killed writer."""
     make_folder(path.parent)
-    line = dump_json(record).encode() + b"\n"
+    lines = b"".join(dump_json(record).encode() + b"\n" for record in records)
     with naming(path), path.open("a+b") as file:
         end = file.tell()
         if end:
@@ -94,17 +95,20 @@ def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
                 if _record(content[start:]) is None:
                     file.truncate(start)
                 else:
-                    line = b"\n" + line
-        file.write(line)
+                    lines = b"\n" + lines
+        file.write(lines)
 
 
-def read_jsonl(path: Path, warn: Callable[[str], None], schema: type | None = None) -> list[Document]:
+def read_jsonl(
+    path: Path, warn: Callable[[str], None], schema: type | None = None, *, whole: bool = True
+) -> list[Document]:
     """Reads the records of a JSON Lines file; none if the file is absent.
 
     Args:
         path: the file.
         warn: called with a message where the last line is incomplete, as after a kill, and is left out.
         schema: a dataclass as in `read_json`, of every line.
+        whole: as in `read_json`.
 
     Raises:
         DataError: the file can't be read, or another line isn't a JSON object or isn't of the schema.
@@ -121,9 +125,9 @@ def read_jsonl(path: Path, warn: Callable[[str], None], schema: type | None = No
         where = f"{path}, line {number}"
         if record is not None:
             if schema:
-                _check(line, record, schema, where, "Mend or delete the line.")
+                _check(line, record, schema, (where, "Mend or delete the line."), whole)
             records.append(record)
-        elif number == len(lines):
+        elif number == len(lines) and not _is_json(line):
             warn(f"{where}: incomplete, as after a kill, and left out")
         else:
             raise DataError(f"{where}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line.")
@@ -141,16 +145,23 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"can't read {path}: {error.strerror}. Run the command that writes it.") from None
 
 
-def _check(content: bytes, value: object, schema: type, where: str, remedy: str) -> None:
-    """Refuses a value, read from some JSON, that isn't of a schema: by the first key that is wrong."""
+def _check(content: bytes, value: object, schema: type, words: tuple[str, str], whole: bool) -> None:
+    """Refuses a value, read from some JSON, that isn't of a schema: by the first key that is wrong.
+
+    The words of the message are where it was read, and what to do.
+    """
+    where, remedy = words
     if not isinstance(value, dict):
         raise DataError(
-            f"{where} holds {_JSON_TYPES.get(type(value), 'null')} where an object of named values belongs. {remedy}"
+            f"{where} holds {_JSON_TYPES.get(type(value), 'null')} where a mapping of names is expected. {remedy}"
         )
     try:
         _adapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        faults = [fault for fault in error.errors(include_url=False) if whole or fault["type"] != "missing"]
+        if not faults:
+            return
+        fault = faults[0]
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "missing":
             raise DataError(f"{where}: {key} is missing. {remedy}") from None
@@ -164,11 +175,16 @@ def _adapter(schema: type) -> TypeAdapter[Any]:
 
 
 def _record(line: bytes) -> Document | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    record = json.loads(line) if _is_json(line) else None
     return record if isinstance(record, dict) else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _plain(value: object) -> object:

@@ -14,6 +14,7 @@ import numpy as np
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.lane import Ranks
 from mars_jax.laws.fit import Laws
+from mars_jax.laws.resamples import central_interval
 from mars_jax.search.selection import Candidate, Selection, ranks_text
 
 _SMALLEST_TAU = math.log(1.25)
@@ -126,7 +127,7 @@ def pick_among(grid: RankGrid, pruning: Pruning, probed: ProbedLosses = ()) -> S
     winners = indices[_cheapest(pruning.draws[:, indices], pruning.tie)]
     p_best = np.bincount(winners, minlength=len(grid.vectors)) / len(pruning.draws)
     expected = pruning.draws.mean(axis=0)
-    low, high = np.percentile(pruning.draws, [2.5, 97.5], axis=0)
+    low, high = central_interval(pruning.draws)
     measured = [[loss for ranks, loss in probed if ranks == vector] for vector in grid.vectors]
     candidates = tuple(
         Candidate(

@@ -109,8 +109,9 @@ class TrialTrainer:
         for start in range(0, len(missing), most):
             group = missing[start : start + most]
             folder = self._lanes.folder / group[0].name
-            for curve in replace(lanes, folder=folder).train(group, stopping):
-                append_jsonl(self._file, self._record(curve, widest).to_json())
+            curves = replace(lanes, folder=folder).train(group, stopping)
+            # All at once: those that are missing run in one program, which must be the same after a kill.
+            append_jsonl(self._file, *[self._record(curve, widest).to_json() for curve in curves])
             sync_tree(self._file)
             shutil.rmtree(folder)
         known = self._known(stopping)

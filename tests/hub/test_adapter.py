@@ -1,7 +1,9 @@
 """PEFT adapters out and back: keys, patterns, the target expression, padding, frozen modules, and what is refused."""
 
 import json
+import math
 import re
+import time
 from dataclasses import replace
 
 import jax
@@ -205,6 +207,8 @@ def test_adapters_that_cannot_be_exported(change, ranks, error, message, base, t
 A_KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+ODD_RANKS = [0, -1, 2.5, True, "8", [8], math.inf, math.nan]
+ODD_ALPHAS = [0, -1, True, "8", [8], math.inf, -math.inf, math.nan, 1e300, 1e-300]
 STRAYS = [
     "base_model.model.lm_head.lora_A.weight",
     "base_model.model.model.language_model.embed_tokens.lora_embedding_A",
@@ -229,9 +233,39 @@ STRAYS = [
         ({"trainable_token_indices": [3]}, {}, r"trainable_token_indices is \[3\]"),
         ({"init_lora_weights": "pissa_niter_4"}, {}, r"init_lora_weights is 'pissa_niter_4'; only True, False, None"),
         ({"set_by_a_later_peft": {"x": 1}}, {}, r"set_by_a_later_peft is {'x': 1}"),
-        ({"r": None}, {}, r"r is None; a number above 0 is needed"),
+        ({"r": None}, {}, r"r is None; a whole number above 0 is needed"),
         ({"rank_pattern": {}}, {}, r"has shape \[.*; rank 4, which adapter_config.json gives it, .* make it \[4"),
         ({"r": 5}, {}, r"has shape .*; rank 5, which"),
+        *(({"r": odd}, {}, rf"r is {re.escape(repr(odd))}; a whole number above 0 is needed") for odd in ODD_RANKS),
+        *(
+            ({"lora_alpha": odd}, {}, rf"lora_alpha is {re.escape(repr(odd))}; a finite number above 0 is needed")
+            for odd in ODD_ALPHAS
+        ),
+        ({"rank_pattern": {".*": math.inf}}, {}, r"rank_pattern\['\.\*'\] is inf; a whole number above 0 is needed"),
+        ({"rank_pattern": {".*": "8"}}, {}, r"rank_pattern\['\.\*'\] is '8'; a whole number"),
+        ({"alpha_pattern": {".*": -4}}, {}, r"alpha_pattern\['\.\*'\] is -4; a finite number above 0 is needed"),
+        (
+            {"rank_pattern": [".*", 3]},
+            {},
+            r"rank_pattern is \['\.\*', 3\]; an object of patterns and numbers",
+        ),
+        ({"alpha_pattern": "all"}, {}, r"alpha_pattern is 'all'; an object of patterns and numbers is needed"),
+        ({"rank_pattern": {"(": 3}}, {}, r"rank_pattern: '\(' is not a regular expression: missing \), .* position 0"),
+        (
+            {"rank_pattern": {"(?=a)": 3}},
+            {},
+            r"can't be matched in linear time: invalid perl operator: \(\?= at",
+        ),
+        (
+            {},
+            {A_KEY: np.full((4, 32), np.nan, np.float32)},
+            r"q_proj.lora_A.weight' holds NaN, .*, in 128 of 128 numbers",
+        ),
+        ({}, {A_KEY: np.full((4, 32), -np.inf, np.float16)}, r"lora_A.weight' holds NaN, infinity or what float32"),
+        ({}, {A_KEY: np.full((4, 32), 1e300)}, r"lora_A.weight' holds NaN, infinity or what float32 can't hold"),
+        ({}, {A_KEY: np.ones((4, 32), np.int64)}, r"lora_A.weight' is stored as int64; float16, bfloat16, float32 and"),
+        ({}, {A_KEY: np.ones((4, 32), np.uint8)}, r"lora_A.weight' is stored as uint8"),
+        ({}, {A_KEY: np.ones((4, 32), bool)}, r"lora_A.weight' is stored as bool"),
         ({"alpha_pattern": {r".*layers\.0\..*": 5}}, {}, r"one rank and one alpha for each module"),
         ({}, {A_KEY: np.ones((4, 31), np.float32)}, r"q_proj.lora_A.weight' has shape \[4, 31\]; .* make it \[4, 32\]"),
         ({}, {A_KEY: None}, r"'llm/layers/self_attn/q_proj' lacks lora_A in layers \[0\] of 2"),
@@ -260,6 +294,33 @@ def test_an_adapter_of_what_the_model_never_reads_is_refused(base, tmp_path):
     save_file(of_layer_1, tmp_path / WEIGHTS)
     with pytest.raises(ConfigError, match=r"holds no tensor that the model would read"):
         read_adapter(tmp_path, replace(config, vision_feature_layers=(1,)))
+
+
+def test_a_pattern_that_backtracks_without_end_ends_at_once(base, tmp_path):
+    config, params = base
+    written = export(tmp_path, tiny_llava.random_adapters(params, RANKS), RANKS, config)
+    endless = {f"({'(a|[a-z._])+' * 3})+$x": 3}
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(written | {"rank_pattern": endless | written["rank_pattern"]})
+    )
+    start = time.monotonic()
+    assert read_adapter(tmp_path, config)[1] == RANKS
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty", "gone", "folder"])
+def test_damaged_weights_are_refused_by_file(base, tmp_path, damage):
+    config, params = base
+    export(tmp_path, tiny_llava.random_adapters(params, RANKS), RANKS, config)
+    file = tmp_path / WEIGHTS
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage != "gone":
+        file.write_bytes({"truncated": content[:-9], "zeroed": bytes(len(content)), "empty": b""}[damage])
+    with pytest.raises(ConfigError, match=rf"{WEIGHTS}: (no such file; found|not a complete safetensors file)"):
+        read_adapter(tmp_path, config)
 
 
 def test_pickled_weights_are_not_read(base, tmp_path):

@@ -1,10 +1,16 @@
 """The model card: how each family's adapter is loaded, and what it says of vLLM."""
 
+import ast
+import re
+
 import pytest
+import yaml
+from markdown_it import MarkdownIt
 
 from mars_jax.hub.card import model_card
 from mars_jax.models.families.llava import table as llava
 from mars_jax.models.families.qwen2_5_vl import table as qwen2_5_vl
+from mars_jax.runtime.text import visible
 
 ALL = {"vision": 20, "projector": 3, "llm": 40}
 
@@ -51,3 +57,45 @@ def test_what_vllm_does_not_take(table, ranks, told):
 def test_versions_that_place_pictures_wrongly_are_named():
     assert "transformers 5.3 to 5.5 (until 5.5.4)" in card(qwen2_5_vl.TABLE, ALL)
     assert "5.5.4" not in card(llava.ONEVISION, ALL)
+
+
+HOSTILE = [
+    "org/base\nlicense: mit",
+    "a: b # c",
+    "- x",
+    "'\"",
+    "true",
+    "*alias",
+    "{{ x }}",
+    "---\n\n# Heading\n",
+    "`x` <script>alert(1)</script>",
+    "[link](http://e.vil) ![p](http://e.vil/p.png)",
+    "www.e.vil/x",
+    "```\n# out\n```",
+    "\x1b[31m\x9b\u202ered\u2028",
+    "a``b`",
+    "caf\u00e9 \U0001f600",
+    "x'); __import__('os').system('true'); ('",
+]
+
+
+@pytest.mark.parametrize("base", HOSTILE)
+@pytest.mark.parametrize("revision", [None, "`\n---\nmain'", "abc"])
+def test_no_name_of_a_base_or_revision_adds_a_key_a_line_of_code_or_markdown(base, revision):
+    text = model_card(llava.ONEVISION, base, revision, ALL, dict.fromkeys(ALL, 16.0), 1)
+    plain = model_card(llava.ONEVISION, "org/base", revision and "abc", ALL, dict.fromkeys(ALL, 16.0), 1)
+    assert len(text.splitlines()) == len(plain.splitlines())
+    _, front, rest = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {"base_model": base, "library_name": "peft", "tags": ["lora", "mars_jax"]}
+    # What Markdown makes of it: the same headings and code, and no link, picture or HTML outside code.
+    html = MarkdownIt("commonmark").render(rest)
+    assert tags(html) == tags(MarkdownIt("commonmark").render(plain.split("---\n", 2)[2]))
+    code = next(token.content for token in MarkdownIt("commonmark").parse(rest) if token.type == "fence")
+    assigned = ast.parse(code).body[2]
+    assert ast.literal_eval(assigned.value.args[0]) == base
+    assert [ast.literal_eval(keyword.value) for keyword in assigned.value.keywords] == ([revision] if revision else [])
+    assert visible(text) == text
+
+
+def tags(html: str) -> list[str]:
+    return re.findall(r"<[^>]*>", html)

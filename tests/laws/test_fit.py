@@ -192,27 +192,16 @@ def test_lanes_that_tell_no_times_are_picked_among_by_loss_without_an_apology(la
         pick_as_published(found, grids, 4096, parameters)
 
 
-def test_times_too_few_to_resample_cost_law_c_and_not_the_run():
+def test_times_of_too_few_runs_cost_law_c_and_not_the_run():
     rng = np.random.default_rng(0)
     alone = [(4, 0, 256), (64, 0, 256), (4, 0, 1024), (0, 4, 256), (0, 64, 256), (0, 4, 1024)]
-    joint = [(4, 4, 256), (4, 64, 256), (64, 4, 256), (4, 4, 1024), (64, 64, 1024)]
+    joint = [(v, r, d) for v in (4, 16, 64) for r in (4, 16, 64) for d in (256, 1024)]
     records = [lane(i, *cell, 0, rng) for i, cell in enumerate(alone)]
     records += [{**lane(9, *cell, 0, rng), "convergence_steps": {}, "censored": {}} for cell in joint]
     found = fit_laws(read_records(records), key=jax.random.key(0), num_bootstraps=20)
     assert not found.convergence
-    assert "'llm': fewer than 20 bootstrap resamples still determine it" in found.untimed["llm"]
+    assert "'llm': 2 runs are too few to know how much runs differ, so it has no interval" in found.untimed["llm"]
     assert len(found.performance.draws) == 20
-
-
-def test_too_few_cells_to_resample_are_refused():
-    rng = np.random.default_rng(0)
-    cells = [(4, 8, 4, 256), (64, 8, 4, 256), (4, 16, 4, 256), (4, 8, 64, 256), (4, 8, 4, 1024), (4, 8, 4, 4096)]
-    records = [
-        lane(0, vision, llm, samples, 0, rng) | {"ranks": {"vision": vision, "projector": projector, "llm": llm}}
-        for vision, projector, llm, samples in cells
-    ]
-    with pytest.raises(NoValidResultError, match="fewer than 20 bootstrap resamples still determine them"):
-        fit_laws(read_records(records), key=jax.random.key(0), num_bootstraps=20)
 
 
 @pytest.mark.parametrize(

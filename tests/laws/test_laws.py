@@ -42,18 +42,6 @@ def test_an_offset_that_noise_does_not_demand_stays_zero():
     assert all(fit_grid(planted_steps(0.0, 0.05, seed)).E == 0.0 for seed in range(5))
 
 
-def test_intervals_of_the_convergence_law_cover_what_was_planted():
-    # 200 data sets with 5 % noise, each with 127 resamples of its 25 cells.
-    rng = np.random.default_rng(0)
-    covered = {"gamma": 0, "delta": 0}
-    for seed in range(200):
-        counts = rng.multinomial(GRID_RANK.size, np.full(GRID_RANK.size, 1 / GRID_RANK.size), 127)
-        law = fit_grid(planted_steps(0.0, 0.05, seed), counts=counts)
-        for name, true in (("gamma", -0.3), ("delta", 0.7)):
-            covered[name] += law.ci[name][0] <= true <= law.ci[name][1]
-    assert all(0.90 <= number / 200 <= 0.98 for number in covered.values()), covered
-
-
 def test_weighted_convergence_law_is_scipys_least_squares():
     steps, weights = planted_steps(0.0, 0.1), np.linspace(0.2, 3.0, GRID_RANK.size)
     columns = np.stack([np.ones(GRID_RANK.size), np.log(GRID_RANK), np.log(GRID_SAMPLES)], axis=1)

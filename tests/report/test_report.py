@@ -2,8 +2,11 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -13,10 +16,12 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.report import write_report
 from mars_jax.runtime.jsonfiles import append_jsonl, write_json, write_text
+from mars_jax.runtime.text import visible
 from tests.helpers.report_run import LOOKS, TARGET, make_lanes, make_run, steps_of
 
 
@@ -232,6 +237,64 @@ def test_values_are_escaped(tmp_path: Path) -> None:
     page = write_report(tmp_path)
     assert "<script" not in page.read_text(encoding="utf-8")
     assert f'{evil} "{evil}&amp;' in Page(page).text
+
+
+EVIL = "</script><img src=x onerror=a()>\"'><svg/onload=b()>]]>{{ 7*7 }}{% raw %}$x^{ \x1b[2J\x9b\u202e\x00 &lt; --> `"
+
+# Texts that come from data, configs and checkpoints, and those that libraries and phases write.
+EVIL_KEYS = {"id", "reason", "value", "tag", "category", "explanation", "base_model_name_or_path", "python", "jax"}
+
+
+def test_no_hostile_name_of_any_file_adds_an_element_or_an_attribute(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run ;$(x) 'y' <b>"))
+    plain = Page(write_report(run))
+
+    def spoiled(value: Any, key: str = "") -> Any:
+        """The same document, each text that isn't a key of the tool's own vocabulary replaced."""
+        if isinstance(value, dict):
+            return {name: spoiled(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [spoiled(item, key) for item in value]
+        return EVIL if isinstance(value, str) and key in EVIL_KEYS else value
+
+    for file in (*run.glob("*.json"), *run.glob("*/*.json")):
+        write_json(file, spoiled(json.loads(file.read_text())))
+    for file in run.glob("*/*.jsonl"):
+        lines = [spoiled(json.loads(line)) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = yaml.safe_load((run / "config.resolved.yaml").read_text())
+    write_text(run / "config.resolved.yaml", yaml.safe_dump({**config, "run_dir": EVIL, "x": {EVIL: EVIL}}))
+    page = Page(path := write_report(run))
+    text = path.read_text(encoding="utf-8")
+    assert text.count(escape("<img src=x onerror=a()>")) > 10
+    assert page.tags == plain.tags
+    assert {name for name, _ in page.attributes} == {name for name, _ in plain.attributes}
+    assert [value for name, value in page.attributes if name == "href"] == [
+        value for name, value in plain.attributes if name == "href"
+    ]
+    assert visible(text) == text
+    for figure in (run / "report").glob("*.svg"):
+        ElementTree.parse(figure)
+    usage = page.text[page.text.index("As one merged") :]
+    assert f"mars export {shlex.quote(str(run))} --merged --verify" in usage
+
+
+def test_modules_of_any_name_are_drawn_inside_the_report(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    names = {"vision": "../../../<v>$x^{", "llm": "]]>\x1b[1m\u202e"}
+    for file in (*run.glob("*.json"), *run.glob("*/*.json"), *run.glob("*/*.jsonl")):
+        text = file.read_text()
+        for name, odd in names.items():
+            text = text.replace(f'"{name}"', json.dumps(odd))
+        file.write_text(text)
+    page = write_report(run)
+    assert sorted(path.name for path in (tmp_path).iterdir()) == ["run"]
+    figures = list((run / "report").glob("*.svg"))
+    assert len(figures) == len(list((whole / "report").glob("*.svg"))) or len(figures) > 4
+    for figure in figures:
+        texts = "".join(ElementTree.parse(figure).getroot().itertext())
+        assert "\x1b" not in texts
+    assert "../../../<v>$x^{" in Page(page).text
 
 
 def test_a_torn_last_line_is_left_out_and_said(whole: Path, tmp_path: Path) -> None:

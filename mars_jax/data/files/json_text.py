@@ -81,8 +81,9 @@ def read_samples(path: Path) -> Parsed:
     except (ValueError, RecursionError) as seen:
         error = seen
     if error is None:
-        is_line = isinstance(document, dict) and path.suffix.lower() == ".jsonl" and "\n" not in text.strip()
-        return _lines(path, text) if is_line else _document(path, document)
+        is_row = isinstance(document, dict) and not any(isinstance(document.get(key), list) for key in _WRAPPERS)
+        is_line = path.suffix.lower() == ".jsonl" and "\n" not in text.strip()
+        return _lines(path, text) if is_row and is_line else _document(path, document)
     whole = start == "[" and not _goes_on(error)
     if whole or first == "{" or (path.suffix.lower() == ".json" and not (start == "{" and _is_line(first))):
         raise _not_json(path, error)

@@ -18,8 +18,10 @@ MAX_ROWS = 2_000_000
 MAX_TEXT_BYTES = 2**32
 """Bytes of one JSON, JSON lines, CSV or TSV file."""
 
+MAX_ID = 500
+"""Characters of an id."""
+
 _ID_KEYS = ("id", "question_id", "index")
-_MAX_ID = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +40,18 @@ class Row:
 
     @property
     def id(self) -> str:
-        """Its `id`, `question_id` or `index`, else "item-N"."""
+        """Its `id`, `question_id` or `index`, if one of them can name it, else "item-N"."""
         value = self._id
-        return f"item-{self.number}" if value is None else str(value)
+        return str(value) if value is not None and self.has_valid_id else f"item-{self.number}"
 
     @property
     def has_valid_id(self) -> bool:
-        """Whether its id, if any, is a text or a number, and no longer than 500 characters."""
+        """Whether its id, if any, is a text or a number, and no longer than `MAX_ID`."""
         value = self._id
-        return value is None or (
-            (isinstance(value, str) and len(value) <= _MAX_ID)
-            or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
-        )
+        if isinstance(value, float):
+            return math.isfinite(value)
+        is_name = isinstance(value, str | int) and not isinstance(value, bool)
+        return value is None or (is_name and len(str(value)) <= MAX_ID)
 
     @property
     def has_empty_id(self) -> bool:
@@ -58,11 +60,8 @@ class Row:
 
     def fault(self, what: str) -> str:
         """A message that names the row and its fault."""
-        value = self._id
-        written = shown(
-            value if self.has_valid_id and value is not None and not isinstance(value, int | float) else self.id
-        )
-        return f"{self.source} (id {written}): {what}"
+        written = self.id if self.has_valid_id else self._id
+        return f"{self.source} (id {shown(written)}): {what}"
 
     @property
     def _id(self) -> object:

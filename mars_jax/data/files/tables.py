@@ -89,15 +89,13 @@ def _rows(
         most, taken, first = max(FREE_BYTES, MOST_GROWTH * size), 0, len(rows)
         try:
             for batch in batches(path, most):
-                taken += batch.nbytes
-                if taken > most:
-                    raise _too_large(path, size, most)
                 check_number(path, len(rows) + batch.num_rows)
-                start = len(rows)
-                rows += [
-                    Row(start + n, f"{path.name} item {start - first + n}", value)
-                    for n, value in enumerate(batch.to_pylist())
-                ]
+                for value in batch.to_pylist():
+                    # Not the table's own count: a column may be a dictionary, whose values it counts once.
+                    taken += _bytes(value)
+                    if taken > most:
+                        raise _too_large(path, size, most)
+                    rows.append(Row(len(rows), f"{path.name} item {len(rows) - first}", value))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).partition("\n")[0][:300]
             raise DataError(f"{path}: cannot be read as {kind} ({reason}). Fetch the file again.") from error
@@ -116,14 +114,11 @@ def _parquet_batches(path: Path, most: int) -> Iterator["pyarrow.RecordBatch"]:
     with parquet.ParquetFile(path) as file:
         facts = file.metadata
         check_number(path, facts.num_rows)
-        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > most:
+        sizes = [facts.row_group(number).total_byte_size for number in range(facts.num_row_groups)]
+        if sum(sizes) > most:
             raise _too_large(path, check_readable(path).st_size, most)
-        # No value is larger than its column of a row group.
-        chunks = [
-            group.column(number).total_uncompressed_size for group in groups for number in range(group.num_columns)
-        ]
-        yield from file.iter_batches(_batch_rows(max(chunks, default=0)))
+        # No value is larger than its row group. (Facts of single columns end the process where they are broken.)
+        yield from file.iter_batches(_batch_rows(max(sizes, default=0)))
 
 
 def _arrow_batches(path: Path, most: int) -> Iterator["pyarrow.RecordBatch"]:
@@ -137,9 +132,18 @@ def _arrow_batches(path: Path, most: int) -> Iterator["pyarrow.RecordBatch"]:
             file.seek(0)
             stored = iter(pyarrow.ipc.open_stream(file))
         for batch in stored:
-            step = _batch_rows(batch.nbytes // max(batch.num_rows, 1))
+            step = _batch_rows(batch.get_total_buffer_size())
             for start in range(0, batch.num_rows, step):
                 yield batch.slice(start, step)
+
+
+def _bytes(value: object) -> int:
+    """The bytes of the texts and pictures in a value."""
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    if isinstance(value, list):
+        return sum(map(_bytes, value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def _batch_rows(largest: int) -> int:

@@ -6,7 +6,7 @@ ScienceQA, whose answer is a number, is a format of its own. The prompt is that 
 from collections.abc import Mapping
 
 from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys, Turn
-from mars_jax.data.formats.options import LETTERS, ask_options, asks
+from mars_jax.data.formats.options import LETTERS, ask_options, asks, starts
 from mars_jax.data.values import is_absent, shown
 
 _COLUMNS = ("choices", "options")
@@ -39,10 +39,9 @@ def option_texts(row: Mapping[str, object]) -> list[str]:
 
 def _without_letters(options: list[str]) -> list[str]:
     """Options such as "A. red" or "(A) red" without their letters, where all have them."""
-    for before, after in (("", ". "), ("", ": "), ("", ") "), ("(", ") ")):
-        starts = [f"{before}{letter}{after}" for letter in LETTERS[: len(options)]]
-        if all(option.startswith(start) for option, start in zip(options, starts, strict=True)):
-            return [option.removeprefix(start) for option, start in zip(options, starts, strict=True)]
+    for style in zip(*(starts(letter) for letter in LETTERS[: len(options)]), strict=True):
+        if all(option.startswith(start) for option, start in zip(options, style, strict=True)):
+            return [option.removeprefix(start) for option, start in zip(options, style, strict=True)]
     return options
 
 

@@ -46,12 +46,19 @@ def answer_letter(answer: object, options: Sequence[str]) -> str:
         raise FaultError(f"'answer' is {shown(answer)} ({kind_of(answer)}); {allowed} is expected. Write the letter.")
     text = answer.strip()
     as_letter = re.fullmatch(rf"\(?([{LETTERS[: len(options)]}])[).:]{{0,2}}", text)
-    letters = {LETTERS[number] for number, option in enumerate(options) if option.strip() == text}
-    letters |= {as_letter[1]} if as_letter else set()
+    letters = {as_letter[1]} if as_letter else set()
+    for letter, option in zip(LETTERS, options, strict=False):
+        if text.removeprefix(next((start for start in starts(letter) if text.startswith(start)), "")) == option.strip():
+            letters.add(letter)
     if len(letters) != 1:
         problem = "more than one of" if letters else "none of"
         raise FaultError(f"'answer' is {shown(answer)}, {problem} the {len(options)} options; {allowed} is expected.")
     return letters.pop()
+
+
+def starts(letter: str) -> tuple[str, ...]:
+    """How an option begins that is written with its letter."""
+    return f"{letter}. ", f"{letter}: ", f"{letter}) ", f"({letter}) "
 
 
 def ask_options(row: Mapping[str, object], options: Sequence[str], num_pictures: int) -> Conversation:

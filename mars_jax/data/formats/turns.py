@@ -41,7 +41,7 @@ def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> 
 
 def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:
     """Whether a turn is trained on, by its keys `LEARN`."""
-    given = {key: turn[key] for key in LEARN if not is_absent(turn.get(key))}
+    given = {key: turn[key] for key in LEARN if key in turn and not is_absent(turn[key])}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise FaultError(

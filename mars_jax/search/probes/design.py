@@ -90,3 +90,9 @@ def prefixes(config: Config, lane: Lane) -> list[tuple[Lane, int]]:
     if settings.sampling == "separate":
         return [(lane, settings.horizon)]
     return [(replace(lane, num_samples=size), size // settings.batch_size) for size in reversed(settings.num_samples)]
+
+
+def run_of(config: Config, lane: Lane) -> str:
+    """Name of the training run that a lane is read off: of the lane at the largest D, where sampling is nested."""
+    settings = config.probe
+    return (replace(lane, num_samples=settings.num_samples[-1]) if settings.sampling == "nested" else lane).name

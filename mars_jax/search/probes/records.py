@@ -5,6 +5,7 @@ A module that should have moved and did not is an error here, not a data point.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -31,7 +32,11 @@ def convergence_rule(config: Config) -> ConvergenceRule | None:
 
 
 def lane_records(
-    lanes: Sequence[Lane], points: Sequence[Points], rule: ConvergenceRule | None, rates: Rates
+    lanes: Sequence[Lane],
+    points: Sequence[Points],
+    rule: ConvergenceRule | None,
+    rates: Rates,
+    runs: Sequence[str] | None = None,
 ) -> list[LaneRecord]:
     """One record a lane.
 
@@ -40,6 +45,7 @@ def lane_records(
         points: eval points of each lane; lanes that stopped early have fewer, at the same steps.
         rule: when a module counts as converged; None: no convergence time is measured.
         rates: module -> learning rate.
+        runs: name of the run that each lane was read off; None: each is a run by itself.
 
     Raises:
         NoValidResultError: an adapted module of a finite lane has update norm 0.
@@ -47,8 +53,10 @@ def lane_records(
     times = _convergence_times(lanes, points, rule) if rule else [{} for _ in lanes]
     without = "the rule speaks of lanes that adapt one module" if rule else "convergence is not measured"
     return [
-        _record(lane, of_lane, lane_times, without, rates)
-        for lane, of_lane, lane_times in zip(lanes, points, times, strict=True)
+        replace(_record(lane, of_lane, lane_times, without, rates), run=run)
+        for lane, of_lane, lane_times, run in zip(
+            lanes, points, times, runs or [lane.name for lane in lanes], strict=True
+        )
     ]
 
 

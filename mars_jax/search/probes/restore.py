@@ -15,7 +15,7 @@ from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Lane
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import append_jsonl, dump_json, write_text
-from mars_jax.search.probes.design import planned_lanes, prefixes
+from mars_jax.search.probes.design import planned_lanes, prefixes, run_of
 from mars_jax.search.probes.records import convergence_rule, lane_records
 from mars_jax.search.probes.run import probe_schedule
 
@@ -123,7 +123,8 @@ def _derived(job: Job) -> list[LaneRecord]:
                 lanes.append(prefix)
                 points.append(found)
         if whole and lanes:
-            made = lane_records(lanes, points, convergence_rule(config), config.learning_rates())
+            runs = [run_of(config, lane) for lane in lanes]
+            made = lane_records(lanes, points, convergence_rule(config), config.learning_rates(), runs)
             records.update((record.lane, record) for record in made)
     order = {name: place for place, name in enumerate(curves)}
     return sorted(records.values(), key=lambda record: order[record.lane])

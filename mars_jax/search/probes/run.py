@@ -30,7 +30,7 @@ from mars_jax.runtime.checkpoint import Checkpoints
 from mars_jax.runtime.durable import sync_tree
 from mars_jax.runtime.interrupts import Interrupts
 from mars_jax.runtime.jsonfiles import append_jsonl
-from mars_jax.search.probes.design import prefixes
+from mars_jax.search.probes.design import prefixes, run_of
 from mars_jax.search.probes.progress import ProbeProgress
 from mars_jax.search.probes.records import convergence_rule, lane_records
 from mars_jax.search.probes.swaps import Prefix, count_swaps, module_swaps, swap_groups
@@ -189,7 +189,8 @@ def _record_group(
         executed_lane_steps=result.executed_steps,
     )
     append_curves(directory, lanes, curves)
-    for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates()):
+    runs = [run_of(config, lane) for lane in lanes]
+    for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates(), runs):
         if record.lane not in recorded:
             append_jsonl(directory / files.LANES, record.to_json())
             recorded.add(record.lane)

@@ -1,0 +1,173 @@
+"""Placeholders, coordinates, sizes and ids of conversations."""
+
+import json
+
+import pytest
+
+from mars_jax.data.conversations import MAX_CHARACTERS, MAX_TURNS
+from mars_jax.errors import DataError
+from tests.helpers.rows import fault, read
+
+
+def row(question, answer="a cat", **more):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+
+
+def test_pictures_without_placeholders_are_put_first_with_a_note(tmp_path):
+    typed = [{"role": "user", "content": [{"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "x"}]
+    rows = [row("what?", image=["a.png", "b.png"]), {"messages": typed, "images": ["a.png"]}]
+    rows.append(row("<image>?", image="a.png"))
+    (plain, parts, _), notes = read(tmp_path, rows)
+    assert plain.turns[0].text == "<image>\n<image>\nwhat?"
+    assert (parts.turns[0].text, parts.turns[0].parts) == ("<image>what?", ("<image>", "what?"))
+    assert notes[-1] == (
+        "data.json: 2 of 3 rows: pictures without <image>; they were put at the start of the first question (the "
+        "first: 'item-0')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "text"),
+    [
+        ("<image>\nwhat?", ["a.png", "b.png"], "1 <image> in the user turns but 2 images"),
+        ("<image><image>?", ["a.png"], "2 <image> in the user turns but 1 images"),
+        ("Is <image 1> red?", ["a.png"], "0 <image> in the user turns but 1 images. Write <image> once for each image. "
+         "The text has '<image 1>', which is not read"),
+        ("<|image_1|>what?", ["a.png"], "The text has '<|image_1|>', which is not read"),
+        ("1: <img>a.png</img> what?", [], "the text has '<img>a.png</img>', which is not read. Give it as 'image'"),
+        ("<video>what?", [], "turn 0: <video> stands for something that is not read (video). Write what it stands for"),
+        ("<audio>what?", [], "turn 0: <audio> stands for something that is not read (audio)"),
+        ("Find <ref-object>", [], "turn 0: <ref-object> stands for something that is not read (ref-object)"),
+    ],
+)  # fmt: skip
+def test_placeholders_that_would_stay_in_the_text_are_refused(tmp_path, question, images, text):
+    assert text in fault(tmp_path, [row(question, images=images)])
+
+
+def test_a_box_to_fill_in_was_learnt_as_text(tmp_path):
+    assert "turn 1: <bbox> stands for something that is not read (bbox)" in fault(
+        tmp_path, [row("Where?", "<bbox><bbox>")]
+    )
+
+
+def test_html_with_closing_tags_is_text(tmp_path):
+    (record,), _ = read(tmp_path, [row("What is it?", "<video><source src=x></video>, or <audio></audio>")])
+    assert record.turns[1].text.startswith("<video>")
+
+
+def test_a_windows_line_end_after_a_picture_is_set_off_like_any_other(tmp_path):
+    (record,), _ = read(tmp_path, [row("<image>\r\nwhat?\r\nwhy?", image="a.png")])
+    assert record.turns[0].text == "<image>\nwhat?\r\nwhy?"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("[500, 300, 590, 390]", True),
+        ('[{"bbox_2d": [500, 300, 590, 390], "label": "sheep"}]', True),
+        ("<|box_start|>(500,300),(590,390)<|box_end|>", True),
+        ("(500, 300), (590, 390)", True),
+        ("<box>[[500, 300, 590, 390]]</box>", True),
+        ('{"point_2d": [500, 300]}', True),
+        ("[0.1, 0.25, 0.5, 0.75]", False),
+        ("It has 3, 4, 5 or 6 legs (or 7).", False),
+        ("[1, 2]", False),
+    ],
+)
+def test_boxes_stayed_as_they_were_while_pictures_were_scaled(tmp_path, text, seen):
+    rows = [row("<image>\nfind the sheep", text, image="a.png", id="s"), row("find", text)]
+    _, notes = read(tmp_path, rows)
+    assert len(notes) == seen
+    if seen:
+        assert notes[0].startswith(
+            "data.json: 1 of 2 rows: coordinates in the texts; they are not scaled where pictures are, by "
+            "data.max_pixels or the image processor (the first: 's' has "
+        )
+
+
+def test_texts_and_conversations_without_end_are_one_fault(tmp_path):
+    long = row("x" * (MAX_CHARACTERS + 1), id="long")
+    many = {"id": "many", "conversations": row("what?")["conversations"] * (MAX_TURNS // 2 + 1)}
+    message = fault(tmp_path, [long, many])
+    assert "2 faults." in message
+    assert "item 0 (id 'long'): its texts have 1,000,006 characters, more than 1,000,000. Split or shorten" in message
+    assert "item 1 (id 'many'): 1,002 turns, more than 1,000. Split the conversation" in message
+    assert len(message) < 500
+
+
+def test_more_pictures_than_any_context_are_one_fault(tmp_path):
+    assert "1,001 pictures, more than 1,000. Split the record" in fault(
+        tmp_path, [row("what?", images=["a.png"] * 1_001)]
+    )
+
+
+# Ids.
+
+
+def test_repeated_ids_of_a_published_file_were_refused(tmp_path):
+    ids = ["000000000009", "9", 9, "000000000009", "x#2", "x", "x", "x"]
+    records, notes = read(tmp_path, [row("what?", id=id) for id in ids])
+    assert [record.id for record in records] == ["000000000009", "9", "9#2", "000000000009#2", "x#2", "x", "x#3", "x#4"]
+    assert len({record.group for record in records}) == len(ids)
+    assert notes == [
+        "data.json: 4 of 8 rows: an id that an earlier row has; the second row with an id ID is called ID#2, and so on "
+        "(the first: '9')"
+    ]
+
+
+@pytest.mark.parametrize("empty", ["null", "NaN", '""'])
+def test_empty_ids_were_said_to_be_used_twice(tmp_path, empty):
+    text = json.dumps([row("what?", id="ID"), row("why?", id="ID"), row("who?")]).replace('"ID"', empty)
+    records, notes = read(tmp_path, text)
+    assert [record.id for record in records] == ["item-0", "item-1", "item-2"]
+    (note,) = notes
+    assert note.startswith("data.json: 2 of 3 rows: an empty id; the row is called item-N, from its place in the file")
+
+
+@pytest.mark.parametrize("bad", ['"%s"' % ("x" * 501), "[1]", '{"a": 1}', "true", "Infinity", '"cut\\ud83d"'])
+def test_ids_that_are_no_names_are_faults_with_short_messages(tmp_path, bad):
+    text = json.dumps([row("what?", id="ID")]).replace('"ID"', bad)
+    message = fault(tmp_path, text)
+    assert "the id is no text or number of at most 500 characters" in message or "half of a surrogate pair" in message
+    assert len(message) < 500
+    message.encode()
+
+
+def test_a_thousand_rows_of_one_id_are_named_at_once(tmp_path):
+    records, _ = read(tmp_path, [row("what?", id="same")] * 1_000)
+    assert records[-1].id == "same#1000"
+
+
+@pytest.mark.parametrize("nothing", ['""', "[null]", "NaN", "null", "[]", '[""]', '{"bytes": null, "path": null}'])
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_absent_pictures_of_tables_were_refused(tmp_path, nothing, column):
+    text = json.dumps([row("what?", **{column: "NOTHING"})]).replace('"NOTHING"', nothing)
+    (record,), _ = read(tmp_path, text)
+    assert record.images == ()
+
+
+def test_keys_that_are_not_read_are_counted_once_a_file(tmp_path):
+    rows = [row("what?", data_source="web", width=3) for _ in range(4)] + [row("what?", data_source="web", odd=None)]
+    rows[0]["conversations"][0]["name"] = "Ann"
+    _, notes = read(tmp_path, rows)
+    assert notes == ["data.json: keys not read: data_source 5x, width 4x, conversations.name 1x"]
+    _, notes = read(tmp_path, [row("what?", **{f"k{n}": n for n in range(30)}, **{"\x1b[31m": 1})])
+    assert notes[0].endswith(", and 11 others")
+    assert "\x1b" not in notes[0]
+
+
+@pytest.mark.parametrize("depth", [5, 100, 400, 900, 950])
+@pytest.mark.parametrize(
+    "key", ["id", "image", "conversations", "messages", "question", "answer", "system", "other", "A"]
+)
+def test_values_nested_deep_are_faults_or_notes(tmp_path, depth, key):
+    for brackets in ("[]", "{}"):
+        deep = (brackets[0] if brackets == "[]" else '{"a":') * depth + "1" + brackets[1] * depth
+        text = json.dumps([row("what?") | {"question": "q", "answer": "a", key: "DEEP"}]).replace('"DEEP"', deep)
+        try:
+            outcome = " ".join(read(tmp_path, text)[1])
+        except DataError as error:
+            outcome = str(error)
+        reported = ("1 fault", "2 faults", f"keys not read: {key}", "question")
+        assert any(text in outcome for text in reported)
+        assert len(outcome) < 1_000

@@ -1,0 +1,202 @@
+"""Files of a finished run that a bad disk or a hand changed: used without a word, or a traceback."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import given_job
+from tests.helpers.given_job import Job, contents, flipped, mars
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    return given_job.make(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def run(job, tmp_path) -> Path:
+    return Path(shutil.copytree(job.run, tmp_path / "run"))
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+def halved(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {
+            "data": ("data.json", flipped),
+            "finetune": ("finetune/adapters.safetensors", flipped),
+            "evaluate": ("evaluation.json", None),
+            "export": ("adapter/adapter_config.json", halved),
+            "merge": ("merged/model.safetensors", flipped),
+        },
+        {
+            "select": ("selection.json", empty),
+            "finetune": ("finetune/summary.json", flipped),
+            "evaluate": ("samples.jsonl", halved),
+            "merge": ("merged/tokenizer.json", None),
+        },
+        {"finetune": ("finetune/adapters.safetensors", None)},
+    ],
+)
+def test_a_damaged_file_of_a_finished_phase_was_used_and_never_made_again(job, run, spoilt):
+    for name, spoil in spoilt.values():
+        if spoil:
+            (run / name).write_bytes(spoil((run / name).read_bytes()))
+        else:
+            (run / name).unlink()
+    done = given_job.process("run", run)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("warning: ")] == [
+        f"warning: {phase}: {name} isn't there as the phase left it (damaged, deleted or edited); done again"
+        for phase, (name, _) in spoilt.items()
+    ]
+    assert contents(run) == contents(job.run)
+    assert mars("run", run)[2].count("done before, skipped") == len(given_job.PHASES)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "phase"),
+    [
+        ("evaluate", "finetune/adapters.safetensors", "finetune"),
+        ("export", "finetune/summary.json", "finetune"),
+        ("finetune", "selection.json", "select"),
+        ("report", "evaluation.json", "evaluate"),
+        ("report", "data.json", "run"),
+    ],
+)
+def test_a_command_on_a_damaged_file_of_an_earlier_phase_is_refused(run, command, name, phase):
+    file = run / name
+    file.write_bytes(flipped(file.read_bytes()))
+    code, _, err = mars(command, run)
+    assert code == 3
+    assert f"mars: {file} isn't what the phase " in err
+    assert f"left: it was damaged, or changed by hand. Run `mars {phase} {run}` to make it again. To go on" in err
+
+
+def test_samples_that_were_changed_were_compared(job, run):
+    (run / "samples.jsonl").write_bytes(flipped((run / "samples.jsonl").read_bytes()))
+    code, _, err = mars("diff", run, job.run)
+    assert code == 3
+    assert f"{run / 'samples.jsonl'} isn't what the phase evaluate left" in err
+
+
+def test_a_file_of_ones_own_is_taken_in_a_new_run_directory(job, run, tmp_path):
+    # As the message says: a pick of one's own.
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run / "config.resolved.yaml", other)
+    selection = json.loads((run / "selection.json").read_text())
+    (other / "selection.json").write_text(json.dumps({**selection, "pick": {"projector": 2}}))
+    done = given_job.process("finetune", other)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((other / "finetune" / "summary.json").read_text())["ranks"] == {"vision": 0, "projector": 2}
+
+
+@pytest.mark.parametrize("pick", [{"llm": 3}, {"projector": -1}, {"projector": 0}])
+def test_a_pick_that_is_none_is_refused(job, tmp_path, pick):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(job.run / "config.resolved.yaml", run)
+    selection = json.loads((job.run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps({**selection, "pick": pick}))
+    code, _, err = mars("finetune", run)
+    assert code == 2
+    assert f"mars: {run / 'selection.json'}: pick has " in err
+    assert "the modules are vision, projector, and ranks are 0 (frozen) or more." in err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "is empty"), ("a: [", "is not YAML"), ("- 1", "is not a list of settings")]
+)
+def test_damaged_settings_passed_for_another_config(job, run, content, said):
+    file = run / "config.resolved.yaml"
+    whole = file.read_text()
+    file.write_text(content)
+    config = job.config(run)
+    code, _, err = mars("run", config)
+    assert code == 0, err
+    assert err.count("done before, skipped") == len(given_job.PHASES)
+    assert file.read_text() == whole.replace(str(job.run), str(run))
+    file.write_text(content)
+    code, _, err = mars("run", config, "seed=7")
+    assert code == 3
+    assert err == (
+        f"mars: {file} {said}: it was damaged, or changed by hand. Put it back from a copy, or give the config that "
+        "the run was made with, and it is written again; for other settings set another run_dir.\n"
+    )
+
+
+def test_an_empty_config_of_a_run_is_said_to_be_damaged(run):
+    (run / "config.resolved.yaml").write_text("")
+    code, _, err = mars("run", run)
+    assert code == 2
+    assert f"{run / 'config.resolved.yaml'} is empty: it was damaged. Run the command with the config that" in err
+
+
+def test_a_changed_digit_of_the_settings_was_followed(run):
+    file = run / "config.resolved.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+    code, _, err = mars("report", run)
+    assert code == 3
+    assert f"mars: {file} holds other settings than the run was made with: it was damaged, or changed by hand." in err
+
+
+DOCUMENTS = ("state.json", "data.json", "selection.json", "finetune/summary.json", "evaluation.json")
+OTHER_TYPES = {
+    "null": b"null",
+    "a list": b"[1]",
+    "a text": b'"x"',
+    "a number": b"3",
+    "nothing": b"",
+    "bytes": bytes(range(256)),
+    "depth": b"[" * 10**5,
+    "a long number": b'{"phases": ' + b"9" * 5000 + b"}",
+    "other keys": b'{"phases": {"data": [1]}, "pick": {"projector": "3"}, "ranks": null, "files": 3, "conditions": []}',
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("content", OTHER_TYPES.values(), ids=OTHER_TYPES.keys())
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_file_of_another_type_ended_in_a_traceback(run, name, content):
+    # Without checksums, as in runs that were made before there were any.
+    state = json.loads((run / "state.json").read_text())
+    for record in state["phases"].values():
+        record.pop("outputs", None)
+    (run / "state.json").write_text(json.dumps(state))
+    (run / name).unlink()
+    if content is None:
+        (run / name).mkdir()
+    else:
+        (run / name).write_bytes(content)
+    commands = ("status", "report", "export") if name == "state.json" else ("report",)
+    for command in commands:
+        code, _, err = mars(command, run)
+        assert code in (2, 3), err
+        assert str(run / name) in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["lock", "events.jsonl", "finetune", "report", "adapter"])
+def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(job, run, name):
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink()
+        path.mkdir()
+    code, _, err = mars("run", run)
+    if name == "report":  # of which nothing needs to be kept
+        assert code in (0, 2), err
+    else:
+        assert code in (2, 3), err
+        assert name in err.splitlines()[-1]
