@@ -202,8 +202,8 @@ def test_another_family_is_refused_with_those_supported(config, copy, command):
     code, message = refused(command, config, f"model.checkpoint={copy}")
     assert code == 2
     assert message.startswith(
-        f"{copy / 'config.json'}: model_type is 'qwen2_vl', which is not supported. Supported "
-        "families: llava, llava_onevision, qwen2_5_vl"
+        f"{copy / 'config.json'}: model_type is 'qwen2_vl' (LlavaOnevisionForConditionalGeneration), which is not "
+        "supported. Supported families: llava, llava_onevision, qwen2_5_vl"
     )
 
 

@@ -9,6 +9,8 @@ from mars_jax.runtime.jsonfiles import Document, write_json
 
 
 def _inputs(job: Job) -> Inputs:
+    if not (job.directory / files.DATA).exists():
+        check_model(job.config, job.base)  # first, since reading the data may take long
     job.sources.check()
     base = {"base": job.sources.of_base()}
     return {**job.sources.listed(), **base, **sections(job.config, "data", "model")}

@@ -57,7 +57,7 @@ def read_json_object(path: Path) -> Document:
     again = "Fetch the file again."
     try:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file. {again}")
+            raise ConfigError(f"{path}: is not there, or no regular file. {again}")
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise ConfigError(f"{path}: has {size} bytes; at most {_MAX_BYTES} are read. {again}")

@@ -12,10 +12,11 @@ WITH_PARAMETERS = {"prelu", "xielu"}
 
 
 def test_every_activation_of_transformers_without_parameters_is_there():
-    assert set(ACTIVATIONS) == set(ACT2CLS) - WITH_PARAMETERS
+    assert set(ACT2CLS) - WITH_PARAMETERS <= set(ACTIVATIONS)
+    assert not WITH_PARAMETERS & set(ACTIVATIONS)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) & set(ACT2CLS)))
 def test_activations_are_those_of_transformers(name):
     x = np.linspace(-12.0, 12.0, 97, dtype=np.float32)
     expected = ACT2FN[name](torch.from_numpy(x)).numpy()
