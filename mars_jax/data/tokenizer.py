@@ -1,10 +1,10 @@
 """Loads the tokenizer of a checkpoint with its chat template."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.json_object import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     for name in ("processor_config.json", "chat_template.json"):
         file = directory / name
         if file.is_file() and not (directory / "chat_template.jinja").is_file():
-            template = _template_in(file) or template
+            template = read_json_object(file).get("chat_template") or template
     if template is None:
         raise ConfigError(
             f"{directory}: the tokenizer has no chat template. Copy chat_template.jinja (or chat_template.json) from "
@@ -45,20 +45,6 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{directory}: the tokenizer has no padding token. Set pad_token in tokenizer_config.json.")
     return tokenizer
-
-
-def _template_in(file: Path) -> object:
-    """The key `chat_template` of a JSON file, or None."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Copy it from the checkpoint's source.") from error
-    if not isinstance(document, dict):
-        raise ConfigError(
-            f"{file} holds a JSON {type(document).__name__}; an object with 'chat_template' is expected. Copy it from "
-            "the checkpoint's source."
-        )
-    return document.get("chat_template")
 
 
 def _default_of(template: object, directory: Path) -> str:

@@ -183,9 +183,9 @@ def test_a_tokenizer_with_code_of_its_own_is_never_run(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("{", "chat_template.json cannot be read"),
-        ("[" * 100_000, "chat_template.json cannot be read"),
-        ("[]", "holds a JSON list; an object with 'chat_template' is expected"),
+        ("{", "chat_template.json: not JSON at line 1, column 2"),
+        ("[" * 100_000, "chat_template.json: is nested too deeply"),
+        ("[]", "holds a JSON list; an object is needed"),
         ('{"chat_template": {"tools": "x", "rag": "y"}}', r"several chat templates \(rag, tools\), none of them named"),
         (
             '{"chat_template": [{"name": "rag", "template": "y"}]}',
