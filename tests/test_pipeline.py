@@ -20,7 +20,7 @@ from mars_jax.evals.stats import share
 from tests.helpers import tiny_job
 
 LANE_KEYS = [
-    "lane", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",
+    "lane", "run", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",
     "best_loss", "best_step", "update_norm", "status", "reason",
 ]  # fmt: skip
 PHASES = ["data", "plan", "probe", "fit", "select", "finetune", "evaluate", "export"]
