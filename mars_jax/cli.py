@@ -139,7 +139,9 @@ _pipeline("evaluate", "Measure the base and the result on test data.")
 def export(
     config: Source,
     overrides: Overrides = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Load it in PyTorch and compare the logits.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load it in PyTorch and compare logits and answers.")
+    ] = False,
     merged: Annotated[bool, typer.Option("--merged", help="Also write the merged checkpoint.")] = False,
     json_output: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mars_jax.config.load import Config
 from mars_jax.data.preview import preview
 from mars_jax.evals.run import EVALUATE
+from mars_jax.evals.served import verify_answers
 from mars_jax.job.checks import check_data, check_model
 from mars_jax.job.data_phase import DATA
 from mars_jax.job.directory import RunDirectory
@@ -94,4 +95,5 @@ def export(config: Config, reporter: Reporter, *, verify: bool = False, merged: 
             document |= run_phase(MERGE, job)
         if verify:
             document["verified"] = verify_export(job, merged=merged)
+            document["answers"] = verify_answers(job, merged=merged)
         return document

@@ -20,7 +20,7 @@ from mars_jax.evals.stats import share
 from tests.helpers import tiny_job
 
 LANE_KEYS = [
-    "lane", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",
+    "lane", "run", "ranks", "num_samples", "seed", "learning_rate", "adapted", "steps", "convergence_steps", "censored",
     "best_loss", "best_step", "update_norm", "status", "reason",
 ]  # fmt: skip
 PHASES = ["data", "plan", "probe", "fit", "select", "finetune", "evaluate", "export"]
@@ -477,6 +477,9 @@ def test_the_export_is_verified_in_pytorch(job, tmp_path):
         assert result["logits_difference"] < 1e-4
         assert result["base_difference"] < 1e-4
         assert result["moved"] > 0.1
+    for answers in (document["answers"]["adapter"], document["answers"]["merged"]):
+        assert answers["samples"] == 4
+        assert answers["tokens"] >= 4
     state = read(run / "state.json")["phases"]
     assert {"export", "merge"} <= state.keys()
     # What is written is not written again, with or without the merged checkpoint.

@@ -5,10 +5,10 @@ loaded tensors are compared one by one.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,14 @@ from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.registry import checkpoint_table
 from mars_jax.models.families.tables import CheckpointTable
 from mars_jax.runtime.jsonfiles import Document
+
+
+class Greedy(NamedTuple):
+    """How greedy answers end: at a number of tokens or an end token, after which padding follows."""
+
+    max_new_tokens: int
+    end_tokens: Sequence[int]
+    pad_token: int
 
 
 def verify_adapter(
@@ -116,6 +124,50 @@ def verify_merged(
     return _compare(str(merged_dir), batch, theirs, theirs_base, our_logits, base_logits, tolerance)
 
 
+def torch_answers(
+    directory: str | Path,
+    adapter_dir: str | Path | None,
+    prompts: Sequence[Mapping[str, np.ndarray]],
+    greedy: Greedy,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Greedy answers by transformers, in float32 on the CPU.
+
+    Args:
+        directory: the checkpoint.
+        adapter_dir: an adapter to load on it; None: the checkpoint alone.
+        prompts: inputs of the Hugging Face model, one prompt each.
+        greedy: how answers end.
+
+    Returns:
+        For each prompt the N generated tokens [N], end token included, and the logits that they were chosen by [N, V].
+
+    Raises:
+        ConfigError: torch or peft is not installed.
+    """
+    torch, transformers = _imports()
+    from peft import PeftModel
+
+    model = _load(transformers, torch, checkpoint_table(read_config(Path(directory))), directory)[0]
+    if adapter_dir is not None:
+        model = PeftModel.from_pretrained(model, str(adapter_dir)).eval()
+    config = transformers.GenerationConfig(
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        max_new_tokens=greedy.max_new_tokens,
+        eos_token_id=list(greedy.end_tokens),
+        pad_token_id=greedy.pad_token,
+    )
+    answers = []
+    for prompt in prompts:
+        inputs = _tensors(model, prompt)
+        with torch.no_grad():
+            found = model.generate(**inputs, generation_config=config)
+        tokens = found.sequences[0, prompt["input_ids"].shape[1] :].numpy()
+        answers.append((tokens, torch.cat(found.logits).float().numpy()))
+    return answers
+
+
 def _imports() -> tuple[ModuleType, ModuleType]:
     try:
         import peft  # noqa: F401
@@ -145,16 +197,21 @@ def _load(
 def _logits(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     import torch
 
+    with torch.no_grad():
+        return model(**_tensors(model, batch)).logits.float().numpy()
+
+
+def _tensors(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    import torch
+
     forward = (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
     # Only some versions take `mm_token_type_ids`; others find the image tokens by their ids.
     arguments = set(inspect.signature(forward).parameters)
-    inputs = {
+    return {
         name: torch.from_numpy(np.array(value))
         for name, value in batch.items()
         if name in arguments or name != "mm_token_type_ids"
     }
-    with torch.no_grad():
-        return model(**inputs).logits.float().numpy()
 
 
 def _hub_name(table: CheckpointTable[ModelConfig], name: str) -> str:

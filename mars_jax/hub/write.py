@@ -39,7 +39,6 @@ from mars_jax.runtime.trees import flatten
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
 # Lists of weights that are not there, and what would make the folder an adapter.
 _NOT_COPIED = (".index.json", "adapter_config.json")
-_MORE_TEMPLATES = "additional_chat_templates"
 _METADATA = {"format": "pt"}
 
 
@@ -144,10 +143,6 @@ def write_merged(
     for path in sorted(base.iterdir()):
         if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
-    if (base / _MORE_TEMPLATES).is_dir():
-        (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
-        for path in sorted((base / _MORE_TEMPLATES).glob("*.jinja")):
-            shutil.copyfile(path, directory / _MORE_TEMPLATES / path.name)
     if (base / INDEX_FILE).is_file():
         write_json(directory / INDEX_FILE, read_json_object(base / INDEX_FILE) | {"weight_map": weight_map})
 

@@ -132,10 +132,14 @@ def torch_inputs(
     """The same records as inputs of the Hugging Face model."""
     tokens = batch["tokens"]
     lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != preprocessor.pad_token_id, axis=1)
-    inputs = {
-        "input_ids": tokens.astype(np.int64),
-        "attention_mask": (np.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(np.int64),
-    }
+    return torch_inputs_of(records, tokens, np.arange(tokens.shape[1])[None, :] < lengths[:, None], preprocessor)
+
+
+def torch_inputs_of(
+    records: Sequence[Record], tokens: np.ndarray, mask: np.ndarray, preprocessor: Preprocessor
+) -> dict[str, np.ndarray]:
+    """Token ids [B, T] of records, of which the mask keeps some, as inputs of the Hugging Face model."""
+    inputs = {"input_ids": tokens.astype(np.int64), "attention_mask": mask.astype(np.int64)}
     if preprocessor.axes > 1:
         # From these transformers works out positions itself, so that ours are checked as well.
         inputs["mm_token_type_ids"] = (tokens == preprocessor.image_token_id).astype(np.int32)

@@ -99,3 +99,17 @@ def test_no_name_of_a_base_or_revision_adds_a_key_a_line_of_code_or_markdown(bas
 
 def tags(html: str) -> list[str]:
     return re.findall(r"<[^>]*>", html)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["USER: <image>\nwhat colour? ASSISTANT:", "```\n# out\n````", "a\x1b[31m\u202e", "x" * 9000]
+)
+def test_the_prompt_that_was_trained_is_in_the_card_as_a_block_of_its_own(prompt):
+    text = model_card(llava.WITH_CLIP, "org/base", None, ALL, dict.fromkeys(ALL, 16.0), 1, prompt)
+    blocks = [token.content for token in MarkdownIt("commonmark").parse(text) if token.type == "fence"]
+    assert len(blocks) == 2
+    assert len(blocks[1]) < 4100
+    if len(prompt) < 4000:
+        assert blocks[1] == visible(prompt) + "\n"
+    assert "apply_chat_template(messages, add_generation_prompt=True)" in text
+    assert "## Serve" in text

@@ -13,7 +13,7 @@ import pytest
 
 from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError
-from mars_jax.hub.paths import local, repository
+from mars_jax.hub.paths import local, repository, revision
 from tests.helpers import tiny_data
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,3 +146,12 @@ def test_a_config_keeps_addresses_and_an_adapter_names_the_repository(tmp_path):
     assert config.data.train == Path("hf://datasets/a/pets#train")
     assert repository(config.model.checkpoint) == "a/tiny"
     assert repository(tmp_path) == str(tmp_path)
+
+
+def test_the_revision_of_a_base_is_its_pin_or_else_the_commit_that_the_cache_resolved():
+    folder = Path("/cache/models--org--tiny/snapshots") / COMMIT
+    assert revision(Path("hf://org/tiny@v1"), folder) == "v1"
+    assert revision(Path(f"hf://org/tiny@{COMMIT}"), folder) == COMMIT
+    assert revision(Path("hf://org/tiny"), folder) == COMMIT
+    assert revision(Path("hf://org/tiny/part"), folder / "part") == COMMIT
+    assert revision(Path("bases/tiny"), Path("bases/tiny")) is None

@@ -1,6 +1,8 @@
 """Writing checkpoints: our parameters out and back, and the base with adapters merged in."""
 
 import json
+import os
+import shutil
 
 import jax
 import ml_dtypes
@@ -136,3 +138,28 @@ def test_merging_into_a_base_that_lacks_a_tensor(model, base, tmp_path):
     tiny_llava.rewrite(tmp_path / "base", lambda tensors: {k: v for k, v in tensors.items() if k != name})
     with pytest.raises(ConfigError, match=rf"update 1 tensors that it does not have, such as {name}"):
         write_merged(tmp_path / "merged", tmp_path / "base", adapters)
+
+
+def test_what_makes_a_checkpoint_usable_is_copied_and_nothing_that_names_other_weights(base, tmp_path):
+    source = shutil.copytree(base, tmp_path / "source")
+    kept = [
+        *("chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json"),
+        *("video_preprocessor_config.json", "processor_config.json", "added_tokens.json", "special_tokens_map.json"),
+        *("tokenizer.json", "tokenizer_config.json", "merges.txt", "vocab.json", "tokenizer.model", "qwen.tiktoken"),
+    ]
+    for name in (*kept, "adapter_config.json", "pytorch_model.bin.index.json", "tf_model.h5"):
+        (source / name).write_text("{}")
+        (source / name).chmod(0o600)
+    _, params = read_checkpoint(base, "float32")
+    write_merged(tmp_path / "merged", source, tiny_llava.random_adapters(params, {"llm": 4}))
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names >= set(kept)
+    assert not names & {"adapter_config.json", "pytorch_model.bin.index.json", "tf_model.h5"}
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    assert modes == {0o666 & ~_umask()}
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

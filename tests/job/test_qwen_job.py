@@ -58,7 +58,9 @@ def run(tmp_path_factory):
 
 def test_the_exports_compute_in_torch_what_the_run_computed(run):
     _, exported = run
-    verified = json.loads(exported.stdout)["verified"]
+    document = json.loads(exported.stdout)
+    verified = document["verified"]
+    assert [document["answers"][part]["samples"] for part in ("adapter", "merged")] == [4, 4]
     for part in ("adapter", "merged"):
         assert max(verified[part]["logits_difference"], verified[part]["base_difference"]) <= 1e-4
         assert verified[part]["moved"] > 0.01
