@@ -15,7 +15,13 @@ from tests.helpers import tiny_job
 
 PHASES = ("data", "select", "finetune", "evaluate", "export", "merge")
 _SECTIONS = {
-    "lora": {"modules": {"vision": {"ranks": [0]}, "projector": {"targets": ["projector/linear_2"], "ranks": [3]}}},
+    "lora": {
+        "modules": {
+            "vision": {"ranks": [0]},
+            "projector": {"targets": ["projector/linear_2"], "ranks": [3]},
+            "llm": {"targets": ["llm/layers/.*_proj"], "ranks": [16]},
+        }
+    },
     "finetune": {"steps": 4, "look_every": 2, "warmup_steps": 1},
     "evaluate": {"controls": False, "max_samples": 4},
     "export": {"merged": True},
