@@ -98,7 +98,11 @@ def test_a_file_of_ones_own_is_taken_in_a_new_run_directory(job, run, tmp_path):
     (other / "selection.json").write_text(json.dumps({**selection, "pick": {"projector": 2}}))
     done = given_job.process("finetune", other)
     assert done.returncode == 0, done.stderr
-    assert json.loads((other / "finetune" / "summary.json").read_text())["ranks"] == {"vision": 0, "projector": 2, "llm": 0}
+    assert json.loads((other / "finetune" / "summary.json").read_text())["ranks"] == {
+        "vision": 0,
+        "projector": 2,
+        "llm": 0,
+    }
 
 
 @pytest.mark.parametrize("pick", [{"head": 3}, {"projector": -1}, {"projector": 0}])
