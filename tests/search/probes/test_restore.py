@@ -60,8 +60,8 @@ def test_changed_curves_are_refused_with_the_way_out(run):
     code, _, err = mars("run", run)
     assert code == 3
     assert err.splitlines()[-1] == (
-        f"mars: the probes are finished, but {curves} isn't what they left: damaged, deleted or changed by hand. Put it "
-        f"back from a copy; or delete {lanes} and {curves}, and all lanes run again."
+        f"mars: the probes are finished, but {curves} isn't what they left: damaged, deleted or changed by hand. Put "
+        f"it back from a copy; or delete {lanes} and {curves}, and all lanes run again."
     )
 
 
