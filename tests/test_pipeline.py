@@ -395,6 +395,7 @@ def test_larger_ranks_in_a_later_group_of_the_comparison_did_not_fit_the_program
         config["evaluate"]["max_samples"] = 3
 
     run = copy_of(job, tmp_path / "copy", change)
+    job.mars("select", run)
     selection = read(run / "selection.json")
     smallest = min((c["ranks"] for c in selection["candidates"]), key=lambda ranks: sum(ranks.values()))
     rewrite(run, "selection.json", json.dumps({**selection, "pick": smallest}))

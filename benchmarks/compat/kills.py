@@ -158,9 +158,9 @@ def life(place: Place, name: str, moment: float | None = None, model: Model | No
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                during = phase_of(directory, start) if process.returncode < 0 else "end of a process"
                 if model:
                     cut(directory, journal, model)
-                during = phase_of(directory, start) if process.returncode < 0 else "end of a process"
                 found = {"during": during, "checkpoints": checkpoints(directory)}
                 return {"stopped": True, "after_seconds": moment, "model": model, **found, "again": again}
         text = log.read_text()

@@ -15,7 +15,13 @@ from tests.helpers import tiny_job
 
 PHASES = ("data", "select", "finetune", "evaluate", "export", "merge")
 _SECTIONS = {
-    "lora": {"modules": {"vision": {"ranks": [0]}, "projector": {"targets": ["projector/linear_2"], "ranks": [3]}}},
+    "lora": {
+        "modules": {
+            "vision": {"ranks": [0]},
+            "projector": {"targets": ["projector/linear_2"], "ranks": [3]},
+            "llm": {"targets": ["llm/layers/.*_proj"], "ranks": [16]},
+        }
+    },
     "finetune": {"steps": 4, "look_every": 2, "warmup_steps": 1},
     "evaluate": {"controls": False, "max_samples": 4},
     "export": {"merged": True},
@@ -91,7 +97,7 @@ def flipped(content: bytes, share: float = 0.5) -> bytes:
 
 def contents(run: Path) -> dict[str, bytes]:
     """What the phases of a run left, by file."""
-    left = [path for path in run.rglob("*") if path.is_file() and path.parent != run / "report"]
+    left = [path for path in run.rglob("*") if path.is_file() and not {"report", "checkpoints"} & {*path.parts}]
     names = {path: path.relative_to(run).as_posix() for path in left}
     own = ("state.json", "events.jsonl", "lock", "sources.json", "config.resolved.yaml")
     return {name: path.read_bytes() for path, name in names.items() if name not in own}

@@ -98,10 +98,14 @@ def test_a_file_of_ones_own_is_taken_in_a_new_run_directory(job, run, tmp_path):
     (other / "selection.json").write_text(json.dumps({**selection, "pick": {"projector": 2}}))
     done = given_job.process("finetune", other)
     assert done.returncode == 0, done.stderr
-    assert json.loads((other / "finetune" / "summary.json").read_text())["ranks"] == {"vision": 0, "projector": 2}
+    assert json.loads((other / "finetune" / "summary.json").read_text())["ranks"] == {
+        "vision": 0,
+        "projector": 2,
+        "llm": 0,
+    }
 
 
-@pytest.mark.parametrize("pick", [{"llm": 3}, {"projector": -1}, {"projector": 0}])
+@pytest.mark.parametrize("pick", [{"head": 3}, {"projector": -1}, {"projector": 0}])
 def test_a_pick_that_is_none_is_refused(job, tmp_path, pick):
     run = tmp_path / "run"
     run.mkdir()
@@ -111,7 +115,7 @@ def test_a_pick_that_is_none_is_refused(job, tmp_path, pick):
     code, _, err = mars("finetune", run)
     assert code == 2
     assert f"mars: {run / 'selection.json'}: pick has " in err
-    assert "the modules are vision, projector, and ranks are 0 (frozen) or more." in err
+    assert "the modules are vision, projector, llm, and ranks are 0 (frozen) or more." in err
 
 
 @pytest.mark.parametrize(
@@ -198,5 +202,5 @@ def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(job, run, name):
     if name == "report":  # of which nothing needs to be kept
         assert code in (0, 2), err
     else:
-        assert code in (2, 3), err
+        assert code in (2, 3, 4), err
         assert name in err.splitlines()[-1]

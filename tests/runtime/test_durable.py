@@ -55,13 +55,18 @@ def test_a_power_cut_took_files_that_had_been_written(tmp_path, model):
     }
 
 
+def fail(at: Path) -> None:
+    at.write_text("a part")
+    raise OSError(28, "No space left on device", str(at))
+
+
 def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path):
     path = tmp_path / "a"
-    with pytest.raises(OSError, match="No space") as error, replacing(path):
-        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space") as error, replacing(path) as temporary:
+        fail(temporary)
     assert error.value.filename == str(path)
-    with pytest.raises(OSError, match="No space") as error, filling(path) as folder:
-        raise OSError(28, "No space left on device", str(folder / "x"))
+    with pytest.raises(OSError, match="No space") as error, filling(path) as temporary:
+        fail(temporary / "x")
     assert error.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
 

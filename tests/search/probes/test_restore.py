@@ -1,0 +1,112 @@
+"""Records of lanes that were lost, doubled or changed: fitted without a word, and never written again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import killable_job
+from tests.helpers.given_job import mars
+from tests.helpers.killable_job import Job
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    return killable_job.make(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def run(job, tmp_path) -> Path:
+    return Path(shutil.copytree(job.alone, tmp_path / "run"))
+
+
+def lost(lines: list[str]) -> list[str]:
+    return lines[:3] + lines[4:]
+
+
+def doubled(lines: list[str]) -> list[str]:
+    return [*lines, lines[2]]
+
+
+def altered(lines: list[str]) -> list[str]:
+    record = json.loads(lines[5])
+    return [*lines[:5], json.dumps({**record, "best_loss": record["best_loss"] - 1}), *lines[6:]]
+
+
+def gone(lines: list[str]) -> list[str]:
+    return []
+
+
+@pytest.mark.parametrize("change", [lost, doubled, altered, gone])
+def test_changed_lanes_were_fitted_without_a_word(job, run, change):
+    file = run / "probes" / "lanes.jsonl"
+    whole = file.read_bytes()
+    file.write_text("".join(line + "\n" for line in change(whole.decode().splitlines())))
+    code, _, err = mars("fit", run)
+    assert code == 3
+    assert f"mars: {file} isn't what the phase probe left: it was damaged, or changed by hand. Run `mars probe" in err
+    # The probes are all there as curves.
+    code, _, err = mars("probe", run)
+    assert code == 0, err
+    assert "warning: probe: probes/lanes.jsonl isn't there as the phase left it" in err
+    assert "(damaged, deleted or edited); written again" in err
+    assert file.read_bytes() == whole
+
+
+def test_changed_curves_are_refused_with_the_way_out(run):
+    lanes, curves = (run / "probes" / name for name in ("lanes.jsonl", "curves.jsonl"))
+    curves.write_bytes(curves.read_bytes()[:-200])
+    code, _, err = mars("run", run)
+    assert code == 3
+    assert err.splitlines()[-1] == (
+        f"mars: the probes are finished, but {curves} isn't what they left: damaged, deleted or changed by hand. Put "
+        f"it back from a copy; or delete {lanes} and {curves}, and all lanes run again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (doubled, "has more than one record of lanes: "),
+        (altered, ": the best_loss of lane "),
+    ],
+)
+def test_lanes_that_change_before_the_probes_are_finished_are_found_at_their_end(run, change, said):
+    file, state = run / "probes" / "lanes.jsonl", run / "state.json"
+    document = json.loads(state.read_text())
+    document["phases"]["probe"] = {"status": "interrupted", "inputs_hash": "", "started": ""}
+    state.write_text(json.dumps(document))
+    file.write_text("".join(line + "\n" for line in change(file.read_text().splitlines())))
+    code, _, err = mars("probe", run)
+    assert code == 3
+    assert f"mars: {file}" in err
+    assert said in err
+    assert f"Delete {file}: the same command writes it again from probes/curves.jsonl." in err
+    file.unlink()
+    assert mars("probe", run)[0] == 0
+
+
+def test_lanes_of_ones_own_are_fitted_alone_unless_one_is_there_twice(run, tmp_path):
+    own = tmp_path / "own"
+    (own / "probes").mkdir(parents=True)
+    for name in ("config.resolved.yaml", "probes/lanes.jsonl"):
+        shutil.copy(run / name, own / name)
+    assert mars("fit", own)[0] == 0
+    file = own / "probes" / "lanes.jsonl"
+    file.write_text("".join(line + "\n" for line in doubled(file.read_text().splitlines())))
+    code, _, err = mars("fit", own)
+    assert code == 3
+    assert f"mars: {file} has more than one record of the lane " in err
+
+
+def test_fewer_lanes_than_planned_are_fitted_with_a_warning(run, tmp_path):
+    own = tmp_path / "own"
+    (own / "probes").mkdir(parents=True)
+    for name in ("config.resolved.yaml", "plan.json", "probes/lanes.jsonl"):
+        shutil.copy(run / name, own / name)
+    file = own / "probes" / "lanes.jsonl"
+    file.write_text("".join(line + "\n" for line in lost(file.read_text().splitlines())))
+    code, _, err = mars("fit", own)
+    assert code == 0, err
+    assert "warning: fit: 11 of the 12 planned lanes are recorded; the laws are fitted to these" in err
