@@ -41,8 +41,8 @@ def check_plain_lora(settings: Mapping[str, Any], path: Path) -> None:
         if key not in _WITHOUT_EFFECT and value not in allowed:
             raise ConfigError(
                 f"{path}: {short(key)[1:-1]} is {short(value)}; only {', '.join(map(repr, allowed))} is read here: "
-                "plain LoRA. Give a plain LoRA adapter, or merge this one into its base in PyTorch and give that as the "
-                "checkpoint."
+                "plain LoRA. Give a plain LoRA adapter, or merge this one into its base in PyTorch and give that as "
+                "the checkpoint."
             )
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         _check_number(key, settings.get(key), path)
