@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Values of other types and sizes than any setting or key expects.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 7, 1.5, -0.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan")),
@@ -164,3 +166,42 @@ def _replace(rng: random.Random, file: Path) -> None:
         file.symlink_to("/dev/zero" if kind == "device" else file.name)
     elif kind == "locked":
         file.touch(0o000)
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """Names, types, shapes and places of the tensors of a safetensors file."""
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return {name: value for name, value in header.items() if name != "__metadata__"}
+
+
+def damage_header(rng: random.Random, file: Path) -> str:
+    """Damages the header of a safetensors file, whose tensors stay."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
+    kind = rng.choice(("document", "document", "bytes", "length", "truncated"))
+    text = content[8 : 8 + length]
+    if kind == "document":
+        name = rng.choice(sorted(header))
+        header[name] = damaged_document(rng, header[name])
+        text = json.dumps(header).encode()
+    elif kind == "bytes":
+        text = damaged_bytes(rng, text)
+    elif kind == "truncated":
+        rest = rest[: rng.randint(0, len(rest))]
+    size = rng.choice((0, 1, 2**32, 2**63, length - 1, length + 1)) if kind == "length" else len(text)
+    file.write_bytes(size.to_bytes(8, "little") + text + rest)
+    return kind
+
+
+def damaged_tensor(rng: random.Random, tensor: np.ndarray) -> np.ndarray:
+    """A copy with one odd value, or of another type or shape."""
+    damaged = tensor.copy()
+    kind = rng.choice(("value", "value", "dtype", "shape"))
+    if kind == "value":
+        damaged.flat[rng.randrange(damaged.size)] = rng.choice((np.nan, np.inf, -np.inf, 1e38))
+        return damaged
+    if kind == "dtype":
+        return damaged.astype(rng.choice((np.int8, np.int64, bool, np.float16, np.float64, np.uint16)))
+    return rng.choice((damaged[..., :-1], damaged[None], damaged.T, damaged[:0], damaged.ravel())).copy()

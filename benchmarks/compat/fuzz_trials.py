@@ -19,7 +19,16 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.compat.fuzz_mutations import damage_file, damaged_bytes, damaged_document, damaged_text, json_text
+from benchmarks.compat.fuzz_mutations import (
+    damage_file,
+    damage_header,
+    damaged_bytes,
+    damaged_document,
+    damaged_tensor,
+    damaged_text,
+    header_of,
+    json_text,
+)
 from mars_jax.errors import MarsError
 from tests.data.formats.test_registry import EXAMPLES
 from tests.helpers import report_run, tiny_data, tiny_job, tiny_llava
@@ -173,7 +182,7 @@ class Trials:
             ("config.json", "config.json", "model.safetensors", *sorted(p.name for p in base.glob("*.j*")))
         )
         if name == "model.safetensors":
-            damage = f"header: {_damage_header(rng, base / name)}"
+            damage = f"header: {damage_header(rng, base / name)}"
         elif name.endswith(".jinja"):
             (base / name).write_text(damaged_text(rng, (base / name).read_text()), errors="replace")
             damage = "text of " + name
@@ -184,7 +193,7 @@ class Trials:
             said = self.check(scratch, base=base)[1]
             if (
                 name == "model.safetensors"
-                and _header(base / name) != _header(self.folder / "base" / name)
+                and header_of(base / name) != header_of(self.folder / "base" / name)
                 and not said
             ):
                 raise Silent("tensors of other names, shapes, types or places were taken")
@@ -202,11 +211,11 @@ class Trials:
         if kind == "settings":
             damage = damage_file(rng, folder / "adapter_config.json")
         elif kind == "header":
-            damage = f"header: {_damage_header(rng, weights)}"
+            damage = f"header: {damage_header(rng, weights)}"
         else:
             tensors = load_file(weights)
             key = rng.choice(sorted(tensors))
-            tensors[key] = _damaged_tensor(rng, tensors[key])
+            tensors[key] = damaged_tensor(rng, tensors[key])
             save_file(tensors, weights)
             damage = "tensor"
 
@@ -372,40 +381,3 @@ def _compare_settings(written: Any, read: Any, path: str = "") -> None:
             _compare_settings(value, other, f"{path}.{place}")
     elif written != read and not (isinstance(written, str) and isinstance(read, str) and os.path.isabs(read)):
         raise Silent(f"{path[1:]} is {written!r:.80} in the file and was read as {read!r:.80}")
-
-
-def _header(file: Path) -> dict[str, Any]:
-    content = file.read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return {name: value for name, value in header.items() if name != "__metadata__"}
-
-
-def _damage_header(rng: random.Random, file: Path) -> str:
-    """Damages the header of a safetensors file, whose tensors stay."""
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
-    kind = rng.choice(("document", "document", "bytes", "length", "truncated"))
-    text = content[8 : 8 + length]
-    if kind == "document":
-        name = rng.choice(sorted(header))
-        header[name] = damaged_document(rng, header[name])
-        text = json.dumps(header).encode()
-    elif kind == "bytes":
-        text = damaged_bytes(rng, text)
-    elif kind == "truncated":
-        rest = rest[: rng.randint(0, len(rest))]
-    size = rng.choice((0, 1, 2**32, 2**63, length - 1, length + 1)) if kind == "length" else len(text)
-    file.write_bytes(size.to_bytes(8, "little") + text + rest)
-    return kind
-
-
-def _damaged_tensor(rng: random.Random, tensor: np.ndarray) -> np.ndarray:
-    damaged = tensor.copy()
-    kind = rng.choice(("value", "value", "dtype", "shape"))
-    if kind == "value":
-        damaged.flat[rng.randrange(damaged.size)] = rng.choice((np.nan, np.inf, -np.inf, 1e38))
-        return damaged
-    if kind == "dtype":
-        return damaged.astype(rng.choice((np.int8, np.int64, bool, np.float16, np.float64, np.uint16)))
-    return rng.choice((damaged[..., :-1], damaged[None], damaged.T, damaged[:0], damaged.ravel())).copy()
