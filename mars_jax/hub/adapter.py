@@ -145,8 +145,11 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
             tensor that has no place in the tree or holds what is no weight.
     """
     directory = Path(directory)
-    settings = read_json(directory / ADAPTER_CONFIG_FILE)
-    check_plain_lora(settings, directory / ADAPTER_CONFIG_FILE)
+    config_file = directory / ADAPTER_CONFIG_FILE
+    if config_file.exists() and not config_file.is_file():  # reading a pipe or a device may never end
+        raise ConfigError(f"{config_file}: no regular file. Export the adapter again.")
+    settings = read_json(config_file)
+    check_plain_lora(settings, config_file)
     file = directory / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
         found = sorted(path.name for path in directory.iterdir())
