@@ -1,13 +1,16 @@
 """What the command refuses: the text and the exit code of each, before any training step."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from mars_jax.cli import app
+from mars_jax.runtime.text import visible
 from tests.helpers import tiny_job
 
 
@@ -36,7 +39,7 @@ def refused(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     error = json.loads(result.stdout)["error"]
     assert error["exit_code"] == result.exit_code
-    assert result.stderr.endswith(f"mars: {error['message']}\n")
+    assert result.stderr.endswith(f"mars: {visible(error['message'])}\n")
     return result.exit_code, error["message"]
 
 
@@ -146,6 +149,44 @@ def test_lanes_of_data_that_changed_since_are_refused(tmp_path, base, train):
         f"run directory {tmp_path / 'run'} has lanes of other data or of another base: {copy} changed since. Set "
         f"another run_dir, take the files back, or delete {tmp_path / 'run'} to start again."
     )
+
+
+ODD_FILES = ["file", "folder", "fifo", "device", "binary", "empty", "absent", "file/below"]
+
+
+def odd(folder: Path, kind: str) -> Path:
+    """A path of a kind that is no config, checkpoint, data file or run directory; its name is odd too."""
+    path = folder / f"{kind.partition('/')[0]} with\na line, \xe9"
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir(exist_ok=True)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    elif kind != "absent":
+        path.write_bytes({"binary": bytes(range(256)), "empty": b""}.get(kind, b"- a\n"))
+    return path / "below" if "/" in kind else path
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+@pytest.mark.parametrize("command", ["check", "run", "fit", "export", "report", "status", "diff"])
+def test_what_is_no_config_is_refused_by_every_command(tmp_path, command, kind):
+    path = odd(tmp_path, kind)
+    code, message = refused(command, path, *([path] if command == "diff" else []))
+    assert code in (2, 3)
+    assert str(path) in message or "run_dir is missing" in message
+    assert "a bug of mars_jax" not in message
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ODD_FILES if kind not in ("folder", "absent")])
+@pytest.mark.parametrize("command", ["plan", "status", "report"])
+def test_what_is_no_run_directory_is_refused(config, tmp_path, command, kind):
+    path = odd(tmp_path, kind)
+    code, message = refused(command, config, f"run_dir={json.dumps(str(path))}")
+    assert code == 2
+    assert str(path.parent) in message
+    assert "a bug of mars_jax" not in message
 
 
 # The checkpoint: 2.

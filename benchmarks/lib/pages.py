@@ -322,6 +322,17 @@ def kills(detail: Row) -> Section:
     )
 
 
+def fuzz(detail: Row) -> Section:
+    """The inputs by kind and outcome, and what is bad."""
+    bad = [{name: trial[name] for name in ("kind", "number", "outcome", "damage")} for trial in detail["bad"]]
+    slowest = detail["slowest"][0]
+    return Section(
+        {"": detail["tables"][""], "What is wrong": bad},
+        f"The slowest input, {slowest['kind']} {slowest['number']} ({slowest['damage']}), took "
+        f"{number(slowest['seconds'])} s.",
+    )
+
+
 def adapter_matrix(detail: Row) -> Section:
     """How many adapters pass, by base, versions and direction."""
     tables = detail["tables"]
@@ -357,5 +368,6 @@ SECTIONS: dict[str, Callable[[Row], Section]] = {
     "gpu_step": gpu_step,
     "real_checkpoint": real_checkpoint,
     "kills": kills,
+    "fuzz": fuzz,
     "adapter_matrix": adapter_matrix,
 }

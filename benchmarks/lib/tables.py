@@ -40,6 +40,7 @@ ORDER = (
     "remat",
     "real_checkpoint",
     "kills",
+    "fuzz",
     "adapter_matrix",
 )
 SECTIONS = {**pages.SECTIONS, **evidence_page.SECTIONS}

@@ -5,6 +5,7 @@ not decide how long a command takes. Python's parser reads the pattern first, be
 """
 
 import re
+import warnings
 from functools import lru_cache
 from typing import Protocol
 
@@ -30,7 +31,9 @@ def compile_pattern(expression: str) -> Pattern:
     if len(expression) > MAX_PATTERN:
         raise ValueError(f"has {len(expression)} characters; allowed are {MAX_PATTERN}")
     try:
-        re.compile(expression)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+            re.compile(expression)
         options = re2.Options()
         options.log_errors = False
         compiled: Pattern = re2.compile(expression, options)

@@ -160,7 +160,8 @@ def test_the_page_shows_every_result_and_says_which_miss_their_goal():
     page = tables.page({"remat": missed, "xla_flops": result})
     assert (
         "Not measured yet: probe_grid, step_beside_peft, gpu_step, search_beside_grid, useful_steps, compiles, "
-        "lanes_together, lanes_beside_processes, accelerator_plans, real_checkpoint, kills, adapter_matrix." in page
+        "lanes_together, lanes_beside_processes, accelerator_plans, real_checkpoint, kills, fuzz, adapter_matrix."
+        in page
     )
     assert "- remat: 0.5 useful | executed; the goal is at least 0.9." in page
     assert "| lanes | useful | more |\n| --- | --- | --- |\n| 3 | 0.75 |  |\n| 4 |  | yes |" in page

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -320,6 +322,17 @@ def test_damaged_weights_are_refused_by_file(base, tmp_path, damage):
     elif damage != "gone":
         file.write_bytes({"truncated": content[:-9], "zeroed": bytes(len(content)), "empty": b""}[damage])
     with pytest.raises(ConfigError, match=rf"{WEIGHTS}: (no such file; found|not a complete safetensors file)"):
+        read_adapter(tmp_path, config)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_settings_that_are_no_regular_file_are_refused_and_not_waited_for(base, tmp_path, kind):
+    config, params = base
+    export(tmp_path, tiny_llava.random_adapters(params, RANKS), RANKS, config)
+    file = tmp_path / "adapter_config.json"
+    file.unlink()
+    {"fifo": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](file)
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: no regular file\. Export the adapter again\."):
         read_adapter(tmp_path, config)
 
 

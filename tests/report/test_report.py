@@ -297,6 +297,26 @@ def test_modules_of_any_name_are_drawn_inside_the_report(whole: Path, tmp_path: 
     assert "../../../<v>$x^{" in Page(page).text
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("data.json", {"train": "many"}),
+        ("selection.json", {"candidates": [3]}),
+        ("evaluation.json", {"conditions": ["base"]}),
+        ("laws.json", {"convergence": {"vision": None}}),
+        ("plan.json", {"full_grid_steps": "x"}),
+        ("state.json", {"phases": [1]}),
+    ],
+)
+def test_a_file_of_other_values_is_refused_and_the_old_report_stays(whole, tmp_path, name, change) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    write_json(run / name, json.loads((run / name).read_text()) | change)
+    before = (run / "report/index.html").read_bytes()
+    with pytest.raises(DataError, match=r"a file of the run holds what the tool doesn't write \((\w+): .* line \d+\)"):
+        write_report(run)
+    assert (run / "report/index.html").read_bytes() == before
+
+
 def test_a_torn_last_line_is_left_out_and_said(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path / "part", "probes/lanes.jsonl")
     with (run / "probes/lanes.jsonl").open("a") as file:
