@@ -47,7 +47,10 @@ def test_the_final_run_starts_from_the_best_adapters_of_the_probe(job):
 def test_without_such_a_probe_the_final_run_starts_afresh_and_says_so(job, tmp_path):
     run = shutil.copytree(job.alone, tmp_path / "run")
     ranks = {"vision": 2, "projector": 2, "llm": 4}
-    (run / "selection.json").write_text(json.dumps({"pick": ranks}))
+    # Files of one's own: no phase of a run directory without a state made them.
+    (run / "state.json").unlink()
+    selection = json.loads((run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps({**selection, "pick": ranks}))
     (run / "probes" / "adapters" / "vision2-projector2-llm4-D16-s0.safetensors").unlink()
     code, out, err = job.end("finetune", run)
     assert code == 0, err
