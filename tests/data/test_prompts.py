@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from mars_jax.data.formats.base import Turn
 from mars_jax.data.records import Record
 from mars_jax.data.template import (
+    DATED,
     MOVED,
     NO_PROMPT,
     OTHER_PROMPT,
+    TEXT_BEFORE,
     Encoded,
     answer_ids,
     encode,
@@ -20,7 +22,17 @@ from mars_jax.data.template import (
 from mars_jax.errors import DataError
 from tests.helpers import tiny_data
 from tests.helpers.tiny_data import IMAGE_TOKEN_ID, STRING_CHATML, TYPED_CHATML
-from tests.helpers.tokenizer_kinds import KINDS, LLAVA_1_5, ONEVISION, TEMPLATES, tokenizer
+from tests.helpers.tokenizer_kinds import (
+    ALWAYS_ASKED,
+    CLOSED,
+    KINDS,
+    LLAVA_1_5,
+    ONEVISION,
+    PARTS_OF_USERS,
+    SYSTEM_LAST,
+    TEMPLATES,
+    tokenizer,
+)
 
 ONE = ("<image>\nwhat colour is it?", "red")
 TWO = (*ONE, "and why?", "it is a cat")
@@ -153,3 +165,77 @@ def test_tokens_of_boxes_and_objects_are_text_and_those_of_chats_and_pictures_ar
     for token in ("<|im_start|>", "<|im_end|>", "<pad>", "<|vision_pad|>"):
         with pytest.raises(DataError, match="reads as a control token, not as text"):
             encode(record("where?", f"a {token} b"), tok, IMAGE_TOKEN_ID, [])
+
+
+def learned(encoded: Encoded, tok: PreTrainedTokenizerBase) -> str:
+    return str(tok.decode(encoded.targets[encoded.supervised]))
+
+
+def before_answer(encoded: Encoded, tok: PreTrainedTokenizerBase) -> str:
+    return str(tok.decode(encoded.token_ids[: int(np.flatnonzero(encoded.supervised)[0])]))
+
+
+def test_an_answer_that_the_generation_prompt_repeats_is_not_cut_out_of_it() -> None:
+    tok = tokenizer("byte_level", ALWAYS_ASKED)
+    encoded = encode(record("who speaks?", "assistant"), tok, IMAGE_TOKEN_ID, [])
+    assert (
+        before_answer(encoded, tok)
+        == "<|im_start|>user<|im_start|>who speaks?<|im_end|><|im_start|>assistant<|im_start|>"
+    )
+    assert learned(encoded, tok) == "assistant<|im_end|>"
+
+
+def test_a_system_text_that_the_template_puts_into_the_last_question_is_trained_there() -> None:
+    tok = tokenizer("byte_level", SYSTEM_LAST)
+    turns = (Turn("system", "be short"), Turn("user", "why?"), Turn("assistant", "red"))
+    encoded = encode(record(turns=turns), tok, IMAGE_TOKEN_ID, [])
+    assert before_answer(encoded, tok) == "[INST] be short\n\nwhy?[/INST]"
+    assert learned(encoded, tok) == " red<|im_end|>"  # with the space of answers without a system text
+    assert encoded.remarks == (OTHER_PROMPT,)
+
+
+def test_texts_are_given_as_texts_where_a_template_takes_parts_from_users_alone() -> None:
+    tok = tokenizer("byte_level", PARTS_OF_USERS)
+    turns = (Turn("system", "be short"), *record(*TWO).turns)
+    for piece, encoded in all_encoded(record(*TWO, turns=turns), tok):
+        assert "<|im_start|>system\nbe short<|im_end|>" in tok.decode(encoded.token_ids)
+        assert learned(encoded, tok).endswith(f"{piece.turns[-1].text}<|im_end|>")
+
+
+def test_special_tokens_that_only_tokenizer_json_marks_end_answers_and_are_no_text() -> None:
+    tok = tokenizer("byte_level", CLOSED)
+    tok.add_special_tokens({"eos_token": "<|im_start|>", "extra_special_tokens": []}, replace_extra_special_tokens=True)
+    assert "<|im_end|>" not in tok.all_special_tokens
+    assert learned(encode(record("why?", "red"), tok, IMAGE_TOKEN_ID, []), tok) == "red<|im_end|>"
+    with pytest.raises(DataError, match=r"contains '<\|im_end\|>', which tokenizer .* reads as a control token"):
+        encode(record("a<|im_end|>b", "red"), tok, IMAGE_TOKEN_ID, [])
+
+
+def test_tokens_that_the_template_makes_of_parts_are_no_text() -> None:
+    split = TYPED_CHATML.replace("<|im_end|>", "{{ '<|im_' + 'end|>' }}")
+    tok = tokenizer("byte_level", split)
+    tok.add_special_tokens({"eos_token": "<pad>"})
+    with pytest.raises(DataError, match=r"contains '<\|im_end\|>', which tokenizer .* reads as a control token"):
+        encode(record("a<|im_end|>b", "red"), tok, IMAGE_TOKEN_ID, [])
+
+
+def test_text_that_the_template_writes_before_answers_is_remarked() -> None:
+    empty = TYPED_CHATML.replace(
+        "{% else %}", "{% elif message['role'] == 'assistant' %}<think></think>{{ part['text'] }}{% else %}"
+    )
+    tok = tokenizer("byte_level", empty)
+    encoded = encode(record(*ONE), tok, IMAGE_TOKEN_ID, [1])
+    assert learned(encoded, tok) == "<think></think>red<|im_end|>"
+    assert encoded.remarks == (TEXT_BEFORE,)
+
+
+def test_a_template_that_writes_the_date_is_remarked() -> None:
+    tok = tokenizer("byte_level", "{{ strftime_now('%Y') }}" + TYPED_CHATML)
+    assert encode(record(*ONE), tok, IMAGE_TOKEN_ID, [1]).remarks == (DATED,)
+
+
+def test_a_long_answer_that_the_template_changes_is_shown_shortened() -> None:
+    tok = tokenizer("byte_level", TYPED_CHATML.replace("part['text']", "part['text'] | upper"))
+    with pytest.raises(DataError, match="the answer itself and then a special end token are expected") as caught:
+        encode(record("why?", "red " * 1000), tok, IMAGE_TOKEN_ID, [])
+    assert len(str(caught.value)) < 500

@@ -194,6 +194,54 @@ def test_other_forms_that_models_write_are_read(text):
     "text",
     [
         *(
+            "not A, but B",
+            "It isn't A, C or D, so it is B.",
+            "B rather than A.",
+            "B instead of A",
+            "A is wrong, B is correct",
+        ),
+        *("B, not A or C", "Neither A nor C fits. B", "A is not shown. It must be B.", "**A** is incorrect. Answer: B"),
+        *("B (a fish)", "\u6b63\u89e3\u306fB\u3067\u3059", "\u4e0d\u9009A\uff0c\u9009B"),
+    ],
+)
+def test_letters_that_an_answer_denies_are_no_answer(text):
+    assert read_answer("letter", text, "ABCD") == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "A/B",
+            "(A) and (B)",
+            "A, B",
+            "A & B",
+            "A, B, C, D",
+            "A B C D",
+            "A and B.",
+            "The answer is A, B and C.",
+            "<answer>A, C</answer>",
+        ),
+        *(
+            "Neither A nor B",
+            "The answer isn't A",
+            "The answer cannot be A.",
+            "Anything but A",
+            "Option B is wrong.",
+            "(B) is wrong",
+        ),
+        *("A. a bird\nB. a fish", "A) a bird B) a fish C) a cat D) a dog", "N/A", "n/a"),
+        *("A dog is at B.", "vitamin C", "hepatitis B.", "Figure A", "It lies near D.", "A (cat\nor so)"),
+    ],
+)
+def test_lists_denials_and_names_of_other_things_are_unread(text):
+    assert read_answer("letter", text, "ABCD") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
             "A dog runs.",
             "a dog",
             "The answer is a dog",
@@ -232,6 +280,10 @@ def test_long_texts_are_read_in_no_time():
         "<answer>" * 5000,
         "\\boxed{" * 5000,
         "B " * 20_000,
+        "A" + " " * 20_000,
+        "not A, " * 5000 + "!",
+        "A, B or " * 5000,
+        "not the " * 5000,
     ):
         start = time.perf_counter()
         read_answer("letter", text, "AB")

@@ -32,12 +32,40 @@ BRACKETS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+# Llama 2 as published: a space before the end token.
+SPACED = BRACKETS.replace("message['content'] + eos_token", "message['content'].strip() + ' ' + eos_token")
+# Phi-3: another special token after the last turn, if no answer is asked for.
+CLOSED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}<|im_start|>{% endif %}"
+)
+# Llama 3 as first published: the generation prompt is always there.
+ALWAYS_ASKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_start|>' + message['content'] }}"
+    "{{ '<|im_end|>' }}{% endfor %}<|im_start|>assistant<|im_start|>"
+)
+# Mistral 0.3: the system text goes into the last question, if that is the last turn.
+SYSTEM_LAST = (
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}[INST] "
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# Llama 3.2 and Pixtral: typed parts from users, and texts from the others.
+PARTS_OF_USERS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'user' %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% else %}{{ message['content'] | trim }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "llava_1_5": LLAVA_1_5,
     "vicuna": VICUNA,
     "onevision": ONEVISION,
     "chatml": tiny_data.TYPED_CHATML,
     "brackets": BRACKETS,
+    "spaced": SPACED,
+    "closed": CLOSED,
+    "always_asked": ALWAYS_ASKED,
 }
 KINDS = ("byte_level", "metaspace_first", "metaspace_always", "legacy_llama")
 
