@@ -74,7 +74,7 @@ def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
     job = make_job(config, reporter)
     check_model(config, job.base)
     summary = job.data.summary()
-    check_data(config, job.base.targets, job.data.search.train)
+    check_data(config, job.base, job.data)
     targets = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
         for path, t in job.base.targets.items()

@@ -5,48 +5,14 @@ token for each row.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mars_jax.errors import ConfigError
 from mars_jax.models.decoder import Cache, take_positions
-from mars_jax.runtime.json_object import read_json_object
 from mars_jax.runtime.trees import Tree
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-GENERATION_FILE = "generation_config.json"
-
-
-def load_end_tokens(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The token ids that end an answer: those in generation_config.json, if it exists, and the tokenizer's end token.
-
-    The tokenizer's end token is always included, because training ends answers with it.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no token ids, or there is no end token at all.
-    """
-    path = directory / GENERATION_FILE
-    value = read_json_object(path).get("eos_token_id") if path.is_file() else None
-    ids = value if isinstance(value, list) else [value] * (value is not None)
-    if not all(isinstance(token, int) for token in ids):
-        raise ConfigError(
-            f"{path}: eos_token_id is {value!r}; a token id or a list of token ids is expected. Copy the file from "
-            "the checkpoint's source."
-        )
-    tokens = {*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    if not tokens:
-        raise ConfigError(
-            f"{directory}: neither {GENERATION_FILE} nor the tokenizer has a token that ends an answer. Set eos_token "
-            "in tokenizer_config.json."
-        )
-    return tuple(sorted(tokens))
 
 
 def generate(

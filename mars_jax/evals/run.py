@@ -8,8 +8,8 @@ from mars_jax.config.load import Config
 from mars_jax.data.batches import subset
 from mars_jax.data.records import Record
 from mars_jax.evals.evaluator import Evaluator, EvaluatorSettings, candidate_answers, last_answer
-from mars_jax.evals.generation import load_end_tokens
 from mars_jax.evals.summary import samples, summary
+from mars_jax.hub.end_tokens import load_end_tokens
 from mars_jax.job import files
 from mars_jax.job.base import JobBase
 from mars_jax.job.checks import check_there

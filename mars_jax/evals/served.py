@@ -23,7 +23,8 @@ from mars_jax.data.shapes import plan_shapes
 from mars_jax.data.template import prompt_messages
 from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.errors import NoValidResultError
-from mars_jax.evals.generation import generate, load_end_tokens
+from mars_jax.evals.generation import generate
+from mars_jax.hub.end_tokens import load_end_tokens
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.hub.verify import Greedy, torch_answers
 from mars_jax.job import files

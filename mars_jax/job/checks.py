@@ -10,8 +10,10 @@ from mars_jax.adapters.targets import Targets
 from mars_jax.config.load import Config
 from mars_jax.data.records import Record
 from mars_jax.errors import ConfigError
+from mars_jax.hub.end_tokens import load_end_tokens
 from mars_jax.hub.read import check_weights
 from mars_jax.job.base import JobBase
+from mars_jax.job.data import JobData
 
 
 def check_model(config: Config, base: JobBase) -> None:
@@ -30,14 +32,16 @@ def check_model(config: Config, base: JobBase) -> None:
         )
 
 
-def check_data(config: Config, targets: Targets, train: Sequence[Record]) -> None:
-    """Refuses samples that the job can't train on.
+def check_data(config: Config, base: JobBase, data: JobData) -> None:
+    """Refuses samples that the job can't train on, and a base that can't say where an answer ends.
 
     Raises:
-        ConfigError: more samples asked for than there are, or modules that get no gradient.
+        ConfigError: more samples asked for than there are, modules that get no gradient, or no usable end tokens.
     """
+    load_end_tokens(base.checkpoint, data.preprocessor.tokenizer)  # evaluation, after all the training, needs them
+    train = data.search.train
     check_sizes(config, len(train))
-    check_pictures(config, targets, train)
+    check_pictures(config, base.targets, train)
 
 
 def check_pictures(config: Config, targets: Targets, train: Sequence[Record]) -> None:

@@ -20,7 +20,7 @@ def _work(job: Job) -> Document:
     check_model(job.config, job.base)
     job.reporter.notice("data: reading and checking every sample")
     summary = {**job.data.summary(), "files": job.sources.listed(), "sources": job.sources.digest}
-    check_data(job.config, job.base.targets, job.data.search.train)
+    check_data(job.config, job.base, job.data)
     write_json(job.directory / files.DATA, summary)
     sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))
     formats = ", ".join(summary["formats"])

@@ -34,7 +34,7 @@ _BOUNDS = {
     "le": "{} or less",
     "lt": "less than {}",
     "max_length": "at most {} items",
-    "min_length": "at least {} items",
+    "min_length": "{} or more items",
 }
 _MISSING = "is missing"
 
@@ -71,7 +71,8 @@ def read_json_object(path: Path) -> Document:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an integer of thousands of digits
         raise ConfigError(f"{path}: cannot be read: {error}. {again}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(value).__name__}; an object is needed. {again}")
+        kind = "null" if value is None else type(value).__name__
+        raise ConfigError(f"{path}: holds a JSON {kind}; an object is needed. {again}")
     if _depth(value) > _MAX_DEPTH:
         raise ConfigError(f"{path}: is nested too deeply; at most {_MAX_DEPTH} levels are read. {again}")
     return value
@@ -127,9 +128,15 @@ def _faults(errors: Sequence[ErrorDetails], values: object, section: str) -> lis
     texts = []
     for keys in parts:
         name = ".".join(filter(None, (section, *map(str, keys)))) or "the file"
-        must = " or ".join(dict.fromkeys(expected[keys]))
+        must = _joined(expected[keys])
         texts.append(f"{name} is missing" if must == _MISSING else f"{name} is {shown(_value(values, keys))}; {must}")
     return texts
+
+
+def _joined(expectations: Sequence[str]) -> str:
+    """What the branches of a union expect, as one phrase."""
+    *first, last = dict.fromkeys(expectations)
+    return " or ".join([*(text.removesuffix(" expected") for text in first), last])
 
 
 def _expectation(error: ErrorDetails) -> str:

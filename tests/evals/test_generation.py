@@ -1,6 +1,5 @@
 """Greedy generation with a cache against transformers' `generate`, token by token, for every family."""
 
-import json
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,7 @@ from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import Record, load_records
 from mars_jax.data.shapes import plan_shapes
-from mars_jax.errors import ConfigError
-from mars_jax.evals.generation import generate, load_end_tokens
+from mars_jax.evals.generation import generate
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.read import read_checkpoint
 from mars_jax.models.families.registry import build_model, family_of
@@ -221,23 +219,3 @@ def test_a_prompt_is_what_training_sees_before_the_last_answer(tmp_path):
         np.testing.assert_array_equal(prompt[name], whole[name])
     assert (prompt["tokens"][end + 1 :] == tokenizer.pad_token_id).all()
     np.testing.assert_array_equal(prompt["segments"], np.where(np.arange(len(prompt["tokens"])) <= end, 0, -1))
-
-
-@pytest.mark.parametrize(("stored", "expected"), [(7, (2, 7)), ([9, 2, 7], (2, 7, 9)), (None, (2,))])
-def test_end_tokens_are_those_of_the_file_and_the_tokenizers(stored, expected, tmp_path):
-    tokenizer = tiny_data.tokenizer()
-    assert load_end_tokens(tmp_path, tokenizer) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
-    assert load_end_tokens(tmp_path, tokenizer) == expected
-
-
-def test_a_checkpoint_that_says_no_end_is_refused(tmp_path):
-    tokenizer = tiny_data.tokenizer()
-    path = tmp_path / "generation_config.json"
-    path.write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is '</s>'; a token id or a"):
-        load_end_tokens(tmp_path, tokenizer)
-    path.write_text("{}")
-    tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"neither generation_config.json nor the tokenizer has .* Set eos_token"):
-        load_end_tokens(tmp_path, tokenizer)
