@@ -19,7 +19,7 @@ from mars_jax.job import lock
 from mars_jax.job.book import Book, hash_inputs
 from mars_jax.job.documents import SHAPES
 from mars_jax.runtime.durable import make_folder, remove_leftovers
-from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl, write_text
+from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl, refuse_special, write_text
 
 _PACKAGES = ("mars_jax", "jax", "flax", "optax", "transformers")
 # What a full or read-only device raises is for the command to report.
@@ -116,7 +116,7 @@ class RunDirectory:
             ) from None
 
     def _check_ours(self) -> None:
-        """Refuses to write between the files of something else."""
+        """Refuses to write between the files of something else, and to read what is no file."""
         names = {entry.name for entry in self.path.iterdir()}
         # A first opening that was killed leaves a lock, and perhaps a config half written under another name.
         own = (lock.LOCK, lock.OWNER)
@@ -126,6 +126,8 @@ class RunDirectory:
                 f"{self.path} holds files but no {RESOLVED_CONFIG}, so it isn't a run directory. "
                 "Set run_dir to a new folder."
             )
+        for path in self.path.rglob("*"):
+            refuse_special(path)
 
     def _check_config(self, config: Config) -> None:
         file = self.path / RESOLVED_CONFIG

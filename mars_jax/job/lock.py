@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.jsonfiles import refuse_special
 
 LOCK, OWNER = "lock", "lock.owner"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESTALE, errno.EIO)
@@ -63,7 +64,13 @@ def holding(directory: Path) -> Iterator[None]:
 
 
 def holder(directory: Path) -> Holder | None:
-    """The process that holds a directory, if one does."""
+    """The process that holds a directory, if one does.
+
+    Raises:
+        DataError: a pipe, a socket or a device lies in the place of a file.
+    """
+    for name in (LOCK, OWNER):
+        refuse_special(directory / name)
     try:
         with (directory / LOCK).open("rb") as lock:
             try:

@@ -134,7 +134,20 @@ def read_jsonl(
     return records
 
 
+def refuse_special(path: Path) -> None:
+    """Refuses a pipe, a socket, a device or a link to one in the place of a file: reading it may never end.
+
+    Raises:
+        DataError: it is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{path} is a pipe, a socket or a device where a file belongs. Move it away, and run the command again."
+        )
+
+
 def _read_bytes(path: Path) -> bytes:
+    refuse_special(path)
     try:
         return path.read_bytes()
     except IsADirectoryError:

@@ -1,6 +1,7 @@
 """Files of a finished run that a bad disk or a hand changed: used without a word, or a traceback."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -204,3 +205,17 @@ def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(job, run, name):
     else:
         assert code in (2, 3, 4), err
         assert name in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "state.json", "lock", "samples.jsonl", "finetune/metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_a_pipe_or_a_device_in_a_run_directory_was_read_for_ever(run, name, kind):
+    (run / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to("/dev/zero")
+    for command in ("status", "report") if name in ("events.jsonl", "state.json", "lock") else ("report",):
+        code, _, error = mars(command, run)
+        assert code == 3
+        assert f"{run / name} is a pipe, a socket or a device where a file belongs. Move it away" in error
