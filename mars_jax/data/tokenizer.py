@@ -9,6 +9,8 @@ from mars_jax.runtime.json_object import read_json_object
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_UNLIMITED = 2**62
+
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Loads a checkpoint's tokenizer, with the chat template of its processor where the folder has one.
@@ -19,7 +21,8 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         directory: the checkpoint's folder.
 
     Raises:
-        ConfigError: the tokenizer cannot be read, or has no chat template or no padding token.
+        ConfigError: the tokenizer cannot be read, draws its tokens at random, or has no chat template or no
+            padding token.
     """
     from transformers import AutoTokenizer
 
@@ -27,9 +30,17 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the readers of its files raise anything on damaged ones
         raise ConfigError(
-            f"{directory}: no usable tokenizer ({type(error).__name__}: {str(error)[:500]}). Copy tokenizer.json and "
-            "tokenizer_config.json from the checkpoint's source."
+            f"{directory}: no usable tokenizer ({type(error).__name__}: {str(error)[:500]}). Copy tokenizer.json, "
+            "tokenizer_config.json and config.json from the checkpoint's source."
         ) from error
+    dropout = getattr(tokenizer.backend_tokenizer.model, "dropout", None) if tokenizer.is_fast else None
+    if dropout:
+        raise ConfigError(
+            f"{directory / 'tokenizer.json'}: model.dropout is {dropout:g}, by which the same text gives other tokens "
+            "each time. Set it to null."
+        )
+    # Texts are never cut to this length, and a file may give anything as its value.
+    tokenizer.model_max_length = _UNLIMITED
     # The tokenizer reads chat_template.jinja itself; older checkpoints keep the multimodal template only in these.
     template = tokenizer.chat_template
     for name in ("processor_config.json", "chat_template.json"):
@@ -61,8 +72,9 @@ def _default_of(template: object, directory: Path) -> str:
                 "to use to chat_template.jinja."
             )
     if not isinstance(template, str) or not template.strip():
+        seen = "empty" if isinstance(template, str) else f"of type {type(template).__name__}"
         raise ConfigError(
-            f"{directory}: the chat template is a {type(template).__name__} or empty; a text is expected. Copy "
-            "chat_template.jinja from the checkpoint's source."
+            f"{directory}: the chat template is {seen}; a text is expected. Copy chat_template.jinja from the "
+            "checkpoint's source."
         )
     return template

@@ -191,7 +191,7 @@ def test_a_tokenizer_with_code_of_its_own_is_never_run(tmp_path: Path, monkeypat
             '{"chat_template": [{"name": "rag", "template": "y"}]}',
             r"several chat templates \(rag\), none of them named",
         ),
-        ('{"chat_template": 3}', "the chat template is a int or empty; a text is expected"),
+        ('{"chat_template": 3}', "the chat template is of type int; a text is expected"),
     ],
 )
 def test_odd_template_files_are_config_errors(tmp_path: Path, content: str, text: str) -> None:
@@ -215,6 +215,32 @@ def test_load_tokenizer_errors(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"the tokenizer has no padding token. Set pad_token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(" ")
+    with pytest.raises(ConfigError, match="the chat template is empty; a text is expected"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("length", ["x", -1, 1, None])
+def test_a_greatest_length_of_another_type_ended_in_a_traceback(tmp_path: Path, length: object) -> None:
+    tiny_data.tokenizer().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
+    assert load_tokenizer(tmp_path).encode("a red square")
+
+
+def test_a_tokenizer_that_draws_its_tokens_at_random_was_taken(tmp_path: Path) -> None:
+    tiny_data.tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "model": {**content["model"], "dropout": 0.5}}))
+    with pytest.raises(ConfigError, match=r"tokenizer.json: model.dropout is 0.5, by which .* Set it to null"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_dtype_that_is_none_was_blamed_on_the_tokenizers_files(tmp_path: Path) -> None:
+    tiny_data.checkpoint(tmp_path, dtype="banana")
+    with pytest.raises(ConfigError, match=r"no attribute 'banana'\)\. Copy .* and config.json from the checkpoint"):
         load_tokenizer(tmp_path)
 
 
