@@ -24,6 +24,7 @@ __all__ = ["RESOLVED_CONFIG", "Config", "load_config"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 _NAME, _PATH = 60, 1000  # characters of a key and of a path in messages
+_MOST_FAULTS = 20
 
 _ALLOWED = {
     "bool_type": "true or false",
@@ -49,7 +50,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         The validated settings.
 
     Raises:
-        ConfigError: the file can't be read, or a key or value is not allowed. Every error is listed, with its line.
+        ConfigError: the file can't be read, or a key or value is not allowed. Faults are listed with their
+            lines; of many, the first ones.
     """
     path = Path(path)
     is_run = os.path.isdir(path)  # unlike `Path.is_dir`, false for what can't be a path
@@ -80,6 +82,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             (origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), str(file)
         )
         lines.append(f"{origin}: {text}")
+    if len(lines) > _MOST_FAULTS:
+        lines[_MOST_FAULTS:] = [f"and {len(lines) - _MOST_FAULTS} more"]
     raise ConfigError("\n".join(lines))
 
 
@@ -121,6 +125,8 @@ def _override(raw: Document, override: str) -> Location:
     names = key.strip().split(".")
     if not equals or not all(names):
         raise ConfigError(f"override {short(override)} is not of the form key.sub=value, e.g. probe.steps=200")
+    if not key.isprintable():
+        raise ConfigError(f"override {short(override)}: the key has characters that no setting has")
     if len(names) > MAX_DEPTH:
         raise ConfigError(f"override {short(override)} has {len(names)} names; no setting has more than {MAX_DEPTH}")
     try:

@@ -145,6 +145,10 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         for key, value in node.value:
             if key.tag not in (_TEXT, _MERGE):
                 raise YamlError(f"a key is {_kind(key)}; keys are text. Put it in quotes.", key.start_mark.line + 1)
+            if not key.value.isprintable():
+                raise YamlError(
+                    f"the key {short(key.value)} has characters that no setting has.", key.start_mark.line + 1
+                )
             yield from (key, value)
     elif isinstance(node, yaml.SequenceNode):
         yield from node.value

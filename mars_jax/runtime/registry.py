@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Generic, Protocol, TypeVar
 
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.text import short
 
 
 class Named(Protocol):
@@ -66,9 +67,9 @@ class Registry(Generic[T]):
             ConfigError: there is no such member.
         """
         if name not in self._members:
-            near = get_close_matches(str(name), self.names, n=1)
+            near = get_close_matches(str(name)[:60], self.names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{self.kind} is {name!r}; allowed: {', '.join(self.names)}.{hint}")
+            raise ConfigError(f"{self.kind} is {short(name)}; allowed: {', '.join(self.names)}.{hint}")
         return name
 
     def __getitem__(self, name: str) -> T:

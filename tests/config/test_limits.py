@@ -34,6 +34,8 @@ def refusal(folder: Path, text: str = "", *overrides: str) -> str:
     ("text", "said"),
     [
         (LAUGHS, "line 8: with its aliases this holds 42221 values, 6 deep; at most 20000 values, 20 deep"),
+        ('"\\uD800": 1', r"line 4: the key '\ud800' has characters that no setting has"),
+        ('"a\\0b": {c: 1}', r"line 4: the key 'a\x00b' has characters that no setting has"),
         (MERGES, "line 8: with its aliases this holds "),
         ("a: &a {b: *a}", "line 4: the value holds itself, by an alias. Write it out."),
         ("a: &a [*a]", "line 4: the value holds itself, by an alias. Write it out."),
@@ -230,3 +232,23 @@ def test_a_binary_config_is_refused(tmp_path):
     file.write_bytes(bytes(range(256)))
     with pytest.raises(ConfigError, match=r"a\.yaml: the text is not YAML: 'utf-8' codec can't decode"):
         load_config(file)
+
+
+def test_many_faults_filled_the_screen(tmp_path):
+    (tmp_path / "a.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "a.yaml", [f"lora.modules.llm.targets={list(range(200))}"])
+    first, *rest = str(error.value).splitlines()
+    assert "targets.0 is 0 but must be text" in first
+    assert len(rest) == 20
+    assert rest[-1] == "and 180 more"
+
+
+def test_a_long_name_filled_the_screen(tmp_path):
+    for key in ("adapter.method", "convergence.rule"):
+        assert "'xxxx" in refusal(tmp_path, "", f"{key}={'x' * 3000}")
+
+
+def test_half_a_character_in_an_override_blamed_the_whole_config(tmp_path):
+    text = refusal(tmp_path, "", "\udcff=1")
+    assert text == r"override '\udcff=1': the key has characters that no setting has"
