@@ -294,7 +294,7 @@ def _record(
     turns = only_last(ready.turns) if learn == "last" else ready.turns
     images = made.images[: ready.num_pictures]
     digests = tuple(checked[image].sha256 for image in images)
-    notes.unread.update(set(made.unread))
+    notes.unread.update(dict.fromkeys(made.unread, 1))  # in the order of the row
     notes.formats[made.format] += 1
     for change in ready.changes:
         notes.change(change, shown(unique_id))
