@@ -3,14 +3,12 @@
 import math
 import re
 import shutil
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from mars_jax.errors import DataError
 from mars_jax.job import files
 from mars_jax.report import words
 from mars_jax.report.collect import RunRecord, read_run
@@ -20,7 +18,7 @@ from mars_jax.report.figures_laws import law_c, law_p, rank_grid
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
 from mars_jax.runtime.jsonfiles import Document, write_json, write_text
-from mars_jax.runtime.text import short, visible
+from mars_jax.runtime.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
