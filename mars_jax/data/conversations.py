@@ -15,12 +15,19 @@ MAX_TURNS = 1_000
 """Turns of one row."""
 
 # Placeholders of other tools for what is not read; a closing tag after one makes it HTML.
-_FOREIGN = re.compile(r"<(video|audio|speech|bbox|ref-object)>(?!.{0,2000}?</\1>)", re.DOTALL)
-_NUMBERED = re.compile(r"<\|?(?:image|img)[ _-]?\d+\|?>|<image_placeholder>|<img>[^<>\n]{1,500}</img>", re.IGNORECASE)
+_FOREIGN = re.compile(r"<((?:video|audio|speech|bbox|ref-object|boxes)\d*)>(?!.{0,2000}?</\1>)", re.DOTALL)
+# Those for parts of a picture, which are words where there is none.
+_REGION = re.compile(r"<((?:region|mask)\d*)>(?!.{0,2000}?</\1>)", re.DOTALL)
+# Other tools' placeholders of pictures.
+_OTHER_IMAGE = re.compile(
+    r"<img>[^<>\n]{1,500}</img>|\[(?:img|image)\]"
+    r"|(?!(?-i:<image>))<\|?(?:image|img)[ _-]?(?:\d+|here|placeholder|pad|token)?\|?>",
+    re.IGNORECASE,
+)
 _NUMBER = r"\s{0,2}\d{1,5}(?:\.\d{1,9})?\s{0,2}"
 _BOX = re.compile(
     rf"[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]|\({_NUMBER},{_NUMBER}\),?\s?\({_NUMBER},{_NUMBER}\)"
-    rf"|\"?(?:bbox_2d|point_2d|bbox)\"?\s?[:=]\s?[\[(]{_NUMBER},|<\|?(?:box|box_start|point)\|?>"
+    rf"|\"?(?:bbox_2d|point_2d|bbox)\"?\s?[:=]\s?[\[(]{_NUMBER}(?:,{_NUMBER}){{1,3}}|<\|?(?:box|box_start|point)\|?>"
 )
 
 
@@ -93,25 +100,28 @@ def conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[st
     elif not any(turn.learn for turn in turns if turn.role == "assistant"):
         yield "no answer is trained on: all are excluded. Mark one as trained on, or remove the record."
     for number, turn in enumerate(turns):
-        yield from _text_faults(turn, f"turn {number}")
+        yield from _text_faults(turn, f"turn {number}", num_images)
     placeholders = _placeholders(turns)
-    numbered = next((found[0] for turn in turns for found in [_NUMBERED.search(turn.text)] if found), "")
-    if placeholders != num_images and (placeholders or not num_images or numbered):
-        seen = f" The text has {shown(numbered)}, which is not read." if numbered else ""
+    asked = [turn.text for turn in turns if turn.role == "user"]
+    other = next((found[0] for text in asked for found in [_OTHER_IMAGE.search(text)] if found), "")
+    seen = f" The text has {shown(other)}, which is not read." if other else ""
+    if placeholders != num_images and (placeholders or not num_images or other):
         yield (
             f"{placeholders} {IMAGE_PLACEHOLDER} in the user turns but {num_images} images. Write {IMAGE_PLACEHOLDER} "
             f"once for each image.{seen}"
         )
-    elif not num_images and numbered.startswith("<img>"):
-        yield f"the text has {shown(numbered)}, which is not read. Give it as 'image', with <image> in the text."
+    elif num_images and other:
+        yield f"the text has {shown(other)}, which is not read. Write {IMAGE_PLACEHOLDER} where a picture goes."
+    elif other.lower().startswith("<img>") and other.lower().endswith("</img>"):
+        yield f"the text has {shown(other)}, which is not read. Give it as 'image', with <image> in the text."
 
 
-def _text_faults(turn: Turn, where: str) -> Iterator[str]:
+def _text_faults(turn: Turn, where: str, num_images: int) -> Iterator[str]:
     if turn.role == "assistant" and not turn.text.strip():
         yield f"{where}: the answer is empty. Write it, or remove the record."
     if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
         yield f"{where}: {IMAGE_PLACEHOLDER} in a turn of the {turn.role}; only user turns may hold it."
-    foreign = _FOREIGN.search(turn.text)
+    foreign = _FOREIGN.search(turn.text) or (_REGION.search(turn.text) if num_images else None)
     if foreign:
         yield (
             f"{where}: {foreign[0]} stands for something that is not read ({foreign[1]}). Write what it stands for, or "

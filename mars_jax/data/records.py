@@ -173,19 +173,18 @@ def _id_faults(row: Row) -> Iterator[str]:
 
 def _unique_ids(rows: Sequence[Row], notes: Notes) -> list[str]:
     """The id of each row, with #2, #3, ... where an earlier row has it."""
-    names, ids = [row.id for row in rows], []
-    taken, uses = set(names), dict.fromkeys(names, 0)
-    for row, name in zip(rows, names, strict=True):
+    taken, uses, ids = {row.id for row in rows}, dict.fromkeys((row.id for row in rows), 0), []
+    for row in rows:
         if row.has_empty_id:
-            notes.change("no_id", name)
-        unique = name
-        uses[name] += 1
-        if uses[name] > 1:
+            notes.change("no_id", row.id)
+        unique = row.id
+        uses[row.id] += 1
+        if uses[row.id] > 1:
             while unique in taken:
-                unique = f"{name}#{uses[name]}"
-                uses[name] += unique in taken
+                unique = f"{row.id}#{uses[row.id]}"
+                uses[row.id] += unique in taken
             taken.add(unique)
-            notes.change("repeated_id", shown(name))
+            notes.change("repeated_id", shown(row.id))
         ids.append(unique)
     return ids
 
@@ -295,7 +294,7 @@ def _record(
     turns = only_last(ready.turns) if learn == "last" else ready.turns
     images = made.images[: ready.num_pictures]
     digests = tuple(checked[image].sha256 for image in images)
-    notes.unread.update(dict.fromkeys(made.unread, 1))
+    notes.unread.update(dict.fromkeys(made.unread, 1))  # in the order of the row
     notes.formats[made.format] += 1
     for change in ready.changes:
         notes.change(change, shown(unique_id))

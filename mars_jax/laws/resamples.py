@@ -11,10 +11,13 @@ resample by a draw of their spread, which gives estimates the tails of Student's
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from scipy.special import chdtri
+
+if TYPE_CHECKING:
+    from jax import Array
 
 # Errors so large never came from a lane: they keep a draw of a hardly known spread finite in float32.
 _LARGEST_ERROR = 30.0
@@ -91,7 +94,7 @@ def central_interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def resample_runs(key: jax.Array, runs: Sequence[Hashable], kinds: Sequence[Hashable], number: int) -> RunResamples:
+def resample_runs(key: "Array", runs: Sequence[Hashable], kinds: Sequence[Hashable], number: int) -> RunResamples:
     """Draws resamples.
 
     Args:
@@ -101,6 +104,8 @@ def resample_runs(key: jax.Array, runs: Sequence[Hashable], kinds: Sequence[Hash
             same kinds, in the same order.
         number: S.
     """
+    import jax
+
     places: dict[Hashable, list[int]] = {}
     for place, run in enumerate(runs):
         places.setdefault(run, []).append(place)

@@ -3,14 +3,12 @@
 import math
 import re
 import shutil
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from mars_jax.errors import DataError
 from mars_jax.job import files
 from mars_jax.report import words
 from mars_jax.report.collect import RunRecord, read_run
@@ -20,7 +18,7 @@ from mars_jax.report.figures_laws import law_c, law_p, rank_grid
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
 from mars_jax.runtime.jsonfiles import Document, write_json, write_text
-from mars_jax.runtime.text import short, visible
+from mars_jax.runtime.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,20 +62,10 @@ def write_report(run_directory: Path) -> Path:
         ConfigError: the directory does not exist, or has no file of a run.
         DataError: a file of the run is not valid.
     """
-    from jinja2 import TemplateError
-
     run = read_run(run_directory)
-    try:
-        drawings = draw(run)
-        report = build_report(run) | {"figures": {drawing.name: f"{drawing.name}.svg" for drawing in drawings}}
-        text = render(run, report, drawings)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise DataError(
-            f"{run_directory}: the report can't be made, since a file of the run holds what the tool doesn't write "
-            f"({type(error).__name__}: {short(str(error))}, in {Path(last.filename).name}, line {last.lineno}). Take "
-            "back what was changed in the directory. If nothing was, this is a bug of mars_jax: please report it."
-        ) from error
+    drawings = draw(run)
+    report = build_report(run) | {"figures": {drawing.name: f"{drawing.name}.svg" for drawing in drawings}}
+    text = render(run, report, drawings)
     folder = run_directory / files.REPORT
     shutil.rmtree(folder, ignore_errors=True)  # figures of an earlier state of the run must not stay
     for drawing in drawings:

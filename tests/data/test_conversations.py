@@ -36,6 +36,14 @@ def test_pictures_without_placeholders_are_put_first_with_a_note(tmp_path):
          "The text has '<image 1>', which is not read"),
         ("<|image_1|>what?", ["a.png"], "The text has '<|image_1|>', which is not read"),
         ("1: <img>a.png</img> what?", [], "the text has '<img>a.png</img>', which is not read. Give it as 'image'"),
+        ("<IMAGE>what?", ["a.png"], "The text has '<IMAGE>', which is not read"),
+        ("<ImageHere>what?", ["a.png"], "The text has '<ImageHere>', which is not read"),
+        ("<|image_pad|>what?", ["a.png"], "The text has '<|image_pad|>', which is not read"),
+        ("[IMG] what?", ["a.png"], "The text has '[IMG]', which is not read"),
+        ("<image>Is <image1> red?", ["a.png"], "the text has '<image1>', which is not read. Write <image> where a"),
+        ("<image>What is <bbox0>?", ["a.png"], "turn 0: <bbox0> stands for something that is not read (bbox0)"),
+        ("<image>What is <region1>?", ["a.png"], "turn 0: <region1> stands for something that is not read (region1)"),
+        ("<image>What is <mask>?", ["a.png"], "turn 0: <mask> stands for something that is not read (mask)"),
         ("<video>what?", [], "turn 0: <video> stands for something that is not read (video). Write what it stands for"),
         ("<audio>what?", [], "turn 0: <audio> stands for something that is not read (audio)"),
         ("Find <ref-object>", [], "turn 0: <ref-object> stands for something that is not read (ref-object)"),
@@ -43,6 +51,16 @@ def test_pictures_without_placeholders_are_put_first_with_a_note(tmp_path):
 )  # fmt: skip
 def test_placeholders_that_would_stay_in_the_text_are_refused(tmp_path, question, images, text):
     assert text in fault(tmp_path, [row(question, images=images)])
+
+
+def test_a_numbered_placeholder_of_a_question_got_a_second_one(tmp_path):
+    asked = {"image": "a.png", "question": "Is <image1> red?", "answer": "yes"}
+    assert "the text has '<image1>', which is not read" in fault(tmp_path, [asked])
+
+
+def test_words_that_stand_for_parts_of_a_picture_are_text_without_one(tmp_path):
+    (record,), _ = read(tmp_path, [row("Fill in <mask>.", "the <region> is <img> in HTML")])
+    assert record.turns[0].text == "Fill in <mask>."
 
 
 def test_a_box_to_fill_in_was_learnt_as_text(tmp_path):
@@ -66,6 +84,7 @@ def test_a_windows_line_end_after_a_picture_is_set_off_like_any_other(tmp_path):
     [
         ("[500, 300, 590, 390]", True),
         ('[{"bbox_2d": [500, 300, 590, 390], "label": "sheep"}]', True),
+        ('[{"bbox_2d":[0,1,590,390]}]', True),
         ("<|box_start|>(500,300),(590,390)<|box_end|>", True),
         ("(500, 300), (590, 390)", True),
         ("<box>[[500, 300, 590, 390]]</box>", True),
@@ -155,6 +174,24 @@ def test_keys_that_are_not_read_are_counted_once_a_file(tmp_path):
     _, notes = read(tmp_path, [row("what?", **{f"k{n}": n for n in range(30)}, **{"\x1b[31m": 1})])
     assert notes[0].endswith(", and 11 others")
     assert "\x1b" not in notes[0]
+
+
+def test_keys_that_are_not_read_are_named_in_the_order_of_the_row_in_every_process(tmp_path):
+    keys = [f"key{number * 7919 % 101}" for number in range(20)]
+    _, notes = read(tmp_path, [row("what?", **dict.fromkeys(keys, "x"))])
+    assert notes == ["data.json: keys not read: " + ", ".join(f"{key} 1x" for key in keys)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("img_name", "x1/source.jpg"), ("imageId", "2370799"), ("image_filename", "a.png"), ("Image", "a.png"),
+     ("Figure_path", "a"), ("left", "dev/0.png"), ("image_base64_str", ["iVBOR"]), ("image_id", 7)],
+)  # fmt: skip
+def test_a_row_whose_picture_is_under_another_name_was_read_without_it(tmp_path, key, value):
+    asked = {"question": "what?", "answer": "a cat", key: value}
+    assert f"{key!r} is {value!r}: pictures are read from 'image' and 'images'" in fault(tmp_path, [asked])
+    (record,), notes = read(tmp_path, [asked | {"image": "a.png"}])  # beside a picture it is no more than a fact
+    assert (len(record.images), notes) == (1, [f"data.json: keys not read: {key} 1x"])
 
 
 @pytest.mark.parametrize("depth", [5, 100, 400, 900, 950])

@@ -143,6 +143,8 @@ def test_links_within_the_image_folder_are_followed_wherever_they_lead(tmp_path)
         ("data:image/png;base64,?", "is no base64"),
         ("iVBORw0KGgo" + "\u00e9" * 100, "is no base64"),
         ("cut\ud83d.png", "image: character 3 is '\\ud83d', half of a surrogate pair"),
+        ("hf://datasets/x/y/a.png", "is an address. Download the picture"),
+        ({"url": "a.png"}, "(object); a path relative to the image folder is expected. Of an object, 'path' or"),
         ({"bytes": None, "path": 3}, "image is 3 (number); a path relative to the image folder is expected"),
         ({"path": "a.png", "max_pixels": 100}, "a picture of 'image': 'max_pixels' is 100: pictures have no sizes of"),
         ([["a.png"]], "image is ['a.png'] (list); a path relative to the image folder is expected"),
@@ -252,3 +254,10 @@ def test_room_is_given_back_where_a_picture_is_broken(tmp_path):
     thread.start()
     thread.join(30)
     assert sizes == [(8000, 4500)]
+
+
+def test_bytes_that_json_holds_as_base64_are_read(tmp_path):
+    encoded = base64.b64encode(save_picture(tmp_path / "c.png").read_bytes()).decode()
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
+    (record,), _ = read(tmp_path, [{"image": {"bytes": encoded, "path": "elsewhere.png"}, "conversations": turns}])
+    assert record.images == (PictureBytes(base64.b64decode(encoded)),)

@@ -33,7 +33,9 @@ TEXT = {
 
 def llava(vision, text):
     # The state before the last layer, as LLaVA-1.5 has it: PEFT adapts the last layer too.
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-2)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, vision_feature_layer=-2, image_token_index=1
+    )
     return transformers.LlavaForConditionalGeneration(config)
 
 

@@ -49,6 +49,7 @@ def test_a_full_disk_is_said_and_costs_no_finished_lane(job, tmp_path):
     run = tmp_path / "run"
     lanes, curves = (Path("probes") / name for name in ("lanes.jsonl", "curves.jsonl"))
     room = int(0.75 * (job.alone / curves).stat().st_size)  # for the curves of one group of the two
+    assert job.end("plan", run)[0] == 0  # sources.json is longer
     code, out, err = job.end("probe", run, LIMIT.format(room))
     assert code == 4, err
     message = error_of(out, err)

@@ -298,21 +298,21 @@ def test_modules_of_any_name_are_drawn_inside_the_report(whole: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "text"),
     [
-        ("data.json", {"train": "many"}),
-        ("selection.json", {"candidates": [3]}),
-        ("evaluation.json", {"conditions": ["base"]}),
-        ("laws.json", {"convergence": {"vision": None}}),
-        ("plan.json", {"full_grid_steps": "x"}),
-        ("state.json", {"phases": [1]}),
+        ("data.json", {"train": "many"}, "train is 'many' but must be a valid integer"),
+        ("selection.json", {"candidates": [3]}, "candidates.0 is 3 but must be an object"),
+        ("evaluation.json", {"conditions": ["base"]}, r"conditions is \['base'\] but must be an object"),
+        ("laws.json", {"convergence": {"vision": None}}, "convergence.vision is None but must be an object"),
+        ("plan.json", {"full_grid_steps": "x"}, "full_grid_steps is 'x' but must be a valid integer"),
+        ("state.json", {"phases": [1]}, r"phases is \[1\] but must be an object"),
     ],
 )
-def test_a_file_of_other_values_is_refused_and_the_old_report_stays(whole, tmp_path, name, change) -> None:
+def test_a_file_of_other_values_is_refused_and_the_old_report_stays(whole, tmp_path, name, change, text) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     write_json(run / name, json.loads((run / name).read_text()) | change)
     before = (run / "report/index.html").read_bytes()
-    with pytest.raises(DataError, match=r"a file of the run holds what the tool doesn't write \((\w+): .* line \d+\)"):
+    with pytest.raises(DataError, match=rf"{name}: {text}"):
         write_report(run)
     assert (run / "report/index.html").read_bytes() == before
 

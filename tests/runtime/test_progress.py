@@ -90,7 +90,7 @@ def test_values_are_shown_before_records():
 def test_what_a_sample_teaches_stands_out_in_its_text():
     samples = [{"id": "a", "text": "What? Red.", "supervised": "Red.", "learned": [[6, 10]]}]
     console = Console(width=60, color_system="standard", force_terminal=True, file=io.StringIO())
-    for table in check_tables({"data": {"train": 3}, "samples": samples}):
+    for table in check_tables({"data": {"train": 3, "notes": []}, "samples": samples}):
         console.print(table)
     text = console.file.getvalue()
     assert "\x1b[2mWhat? \x1b[0m\x1b[1;32mRed.\x1b[0m" in text
@@ -99,7 +99,7 @@ def test_what_a_sample_teaches_stands_out_in_its_text():
 def test_control_characters_of_a_sample_are_shown_at_their_place():
     samples = [{"id": "a\x1b[1m", "text": "Wh\x1b[5mat?\nR\u202eed.\x07", "supervised": "Red.", "learned": [[10, 15]]}]
     console = Console(width=80, color_system="standard", force_terminal=True, file=io.StringIO())
-    for table in check_tables({"data": {"train": 3}, "samples": samples}):
+    for table in check_tables({"data": {"train": 3, "notes": []}, "samples": samples}):
         console.print(table)
     text = console.file.getvalue()
     assert r"a\x1b[1m" in text

@@ -33,14 +33,17 @@ _WEIGHT = f"training weights are read from turns alone, as {', '.join(LEARN)}. S
 _TEMPLATE = "what changes the chat template is not read. Take the key out."
 _PIXELS = "pictures have no sizes of their own. Scale the file itself, or set data.max_pixels."
 _HISTORY = "earlier turns are not read from here. Write them into the conversation."
-_NUMBERED = "pictures are read from 'image' and 'images'. Give them there, with one <image> for each in the text."
+_NUMBERED = "pictures are read from 'image' and 'images'. Give them there, one <image> for each, or take the key out."
 
 _OPTIONS = "options are read from 'choices' or 'options', as a list, or from columns A, B, ... Give them so."
+
+_ASKED = "only 'question' is asked, with its options. Write it in there."
 
 _ANYWHERE = {
     **dict.fromkeys(("video", "videos", "video_path", "video_url", "video_file", "fps", "nframes"), _VIDEO),
     **dict.fromkeys(("audio", "audios", "audio_path", "audio_url", "audio_file", "input_audio", "speech"), _AUDIO),
     **dict.fromkeys(("objects", "bbox", "bboxes", "box", "boxes", "bounding_box", "bounding_boxes", "ref"), _GROUNDING),
+    **dict.fromkeys(("bounding_boxes_sequence", "boxes_seq", "box_x1y1x2y2", "bbox_2d", "point_2d"), _GROUNDING),
     **dict.fromkeys(("tools", "tool", "functions", "function", "function_call", "function_calls"), _TOOLS),
     **dict.fromkeys(("tool_calls", "tool_call", "tool_call_id", "tool_choice", "tool_responses"), _TOOLS),
     "reasoning_content": _THINKING,
@@ -56,14 +59,22 @@ _IN_TURN = {
     **dict.fromkeys(("reasoning", "thinking", "thought", "thoughts"), _THINKING),
     **dict.fromkeys(("mask", "masked", "ignore"), _WEIGHT),
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "files", "attachments"), _NUMBERED),
+    **dict.fromkeys(("training", "should_train", "is_trainable", "learn", "compute_loss", "no_loss", "skip"), _WEIGHT),
+    **dict.fromkeys(("mask", "masked", "is_masked", "ignore", "ignored", "ignore_loss"), _WEIGHT),
 }
 _IN_PART = dict.fromkeys(("source", "file", "file_id", "data", "input_image", "image_file"), _NUMBERED)
-_PICTURE_NAMES = frozenset({"img", "imgs", "picture", "pictures", "image_path", "image_paths", "image_file"})
-_PICTURE_NAMES |= {"image_files", "image_url", "image_urls", "img_path", "image_base64", "image_bytes", "image_list"}
+# Texts beside a question.
+_BESIDE = ("context", "passage", "paragraph", "article", "background", "premise", "instruction", "instructions")
+# Where a row has no picture: names of columns with one, and values that are one.
+_PICTURE_NAME = re.compile(
+    r"(image|img|picture|photo|figure)s?_?((file)?_?(id|name|path|url|list|bytes|base64|b64|base64_str)s?|files?)?"
+)
+_PICTURE_FILE = re.compile(r"[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 # Options of a question under names that no format reads.
 _OPTION = re.compile(
-    r"(option|choice)s?[_ ]?([a-z]|[0-9]+)|candidates|(answer|mc|multi(ple)?_choice)_?(options|choices)?"
+    r"(option|choice)s?[_ ]?([a-z]|[0-9]+)|candidates|distractors?_?[0-9]*|(mc|multi(ple)?_choice)s?"
+    r"|(answer|mc|multiple|candidate|wrong|incorrect|negative)_?(answer|option|choice)s"
 )
 
 MOST_FAULTS = 3
@@ -141,15 +152,22 @@ def _row_reason(key: str, value: object, row: Mapping[str, object], keys: Keys) 
         return "the row has two conversations. Take one of them out."
     if not keys.turns and _OPTION.fullmatch(name):
         return _OPTIONS
+    if not keys.turns and name in _BESIDE:
+        return _ASKED
     if name.rstrip("0123456789").rstrip("_") in ("image", "img") and name[-1].isdigit():
         return _NUMBERED
-    if _holds_picture(value) or (name in _PICTURE_NAMES and is_absent([row.get("image"), row.get("images")])):
+    has_none = is_absent([row.get("image"), row.get("images")])
+    if _holds_picture(value) or (has_none and (_PICTURE_NAME.fullmatch(name) or _is_picture_file(value))):
         return _NUMBERED
     return ""
 
 
+def _is_picture_file(value: object) -> bool:
+    return isinstance(value, str) and bool(_PICTURE_FILE.fullmatch(value))
+
+
 def _plain(key: str) -> str:
-    return key.lower().replace("-", "_")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower().replace("-", "_")
 
 
 def _holds_picture(value: object) -> bool:

@@ -32,20 +32,26 @@ def read_picture(source: object) -> str | bytes:
     Raises:
         FaultError: the source is neither.
     """
+    given = source
     if isinstance(source, dict):
-        if isinstance(source.get("bytes"), bytes):
-            return bytes(source["bytes"])
+        held = source.get("bytes")
+        if isinstance(held, bytes):
+            return bytes(held)
+        if isinstance(held, str) and held:
+            return _decoded(held, held)
         source = source.get("path")
     if not isinstance(source, str) or not source:
-        kind = "" if source is None else f" ({kind_of(source)})"
-        raise FaultError(f"image is {shown(source)}{kind}; a path relative to the image folder is expected.")
+        seen = given if source is None else source
+        kind = "" if seen is None else f" ({kind_of(seen)})"
+        hint = " Of an object, 'path' or 'bytes' is read." if isinstance(seen, dict) else ""
+        raise FaultError(f"image is {shown(seen)}{kind}; a path relative to the image folder is expected.{hint}")
     if source.startswith("data:"):
         return _decoded(source.partition(",")[2], source)
     is_long = len(source) >= _SHORTEST_BASE64
     if (source.startswith(_PNG) or (source.startswith(_BASE64) and is_long)) and "." not in source:
         return _decoded(source, source)
     scheme = source[:8].lower()
-    if scheme.startswith(("http://", "https://", "ftp://", "s3://", "gs://")):
+    if scheme.startswith(("http://", "https://", "ftp://", "s3://", "gs://", "hf://")):
         raise FaultError(f"image {shown(source)} is an address. Download the picture and give its path.")
     if scheme.startswith("file:"):
         raise FaultError(f"image {shown(source)} is an address of a file. Give its path alone.")

@@ -24,6 +24,7 @@ def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> 
         raise FaultError(f"{key!r} is {shown(messages)}; a list of {{{speaker!r}, {text!r}}} turns is expected.")
     malformed = [
         f"turn {number} is {shown(turn)}; an object with the strings {speaker!r} and {text!r} is expected."
+        f"{_other_column(turn, key)}"
         for number, turn in enumerate(messages)
         if not (isinstance(turn, dict) and isinstance(turn.get(speaker), str) and isinstance(turn.get(text), str))
     ] or [
@@ -37,6 +38,14 @@ def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> 
         Turn(ROLES[turn[speaker]], turn[text], learn=_learn(turn, ROLES[turn[speaker]], number))
         for number, turn in enumerate(messages)
     )
+
+
+def _other_column(turn: object, key: str) -> str:
+    """Where turns like this one are read, if it is another column, or ""."""
+    for column, speaker, text in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if isinstance(turn, dict) and {speaker, text} <= turn.keys() and column != key:
+            return f" Turns of {speaker!r} and {text!r} are read from {column!r}: rename {key!r}."
+    return ""
 
 
 def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:

@@ -168,3 +168,18 @@ def test_more_than_26_options_in_a_line_ended_in_a_traceback():
     all_letters = line.removesuffix(" (AA) x")
     turns[0]["value"] = f"Which?\nOptions: {all_letters} (A) again"
     assert "".join(draft({"conversations": turns}).options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"choices": ["red", "blue"], "answer": "red"}, {"A": "red", "B": "blue", "answer": "A"}]
+)
+@pytest.mark.parametrize("key", ["passage", "instruction", "background"])
+def test_a_text_beside_the_question_was_not_asked(key, more):
+    with pytest.raises(FaultError, match=f"'{key}' is 'It swims.': only 'question' is asked, with its options"):
+        draft({"image": "a.png", "question": "what?", "answer": "red", **more, key: "It swims."})
+
+
+@pytest.mark.parametrize("key", ["multiple_choices", "answer_options", "distractors", "distractor1", "wrong_answers"])
+def test_options_under_another_name_were_not_asked(key):
+    with pytest.raises(FaultError, match="options are read from 'choices' or 'options', as a list"):
+        draft({"image": "a.png", "question": "what?", "answer": "red", key: ["blue", "green"]})

@@ -60,14 +60,15 @@ def test_a_row_without_an_answer_that_is_trained_on_is_refused(tmp_path, column)
         ({"weight": 0.5}, r"turn 1: 'weight' is 0.5 \(number\); true or 1 \(trained on\) and false or 0"),
         ({"weight": 2}, r"turn 1: 'weight' is 2 \(number\)"),
         ({"weight": float("inf")}, r"turn 1: 'weight' is inf \(number\)"),
-        ({"weight": float("nan")}, r"turn 1: 'weight' is nan \(number\)"),
         ({"loss": "false"}, r"turn 1: 'loss' is 'false' \(text\)"),
         ({"loss": [1]}, r"turn 1: 'loss' is \[1\] \(list\)"),
         ({"loss": False, "weight": 1}, "turn 1: 'loss' and 'weight' contradict each other"),
         ({"loss_scale": 1.0}, "turn 1: 'loss_scale' is 1.0: training weights are read from turns alone"),
+        ({"training": False}, "turn 1: 'training' is False: training weights are read from turns alone"),
+        ({"masked": True}, "turn 1: 'masked' is True: training weights are read from turns alone"),
         (
-            {"masked": True},
-            "turn 1: 'masked' is True: training weights are read from turns alone, as loss, weight, train",
+            {"bounding_boxes_sequence": [[0]]},
+            r"turn 1: 'bounding_boxes_sequence' is \[\[0\]\]: coordinates are not put",
         ),
         ({"thinking": "hm"}, "turn 1: 'thinking' is 'hm': reasoning is not read"),
         ({"images": ["a.png"]}, r"turn 1: 'images' is \['a.png'\]: pictures are read from 'image' and 'images'"),
@@ -163,3 +164,11 @@ def test_typed_parts_were_glued(content, expected):
 def test_parts_that_hold_more_than_is_read_are_refused(part, text):
     with pytest.raises(FaultError, match=text):
         draft(parts(part, images=["a.png"]))
+
+
+@each_shape
+def test_turns_in_the_column_of_others_are_told_where_they_are_read(column):
+    other = "messages" if column == "conversations" else "conversations"
+    with pytest.raises(FaultError, match=f"are read from '{column}': rename '{other}'") as caught:
+        draft({other: chat(column, {})[column]})
+    assert len(caught.value.args) == 2
