@@ -223,7 +223,7 @@ def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tabl
             f"the machine's memory is full ({error}). Finished work is kept. Ask for less, or take a larger machine."
         )
         _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
-    except Exception as error:
+    except Exception as error:  # a bug of ours: reported as one, with its traceback in a file
         _fail(type(error).__name__, _bug(error), BUG, json_output)
     except KeyboardInterrupt as interrupt:  # `Interrupted` has a message
         message = str(interrupt) or "state saved; run the same command again to go on"

@@ -105,7 +105,7 @@ class Trials:
                 outcome, detail = "refused", str(error)
             except Silent as error:
                 outcome, detail = "silent", str(error)
-            except Exception:
+            except Exception:  # what is counted
                 outcome, detail = "traceback", traceback.format_exc()[-1500:]
         return Trial(kind, number, outcome, damage, detail.encode(errors="backslashreplace").decode()[:1500])
 

@@ -9,14 +9,15 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, get_args, get_origin
+from typing import TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from mars_jax.config.adapted import DEFAULT_MODULES
 from mars_jax.config.schema import Config
-from mars_jax.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Location, YamlError, read_yaml
+from mars_jax.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, YamlError, read_yaml
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.faults import Location, innermost, location_of, value_at
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.text import short
 
@@ -150,9 +151,8 @@ def _faults(error: ValidationError, raw: Document) -> dict[Location, str]:
     texts: dict[Location, str] = {}
     allowed_types: dict[Location, list[str]] = {}
     for fault in error.errors():
-        location = _location(fault["loc"], raw)
+        location = location_of(fault, raw)
         if fault["type"] == "missing":
-            location = (*location, fault["loc"][-1])
             texts[location] = f"{_dotted(location)} is missing{_purpose(location)}"
         elif fault["type"] == "extra_forbidden":
             texts[location] = _unknown_key(location)
@@ -162,26 +162,11 @@ def _faults(error: ValidationError, raw: Document) -> dict[Location, str]:
         else:
             allowed = _ALLOWED.get(fault["type"], fault["msg"].removeprefix("Input should be "))
             allowed_types.setdefault(location, []).append(allowed)
-    for location, types in allowed_types.items():
-        # A union reports both the whole and, in the branch that fits, the part: the part is enough.
-        if not any(len(other) > len(location) and other[: len(location)] == location for other in allowed_types):
-            value: Any = raw
-            for name in location:
-                value = value[name]
-            must = " or ".join(dict.fromkeys(types))
-            texts[location] = f"{_dotted(location)} is {_short(value)} but must be {must}{_purpose(location)}"
+    for location in innermost(allowed_types):
+        must = " or ".join(dict.fromkeys(allowed_types[location]))
+        seen = _short(value_at(raw, location))
+        texts[location] = f"{_dotted(location)} is {seen} but must be {must}{_purpose(location)}"
     return texts
-
-
-def _location(loc: Sequence[str | int], raw: object) -> Location:
-    """pydantic's location without its names of union branches."""
-    location: list[str | int] = []
-    for part in loc:
-        children = dict(enumerate(raw)) if isinstance(raw, list) else raw
-        if isinstance(children, dict) and part in children:
-            raw = children[part]
-            location.append(part)
-    return tuple(location)
 
 
 def _unknown_key(location: Location) -> str:

@@ -10,15 +10,13 @@ from typing import Any
 
 import yaml
 
+from mars_jax.runtime.faults import Location
 from mars_jax.runtime.text import short
 
 MAX_CHARACTERS = 2**20
 MAX_DEPTH = 20
 MAX_VALUES = 20_000  # after aliases are filled in
 MAX_DIGITS = 40
-
-Location = tuple[str | int, ...]
-"""Keys of a setting: ("probe", "steps")."""
 
 _INT, _FLOAT, _MERGE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge", "str"))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, Turn
-from mars_jax.data.values import shown
+from mars_jax.runtime.text import short
 
 MAX_CHARACTERS = 1_000_000
 """Characters of the texts of one row, together."""
@@ -104,16 +104,16 @@ def conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[st
     placeholders = _placeholders(turns)
     asked = [turn.text for turn in turns if turn.role == "user"]
     other = next((found[0] for text in asked for found in [_OTHER_IMAGE.search(text)] if found), "")
-    seen = f" The text has {shown(other)}, which is not read." if other else ""
+    seen = f" The text has {short(other)}, which is not read." if other else ""
     if placeholders != num_images and (placeholders or not num_images or other):
         yield (
             f"{placeholders} {IMAGE_PLACEHOLDER} in the user turns but {num_images} images. Write {IMAGE_PLACEHOLDER} "
             f"once for each image.{seen}"
         )
     elif num_images and other:
-        yield f"the text has {shown(other)}, which is not read. Write {IMAGE_PLACEHOLDER} where a picture goes."
+        yield f"the text has {short(other)}, which is not read. Write {IMAGE_PLACEHOLDER} where a picture goes."
     elif other.lower().startswith("<img>") and other.lower().endswith("</img>"):
-        yield f"the text has {shown(other)}, which is not read. Give it as 'image', with <image> in the text."
+        yield f"the text has {short(other)}, which is not read. Give it as 'image', with <image> in the text."
 
 
 def _text_faults(turn: Turn, where: str, num_images: int) -> Iterator[str]:

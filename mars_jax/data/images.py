@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mars_jax.data.values import shown
 from mars_jax.errors import DataError
 from mars_jax.models.families.pictures import Size
+from mars_jax.runtime.text import short
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """Formats of pictures that are read, by Pillow's names; of several frames the first."""
@@ -144,7 +144,7 @@ def image_size(path: Picture) -> Size:
 
 def _name(picture: Picture) -> str:
     name = str(picture)
-    return name if len(name) <= 300 and name.isprintable() else shown(name)
+    return name if len(name) <= 300 and name.isprintable() else short(name)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mars_jax.data.values import shown
+from mars_jax.runtime.text import short
 
 CHANGES = {
     "pictures_first": "pictures without <image>; they were put at the start of the first question",
@@ -59,4 +59,4 @@ class Notes:
 
 
 def _key(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 60 else shown(key)
+    return key if key.isprintable() and len(key) <= 60 else short(key)

@@ -22,8 +22,8 @@ from mars_jax.data.formats.registry import draft
 from mars_jax.data.images import MAX_PIXELS, Picture, PictureBytes, PictureError, load_rgb, open_picture
 from mars_jax.data.notes import Notes
 from mars_jax.data.rows import read_rows
-from mars_jax.data.values import shown
 from mars_jax.errors import DataError
+from mars_jax.runtime.text import short
 
 MAX_PICTURES = 1_000
 """Pictures of one row."""
@@ -184,7 +184,7 @@ def _unique_ids(rows: Sequence[Row], notes: Notes) -> list[str]:
                 unique = f"{row.id}#{uses[row.id]}"
                 uses[row.id] += unique in taken
             taken.add(unique)
-            notes.change("repeated_id", shown(row.id))
+            notes.change("repeated_id", short(row.id))
         ids.append(unique)
     return ids
 
@@ -208,7 +208,7 @@ def _check_pictures(drafts: Sequence[Draft], image_root: Path) -> dict[str | byt
 
 
 def _check_picture(image: str | bytes, image_root: Path) -> _Checked:
-    name = "in the file" if isinstance(image, bytes) else shown(image)
+    name = "in the file" if isinstance(image, bytes) else short(image)
     picture: Picture = PictureBytes(image) if isinstance(image, bytes) else image_root / image
 
     def faulty(what: str) -> _Checked:
@@ -297,10 +297,10 @@ def _record(
     notes.unread.update(dict.fromkeys(made.unread, 1))  # in the order of the row
     notes.formats[made.format] += 1
     for change in ready.changes:
-        notes.change(change, shown(unique_id))
+        notes.change(change, short(unique_id))
     boxes = has_boxes(turns) if images else ""
     if boxes:
-        notes.change("boxes", f"{shown(unique_id)} has {shown(boxes)}")
+        notes.change("boxes", f"{short(unique_id)} has {short(boxes)}")
     return Record(
         id=unique_id,
         images=tuple(checked[image].picture for image in images),

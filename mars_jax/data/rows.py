@@ -10,9 +10,10 @@ from pathlib import Path
 from mars_jax.data.files.json_text import read_json, read_lines, read_samples
 from mars_jax.data.files.row import Row, Rows, check_readable, facts_of, is_folder
 from mars_jax.data.files.tables import read_arrow, read_csv, read_parquet
-from mars_jax.data.values import kind_of, shown
+from mars_jax.data.values import kind_of
 from mars_jax.errors import DataError
 from mars_jax.hub.paths import local
+from mars_jax.runtime.text import short
 
 # Questions and answers of LLaVA-Bench: in the wild, and on COCO.
 _BENCH = (("questions.jsonl", "answers_gpt4.jsonl"), ("qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"))
@@ -155,7 +156,7 @@ def _saved_files(folder: Path) -> list[Path]:
     )
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise DataError(
-            f"{folder / _STATE}: '_data_files' is {shown(listed)}; a list of files is expected. Save it again."
+            f"{folder / _STATE}: '_data_files' is {short(listed)}; a list of files is expected. Save it again."
         )
     return [folder / str(name) for name in names]
 
@@ -166,7 +167,7 @@ def _scienceqa(path: Path, split: str) -> list[Row]:
     numbers = splits[_split(path, split, sorted(splits))]
     if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
         raise DataError(
-            f"{path}: a split of pid_splits.json is {shown(numbers)}; a list of problems' numbers is expected. "
+            f"{path}: a split of pid_splits.json is {short(numbers)}; a list of problems' numbers is expected. "
             "Fetch both."
         )
     absent = [number for number in numbers if number not in problems]

@@ -15,8 +15,8 @@ from mars_jax.data.chat import Chat, chat_of, parts
 from mars_jax.data.chat_template import Message
 from mars_jax.data.formats.base import IMAGE_PLACEHOLDER
 from mars_jax.data.records import Record
-from mars_jax.data.values import shown
 from mars_jax.errors import DataError
+from mars_jax.runtime.text import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,8 +181,8 @@ def _answer_ids(
     text = chat.after(answer.prompt, prompt, answer.text)
     if text is None:
         raise DataError(
-            f"{record}: tokenizer {chat.name} turns the answer {shown(answer.text)} into "
-            f"{shown(chat.decode(chat.ids(answer.text)))}. Use the checkpoint's own tokenizer, or words that it knows."
+            f"{record}: tokenizer {chat.name} turns the answer {short(answer.text)} into "
+            f"{short(chat.decode(chat.ids(answer.text)))}. Use the checkpoint's own tokenizer, or words that it knows."
         )
     return begin + prompt, text, chat.ids(answer.end)
 
@@ -198,14 +198,14 @@ def _beginning(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def _rendered_answer(record: Record, number: int, chat: Chat) -> _Answer:
     """The answer of a turn, cut out of the rendered conversation."""
     before, text = record.turns[:number], record.turns[number].text
-    asked, plain = chat.render(record, before, ask=True), chat.render(record, before)
+    asked = chat.render(record, before, ask=True)
     whole = chat.render(record, record.turns[: number + 1])
     begins = whole.startswith(asked)
     found = _cut(whole, len(asked) if begins else 0, text, chat)
     if found is None or not found[2]:
-        seen = whole[len(plain) :] if whole.startswith(plain) else whole
+        seen = whole[len(asked) :] if begins else whole
         raise DataError(
-            f"{record}: turn {number}: the chat template of {chat.name} renders the answer as {shown(seen)}; the "
+            f"{record}: turn {number}: the chat template of {chat.name} renders the answer as {short(seen)}; the "
             "answer itself and then a special end token are expected. Write the answer as the template shows it, or "
             "use the checkpoint's own template."
         )
@@ -216,7 +216,7 @@ def _rendered_answer(record: Record, number: int, chat: Chat) -> _Answer:
     lead = header[len(asked) :]
     if not lead.strip():
         return _Answer(asked, lead + text, end, rest)
-    if asked == plain:
+    if asked == chat.render(record, before):
         return _Answer(header, text, end, rest, NO_PROMPT)
     return _Answer(asked, lead + text, end, rest, TEXT_BEFORE)
 

@@ -1,12 +1,8 @@
-"""Values of rows, as files hold them: which of them are absent, and how messages show them."""
+"""Values of rows, as files hold them: which of them are absent, and their types in words."""
 
 import math
-import reprlib
 
 _ABSENT_DEPTH = 4
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 100
 
 
 def is_absent(value: object, depth: int = _ABSENT_DEPTH) -> bool:
@@ -18,11 +14,6 @@ def is_absent(value: object, depth: int = _ABSENT_DEPTH) -> bool:
     if isinstance(value, list):
         return not value or (depth > 0 and all(is_absent(item, depth - 1) for item in value))
     return isinstance(value, float) and math.isnan(value)
-
-
-def shown(value: object) -> str:
-    """A value in Python's notation, shortened: control characters and lone surrogates are escaped."""
-    return _REPR.repr(value)
 
 
 def kind_of(value: object) -> str:

@@ -14,7 +14,7 @@ from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.laws.law_c import NAMES, ConvergenceLaw, fit_convergence_law
 from mars_jax.laws.law_p import PerformanceLaw, can_fit, choose_form, fit_performance_law, parameter_names
 from mars_jax.laws.records import Document, LaneRecord
-from mars_jax.laws.resamples import resample_runs
+from mars_jax.laws.resamples import RunResamples, resample_runs
 
 _FEWEST_DRAWS, _MOST_DRAWS_IN_JSON = 20, 200
 # Spread of log t between seeds: assumed where no cell has two seeds, and the least where some have.
@@ -178,17 +178,24 @@ def fit_laws(
         except NoValidResultError as error:
             untimed[module] = str(error)
     points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]
+    performance, power = _performance_laws(points, resamples.of(joint), huber)
+    return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
+
+
+def _performance_laws(
+    points: tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray], resamples: RunResamples, huber: float | None
+) -> tuple[PerformanceLaw, PerformanceLaw]:
+    """The form of Law-P to select ranks with, and the power form, of ranks by module, samples and losses."""
     fit = partial(fit_performance_law, huber=huber)
-    of_joint = resamples.of(joint)
-    power = fit("power", *points, resamples=of_joint)
+    power = fit("power", *points, resamples=resamples)
     overfit = fit("power_overfit", *points) if can_fit("power_overfit", *points[:2]) else None
     performance = choose_form(power, overfit)
     if performance is overfit:
         try:
-            performance = fit("power_overfit", *points, resamples=of_joint)
+            performance = fit("power_overfit", *points, resamples=resamples)
         except NoValidResultError:  # Its more parameters leave too few runs for an interval.
             performance = power
-    return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
+    return performance, power
 
 
 def _run(lane: LaneRecord) -> Hashable:

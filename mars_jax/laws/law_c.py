@@ -18,9 +18,9 @@ from jax.scipy.special import log_ndtr
 from numpy.typing import ArrayLike
 
 from mars_jax.errors import DataError, NoValidResultError
-from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, pad_points
+from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt
 from mars_jax.laws.records import Document
-from mars_jax.laws.resamples import RunResamples, central_interval
+from mars_jax.laws.resamples import RunResamples, percentile_intervals
 
 NAMES = ("k", "gamma", "delta", "E")
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
@@ -171,7 +171,7 @@ def fit_convergence_law(
     largest = jnp.float32(np.exp(log_time[~is_censored].min()))
     forms = partial(_fit_rows, points, largest), partial(_fit_rows_without_offset, points)
     columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
-    with_offset, plain = (_in_blocks(form, log_time[None], is_censored[None]) for form in forms)
+    with_offset, plain = (in_blocks(form, log_time[None], is_censored[None]) for form in forms)
     use_offset = with_offset[0, _AICC] < plain[0, _AICC] - _AICC_MARGIN
     fitted = with_offset if use_offset else plain
     if resamples is not None:
@@ -186,7 +186,7 @@ def fit_convergence_law(
         late = moved > last
         late[np.sum(~late, axis=1) < columns.shape[1]] = is_censored  # Too few times to fit.
         rows = np.where(late, np.where(np.isfinite(last), last, 0.0), moved), late
-        fitted = np.concatenate([fitted, _in_blocks(forms[0] if use_offset else forms[1], *rows)])
+        fitted = np.concatenate([fitted, in_blocks(forms[0] if use_offset else forms[1], *rows)])
 
     intercept, gamma, delta, scaled_offset = fitted[:, :4].T
     log_k = intercept + time_mean - gamma * (rank_mean + math.log(_RANK_UNIT))
@@ -206,14 +206,6 @@ def fit_convergence_law(
         censored=int(is_censored.sum()),
         draws=draws,
     )
-
-
-def percentile_intervals(names: tuple[str, ...], draws: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of [S, n] draws by name; empty without draws."""
-    if not len(draws):
-        return {}
-    low, high = central_interval(draws)
-    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
 
 
 def check_design(module: str, ranks: np.ndarray, num_samples: np.ndarray, censored: np.ndarray) -> None:
@@ -252,10 +244,6 @@ def check_design(module: str, ranks: np.ndarray, num_samples: np.ndarray, censor
             f"{where}: ranks and numbers of samples change together ({size}), so gamma and delta cannot be separated. "
             "Add a probe lane with one of these ranks at another number of samples."
         )
-
-
-def _in_blocks(fit: Callable[..., jax.Array], *rows: np.ndarray) -> np.ndarray:
-    return in_blocks(fit, *(pad_points(row.T.astype(np.float32), 0.0).T for row in rows))
 
 
 def _centred_log_time(theta: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.laws.law_c import percentile_intervals
-from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_points
+from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_rows
 from mars_jax.laws.records import Document
-from mars_jax.laws.resamples import RunResamples
+from mars_jax.laws.resamples import RunResamples, percentile_intervals
 
 Form = Literal["power", "power_overfit"]
 
@@ -193,11 +192,8 @@ def fit_performance_law(
     def fit(polish: tuple[int, int], starts: np.ndarray, losses: jax.Array, weights: jax.Array) -> _Fitted:
         return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, threshold, losses, weights)
 
-    def padded(rows: np.ndarray) -> np.ndarray:
-        return pad_points(rows.astype(np.float32).T, 0.0).T
-
     all_losses = np.stack([loss, loss])
-    fitted, costs = fit(_POLISH[form], starts, jnp.asarray(padded(all_losses)), jnp.asarray(padded(fitted_to)))
+    fitted, costs = fit(_POLISH[form], starts, jnp.asarray(pad_rows(all_losses)), jnp.asarray(pad_rows(fitted_to)))
     scaled = np.asarray(fitted, np.float64)
     if resamples is not None:
         predicted, jacobian = _linearised(form, scaled[0], log_rank, log_samples)
@@ -212,7 +208,7 @@ def fit_performance_law(
         near = np.concatenate([scaled[:1, : starts.shape[1]], near]).astype(np.float32)
         moved = predicted + scale * errors
         refit = partial(fit, _POLISH_OF_RESAMPLES[form], near)
-        draws = in_blocks(lambda *rows: refit(*rows)[0], padded(moved), padded(np.ones_like(moved)))
+        draws = in_blocks(lambda *rows: refit(*rows)[0], moved, np.ones_like(moved))
         scaled = np.concatenate([scaled, draws])
     parameters = _raw_units(scaled, len(modules))
 

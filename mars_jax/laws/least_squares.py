@@ -22,7 +22,7 @@ def in_blocks(fit: Callable[..., jax.Array], *rows: np.ndarray) -> np.ndarray:
     """Runs a jitted, batched fit over blocks of rows, all of one shape.
 
     Args:
-        fit: arrays [ROWS_PER_CALL, N] -> [ROWS_PER_CALL, n] parameters.
+        fit: arrays [ROWS_PER_CALL, N] -> [ROWS_PER_CALL, n] parameters; N is padded as by `pad_rows`.
         rows: arrays [S, N].
 
     Returns:
@@ -31,8 +31,8 @@ def in_blocks(fit: Callable[..., jax.Array], *rows: np.ndarray) -> np.ndarray:
     number = len(rows[0])
     padding = -number % ROWS_PER_CALL
     blocks = []
-    for array in rows:
-        padded = np.concatenate([array, np.repeat(array[:1], padding, axis=0)]).astype(np.float32)
+    for array in map(pad_rows, rows):
+        padded = np.concatenate([array, np.repeat(array[:1], padding, axis=0)])
         blocks.append(padded.reshape(-1, ROWS_PER_CALL, array.shape[1]))
     fitted = [fit(*map(jnp.asarray, block)) for block in zip(*blocks, strict=True)]
     return np.concatenate([np.asarray(block, np.float64) for block in fitted])[:number]
@@ -42,6 +42,11 @@ def pad_points(values: np.ndarray, fill: float, multiple: int = 32) -> np.ndarra
     """Pads the first axis with `fill` to a multiple of `multiple`, so that few shapes are compiled."""
     padding = -len(values) % multiple
     return np.concatenate([values, np.full((padding, *values.shape[1:]), fill, values.dtype)])
+
+
+def pad_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows [S, N] of points in float32, padded as columns are: see `device_column`."""
+    return pad_points(rows.astype(np.float32).T, 0.0).T
 
 
 def device_column(column: np.ndarray) -> jax.Array:

@@ -94,6 +94,14 @@ def central_interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
+def percentile_intervals(names: Sequence[str], draws: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of [S, n] draws by name; empty without draws."""
+    if not len(draws):
+        return {}
+    low, high = central_interval(draws)
+    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+
+
 def resample_runs(key: "Array", runs: Sequence[Hashable], kinds: Sequence[Hashable], number: int) -> RunResamples:
     """Draws resamples.
 

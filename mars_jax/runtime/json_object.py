@@ -1,16 +1,17 @@
 """JSON objects that other programs wrote: files are read within bounds, values checked against a declared schema."""
 
 import json
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from mars_jax.errors import ConfigError
+from mars_jax.runtime.faults import Location, innermost, location_of, value_at
 from mars_jax.runtime.jsonfiles import Document
+from mars_jax.runtime.text import short
 
 # An index of a large checkpoint has some megabytes, nested a few levels.
 _MAX_BYTES = 2**26
@@ -112,24 +113,19 @@ def shown(value: object) -> str:
     """A JSON value in a message, shortened."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return reprlib.repr(value)
+    return short(value)
 
 
 def _faults(errors: Sequence[ErrorDetails], values: object, section: str) -> list[str]:
     """A text for each faulty key; what the branches of a union expect is joined."""
-    expected: dict[tuple[str | int, ...], list[str]] = {}
+    expected: dict[Location, list[str]] = {}
     for error in errors:
-        keys = _keys(error["loc"], values)
-        if error["type"] == "missing":
-            keys = (*keys, error["loc"][-1])
-        expected.setdefault(keys, []).append(_expectation(error))
-    # A union reports the whole and, in the branch that fits, the part: the part is enough.
-    parts = [keys for keys in expected if not any(other != keys and other[: len(keys)] == keys for other in expected)]
+        expected.setdefault(location_of(error, values), []).append(_expectation(error))
     texts = []
-    for keys in parts:
+    for keys in innermost(expected):
         name = ".".join(filter(None, (section, *map(str, keys)))) or "the file"
         must = _joined(expected[keys])
-        texts.append(f"{name} is missing" if must == _MISSING else f"{name} is {shown(_value(values, keys))}; {must}")
+        texts.append(f"{name} is missing" if must == _MISSING else f"{name} is {shown(value_at(values, keys))}; {must}")
     return texts
 
 
@@ -153,23 +149,6 @@ def _expectation(error: ErrorDetails) -> str:
             whole = isinstance(bound, float) and bound.is_integer()
             return f"{words.format(int(bound) if whole else bound)} expected"
     return f"{_EXPECTED.get(kind, error['msg'].removeprefix('Input should be '))} expected"
-
-
-def _keys(location: Sequence[str | int], values: object) -> tuple[str | int, ...]:
-    """A location without pydantic's names of the branches of unions."""
-    keys: list[str | int] = []
-    for part in location:
-        children = dict(enumerate(values)) if isinstance(values, list) else values
-        if isinstance(children, dict) and part in children:
-            values = children[part]
-            keys.append(part)
-    return tuple(keys)
-
-
-def _value(values: Any, keys: Sequence[str | int]) -> object:
-    for key in keys:
-        values = values[key]
-    return values
 
 
 def _depth(value: object) -> int:

@@ -6,7 +6,6 @@ Floats keep all their digits; NaN and infinities, which JSON lacks, become null.
 import json
 import math
 import os
-import reprlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from mars_jax.errors import DataError
 from mars_jax.runtime.durable import make_folder, naming, replacing
+from mars_jax.runtime.faults import location_of
+from mars_jax.runtime.text import short
 
 Document = dict[str, Any]
 """A JSON object."""
@@ -175,11 +176,11 @@ def _check(content: bytes, value: object, schema: type, words: tuple[str, str], 
         if not faults:
             return
         fault = faults[0]
-        key = ".".join(str(part) for part in fault["loc"])
+        key = ".".join(map(str, location_of(fault, value)))
         if fault["type"] == "missing":
             raise DataError(f"{where}: {key} is missing. {remedy}") from None
         must = fault["msg"].removeprefix("Input should be ")
-        raise DataError(f"{where}: {key} is {reprlib.repr(fault['input'])} but must be {must}. {remedy}") from None
+        raise DataError(f"{where}: {key} is {short(fault['input'])} but must be {must}. {remedy}") from None
 
 
 @cache

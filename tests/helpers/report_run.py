@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from mars_jax.laws.fit import Laws
-from mars_jax.laws.law_c import ConvergenceLaw, percentile_intervals
+from mars_jax.laws.law_c import ConvergenceLaw
 from mars_jax.laws.law_p import Overfit, PerformanceLaw, parameter_names
+from mars_jax.laws.resamples import percentile_intervals
 from mars_jax.runtime.jsonfiles import append_jsonl, write_json, write_text
 
 # Planted laws of the made-up run; the over-fitting form of Law-P puts the best pair inside the grid.

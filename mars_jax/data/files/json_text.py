@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mars_jax.data.files.row import MAX_TEXT_BYTES, Row, check_number, check_readable, numbered
 from mars_jax.data.formats.keys import CONVERSATIONS
-from mars_jax.data.values import kind_of, shown
+from mars_jax.data.values import kind_of
 from mars_jax.errors import DataError
+from mars_jax.runtime.text import short
 
 Parsed = tuple[list[Row], list[str], list[str]]
 """Rows, faults and notes."""
@@ -126,11 +127,11 @@ def _document(path: Path, document: object) -> Parsed:
     lists = [key for key, value in document.items() if isinstance(value, list)]
     if len(lists) == 1 and lists[0] in _WRAPPERS:
         others = [key for key in document if key not in lists]
-        notes = [f"rows are those of {lists[0]!r}; not read: {shown(others)}"] if others else []
+        notes = [f"rows are those of {lists[0]!r}; not read: {short(others)}"] if others else []
         return numbered(path, document[lists[0]]), [], notes
     hint = ""
     if lists:
-        hint = f" It has the lists {shown(lists)}. Write the rows of one of them to a file of its own."
+        hint = f" It has the lists {short(lists)}. Write the rows of one of them to a file of its own."
     elif document and all(isinstance(value, dict) for value in document.values()):
         hint = " It has an object for each key. Write a list of them, each with its key as 'id'."
     raise DataError(f"{path}: the file holds a JSON object; a list of records is expected.{hint}")
@@ -176,7 +177,7 @@ def _problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON at column {error.colno} ({error.msg})"
     if isinstance(error, _TwiceError):
-        return f"an object has the key {shown(error.args[0])} twice"
+        return f"an object has the key {short(error.args[0])} twice"
     if isinstance(error, RecursionError):
         return "not readable JSON (lists or objects nested too deep)"
     return "not readable JSON (a number with thousands of digits)"

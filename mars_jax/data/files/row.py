@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from mars_jax.data.images import kind_of_file
-from mars_jax.data.values import is_absent, shown
+from mars_jax.data.values import is_absent
 from mars_jax.errors import DataError
+from mars_jax.runtime.text import short
 
 MAX_ROWS = 2_000_000
 """Rows of one file."""
@@ -61,7 +62,7 @@ class Row:
     def fault(self, what: str) -> str:
         """A message that names the row and its fault."""
         written = self.id if self.has_valid_id else self._id
-        return f"{self.source} (id {shown(written)}): {what}"
+        return f"{self.source} (id {short(written)}): {what}"
 
     @property
     def _id(self) -> object:
@@ -120,7 +121,7 @@ def facts_of(path: Path) -> os.stat_result | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"{shown(str(path))}: cannot be read ({reason}). Check the path in the configuration."
+            f"{short(str(path))}: cannot be read ({reason}). Check the path in the configuration."
         ) from None
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mars_jax.data.values import kind_of, shown
+from mars_jax.data.values import kind_of
+from mars_jax.runtime.text import short
 
 IMAGE_PLACEHOLDER = "<image>"
 OPTION_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -150,7 +151,7 @@ def text_of(row: Mapping[str, object], key: str) -> str:
     """
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        what = "empty" if isinstance(value, str) else f"{shown(value)} ({kind_of(value)})"
+        what = "empty" if isinstance(value, str) else f"{short(value)} ({kind_of(value)})"
         raise FaultError(f"{key!r} is {what}; a text is expected. Write it as text, or leave the row out.")
     return value
 

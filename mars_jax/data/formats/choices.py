@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys, Turn
 from mars_jax.data.formats.options import LETTERS, ask_options, asks, starts
-from mars_jax.data.values import is_absent, shown
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import short
 
 _COLUMNS = ("choices", "options")
 
@@ -31,9 +32,9 @@ def option_texts(row: Mapping[str, object]) -> list[str]:
         raise FaultError("the row has 'choices' and 'options'. Take one of them out.")
     options = row.get(given[0])
     if not (isinstance(options, list) and 2 <= len(options) <= len(LETTERS)):
-        raise FaultError(f"{given[0]!r} is {shown(options)}; a list of 2 to {len(LETTERS)} texts is expected.")
+        raise FaultError(f"{given[0]!r} is {short(options)}; a list of 2 to {len(LETTERS)} texts is expected.")
     if not all(isinstance(option, str) and option.strip() for option in options):
-        raise FaultError(f"{given[0]!r} is {shown(options)}; every option must be a text. Write them as texts.")
+        raise FaultError(f"{given[0]!r} is {short(options)}; every option must be a text. Write them as texts.")
     return [str(option) for option in options]
 
 

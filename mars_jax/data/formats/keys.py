@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from mars_jax.data.formats.base import FaultError, Keys
-from mars_jax.data.values import is_absent, shown
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import short
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Columns with the text of a system turn, in every format."""
@@ -92,7 +93,7 @@ def unread_keys(row: Mapping[str, object], keys: Keys) -> tuple[str, ...]:
     for where, name, key, value in _unread(row, keys):
         reason = _reason(name, key) if name else _row_reason(key, value, row, keys)
         if reason:
-            faults.append(f"{where}{shown(key)} is {shown(value)}: {reason}")
+            faults.append(f"{where}{short(key)} is {short(value)}: {reason}")
         else:
             names.append(f"{name}.{key}" if name else key)
     if faults:

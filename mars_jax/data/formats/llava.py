@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys
 from mars_jax.data.formats.turns import read_turns
-from mars_jax.data.values import is_absent, shown
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import short
 
 KEYS = Keys(row=frozenset(), turns="conversations", turn=frozenset({"from", "value"}))
 
@@ -43,7 +44,7 @@ def _no_conversation(row: Mapping[str, object]) -> str:
     hint = next((hint for names, hint in _OTHERS.items() if set(names) <= set(keys)), "")
     return (
         "the row has no conversation: 'conversations', 'messages', or 'question' and 'answer' are expected; seen "
-        f"{shown(keys)}. {hint}".rstrip()
+        f"{short(keys)}. {hint}".rstrip()
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Conversation, FaultError, Format, Keys
 from mars_jax.data.formats.turns import read_turns
-from mars_jax.data.values import is_absent, shown
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import short
 
 _SOURCES = ("image", "path", "url", "base64", "image_url")
 _KINDS = {"text": "text", "image": "image", "image_url": "image"}
@@ -66,7 +67,7 @@ def _part(part: object, turn: int, pictures: list[object]) -> str:
 
 def _unsupported(part: object, turn: int) -> FaultError:
     return FaultError(
-        f"turn {turn}: a part is {shown(part)}; parts of type 'text' and 'image' are supported, each with a text or a "
+        f"turn {turn}: a part is {short(part)}; parts of type 'text' and 'image' are supported, each with a text or a "
         "picture of its own."
     )
 

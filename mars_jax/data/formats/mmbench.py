@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys, Turn
 from mars_jax.data.formats.options import LETTERS, ask_options, asks, is_unset
-from mars_jax.data.values import kind_of, shown
+from mars_jax.data.values import kind_of
+from mars_jax.runtime.text import short
 
 
 def _detect(row: Mapping[str, object]) -> bool:
@@ -29,7 +30,7 @@ def _texts(row: Mapping[str, object]) -> list[str]:
     for letter in letters:
         if not isinstance(row[letter], str):
             raise FaultError(
-                f"option {letter!r} is {shown(row[letter])} ({kind_of(row[letter])}); a text is expected. Write it as "
+                f"option {letter!r} is {short(row[letter])} ({kind_of(row[letter])}); a text is expected. Write it as "
                 "text."
             )
     return [str(row[letter]) for letter in letters]

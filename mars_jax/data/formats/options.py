@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from mars_jax.data.formats.base import OPTION_PROMPT, Conversation, FaultError, ask, text_of
 from mars_jax.data.formats.keys import CONVERSATIONS
-from mars_jax.data.values import is_absent, kind_of, shown
+from mars_jax.data.values import is_absent, kind_of
+from mars_jax.runtime.text import short
 
 LETTERS = string.ascii_uppercase
 
@@ -43,7 +44,7 @@ def answer_letter(answer: object, options: Sequence[str]) -> str:
     """
     allowed = f"a letter A to {LETTERS[len(options) - 1]} or the text of one of the options"
     if not isinstance(answer, str):
-        raise FaultError(f"'answer' is {shown(answer)} ({kind_of(answer)}); {allowed} is expected. Write the letter.")
+        raise FaultError(f"'answer' is {short(answer)} ({kind_of(answer)}); {allowed} is expected. Write the letter.")
     text = answer.strip()
     as_letter = re.fullmatch(rf"\(?([{LETTERS[: len(options)]}])[).:]{{0,2}}", text)
     letters = {as_letter[1]} if as_letter else set()
@@ -52,7 +53,7 @@ def answer_letter(answer: object, options: Sequence[str]) -> str:
             letters.add(letter)
     if len(letters) != 1:
         problem = "more than one of" if letters else "none of"
-        raise FaultError(f"'answer' is {shown(answer)}, {problem} the {len(options)} options; {allowed} is expected.")
+        raise FaultError(f"'answer' is {short(answer)}, {problem} the {len(options)} options; {allowed} is expected.")
     return letters.pop()
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PureWindowsPath
 
 from mars_jax.data.formats.base import FaultError
-from mars_jax.data.values import is_absent, kind_of, shown
+from mars_jax.data.values import is_absent, kind_of
+from mars_jax.runtime.text import short
 
 # How the base64 texts of JPEG, PNG, WebP and GIF files begin; VLMEvalKit's tables hold pictures like that.
 _PNG = "iVBORw0KGgo"
@@ -44,7 +45,7 @@ def read_picture(source: object) -> str | bytes:
         seen = given if source is None else source
         kind = "" if seen is None else f" ({kind_of(seen)})"
         hint = " Of an object, 'path' or 'bytes' is read." if isinstance(seen, dict) else ""
-        raise FaultError(f"image is {shown(seen)}{kind}; a path relative to the image folder is expected.{hint}")
+        raise FaultError(f"image is {short(seen)}{kind}; a path relative to the image folder is expected.{hint}")
     if source.startswith("data:"):
         return _decoded(source.partition(",")[2], source)
     is_long = len(source) >= _SHORTEST_BASE64
@@ -52,14 +53,14 @@ def read_picture(source: object) -> str | bytes:
         return _decoded(source, source)
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://", "ftp://", "s3://", "gs://", "hf://")):
-        raise FaultError(f"image {shown(source)} is an address. Download the picture and give its path.")
+        raise FaultError(f"image {short(source)} is an address. Download the picture and give its path.")
     if scheme.startswith("file:"):
-        raise FaultError(f"image {shown(source)} is an address of a file. Give its path alone.")
+        raise FaultError(f"image {short(source)} is an address of a file. Give its path alone.")
     if "\0" in source:
-        raise FaultError(f"image {shown(source)} holds a NUL character, which no path can. Write the path anew.")
+        raise FaultError(f"image {short(source)} holds a NUL character, which no path can. Write the path anew.")
     windows = PureWindowsPath(source)
     if windows.drive or ("\\" in source and ".." in windows.parts):
-        raise FaultError(f"image {shown(source)} points outside the image folder. Use a path below it, without '..'.")
+        raise FaultError(f"image {short(source)} points outside the image folder. Use a path below it, without '..'.")
     return source
 
 
@@ -67,4 +68,4 @@ def _decoded(text: str, source: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise FaultError(f"image {shown(source)} is no base64 ({error}). Encode it again.") from None
+        raise FaultError(f"image {short(source)} is no base64 ({error}). Encode it again.") from None

@@ -18,7 +18,8 @@ from mars_jax.data.formats.base import (
 )
 from mars_jax.data.formats.choices import option_texts
 from mars_jax.data.formats.options import LETTERS, asks
-from mars_jax.data.values import is_absent, shown
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import short
 
 
 def _detect(row: Mapping[str, object]) -> bool:
@@ -29,7 +30,7 @@ def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
     choices, answer = option_texts(row), row["answer"]
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise FaultError(
-            f"'answer' is {shown(answer)}; the number of one of the {len(choices)} choices, from 0, is expected."
+            f"'answer' is {short(answer)}; the number of one of the {len(choices)} choices, from 0, is expected."
         )
     hint = _hint(row)
     options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]

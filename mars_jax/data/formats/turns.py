@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from mars_jax.data.formats.base import ROLES, FaultError, Turn
 from mars_jax.data.formats.keys import LEARN, MOST_FAULTS, SYSTEM
-from mars_jax.data.values import is_absent, kind_of, shown
+from mars_jax.data.values import is_absent, kind_of
+from mars_jax.runtime.text import short
 
 
 def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> tuple[Turn, ...]:
@@ -21,14 +22,14 @@ def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> 
     """
     messages = row.get(key)
     if not isinstance(messages, list) or not messages:
-        raise FaultError(f"{key!r} is {shown(messages)}; a list of {{{speaker!r}, {text!r}}} turns is expected.")
+        raise FaultError(f"{key!r} is {short(messages)}; a list of {{{speaker!r}, {text!r}}} turns is expected.")
     malformed = [
-        f"turn {number} is {shown(turn)}; an object with the strings {speaker!r} and {text!r} is expected."
+        f"turn {number} is {short(turn)}; an object with the strings {speaker!r} and {text!r} is expected."
         f"{_other_column(turn, key)}"
         for number, turn in enumerate(messages)
         if not (isinstance(turn, dict) and isinstance(turn.get(speaker), str) and isinstance(turn.get(text), str))
     ] or [
-        f"turn {number} is from {shown(turn[speaker])}; allowed: {', '.join(ROLES)}."
+        f"turn {number} is from {short(turn[speaker])}; allowed: {', '.join(ROLES)}."
         for number, turn in enumerate(messages)
         if turn[speaker] not in ROLES
     ]
@@ -54,12 +55,12 @@ def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise FaultError(
-                f"turn {number}: {key!r} is {shown(value)} ({kind_of(value)}); true or 1 (trained on) and false or 0 "
+                f"turn {number}: {key!r} is {short(value)} ({kind_of(value)}); true or 1 (trained on) and false or 0 "
                 "(not) are read, weights between them are not. Write one of these."
             )
         if value and role != "assistant":
             raise FaultError(
-                f"turn {number}: {key!r} is {shown(value)} in a turn of the {role}; only answers are trained on. Take "
+                f"turn {number}: {key!r} is {short(value)} in a turn of the {role}; only answers are trained on. Take "
                 "the key out of other turns."
             )
     if len({bool(value) for value in given.values()}) > 1:
@@ -78,7 +79,7 @@ def with_system(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[Tur
     sources = [repr(key) for key in given] + ["a system turn"] * any(turn.role == "system" for turn in turns)
     for key, value in given.items():
         if not isinstance(value, str):
-            raise FaultError(f"{key!r} is {shown(value)} ({kind_of(value)}); a text is expected.")
+            raise FaultError(f"{key!r} is {short(value)} ({kind_of(value)}); a text is expected.")
     if len(sources) > 1:
         raise FaultError(f"the row has {' and '.join(sources)}; one system text is read. Keep one of them.")
     text = next(iter(given.values()), "")

@@ -4,6 +4,7 @@ A schema per `model_type` declares every key that changes what transformers comp
 Keys that it does not name change nothing there.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -127,9 +128,9 @@ class TileEncoderSettings(Settings):
     hidden_act: Activation
     layer_norm_eps: Epsilon = 1e-6
 
+    @abstractmethod
     def mlp_width(self) -> int:
         """Width of the MLP."""
-        raise NotImplementedError
 
 
 class _WithMlpWidth(TileEncoderSettings):

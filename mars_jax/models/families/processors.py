@@ -150,7 +150,7 @@ def attempt(directory: Path, work: Callable[[], ResultT]) -> ResultT:
     """
     try:
         return work()
-    except Exception as error:
+    except Exception as error:  # its checks of settings raise anything
         raise ConfigError(
             f"{directory}: the image processor cannot be used with its settings ({type(error).__name__}: {error}). "
             "Copy its configuration again from the checkpoint's source."
