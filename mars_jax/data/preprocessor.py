@@ -23,7 +23,7 @@ class Preprocessor:
         encoder_inputs: the arrays of an example that only the vision encoder reads.
         image_token_id: the token that stands for a feature of a picture.
         num_rows: rows of the embedding; token ids are below.
-        around_pictures: the tokens that the family has before and after the image tokens of a picture; may be none.
+        around_pictures: ids of the tokens before and after the image tokens of a picture, where the family has such.
         axes: axes of a rotary position: 1, or 3 (time, row, column).
     """
 
@@ -32,7 +32,7 @@ class Preprocessor:
     encoder_inputs: tuple[str, ...]
     image_token_id: int
     num_rows: int
-    around_pictures: tuple[int, ...] = ()
+    around_pictures: tuple[int, int] | None = None
     axes: int = 1
 
     @property
@@ -60,6 +60,6 @@ def load_preprocessor(directory: Path, max_pixels: int | None = None) -> Preproc
         encoder_inputs=family.encoder_inputs,
         image_token_id=config.image_token_id,
         num_rows=config.text.vocab_size,
-        around_pictures=family.around_pictures(config),
+        around_pictures=config.around_pictures,
         axes=len(config.text.mrope_section or (1,)),
     )

@@ -22,17 +22,16 @@ from mars_jax.adapters.merge import delta_of
 from mars_jax.adapters.method import AdapterMethod, PeftFormat, leaf_names
 from mars_jax.adapters.targets import Target
 from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.hub.adapter_settings import check_plain_lora, rank_and_scale
+from mars_jax.hub.adapter_settings import read_lora_settings
 from mars_jax.hub.card import model_card
-from mars_jax.hub.read import read_tensors
-from mars_jax.hub.write import write_json
+from mars_jax.hub.read import ADAPTER_CONFIG_FILE, read_tensors
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.registry import checkpoint_table
 from mars_jax.models.families.tables import CheckpointTable, Parameter
 from mars_jax.runtime.json_object import read_json_object
+from mars_jax.runtime.jsonfiles import write_json
 from mars_jax.runtime.trees import Tree, flatten, unflatten
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 PROVENANCE_FILE = "mars.json"
 CARD_FILE = "README.md"
@@ -119,9 +118,9 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor for linear in linears for key, tensor in _peft_tensors(linear, family).items()}
     save_tensors(directory / ADAPTER_WEIGHTS_FILE, tensors, metadata={"format": "pt"})
-    write_json(directory / ADAPTER_CONFIG_FILE, dict(sorted(adapter_config.items())))
+    write_json(directory / ADAPTER_CONFIG_FILE, dict(sorted(adapter_config.items())), synced=False)
     record = {"ranks": dict(ranks), "alpha": alphas, "base_model": base_name, "base_revision": base_revision}
-    write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)})
+    write_json(directory / PROVENANCE_FILE, record | {"provenance": dict(provenance)}, synced=False)
     size = sum(tensor.size for tensor in tensors.values())
     card = model_card(family, base_name, base_revision, trained, alphas, size, provenance.get("prompt"))
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
@@ -146,8 +145,8 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
             tensor that has no place in the tree or holds what is no weight.
     """
     directory = Path(directory)
-    settings = read_json_object(directory / ADAPTER_CONFIG_FILE)
-    check_plain_lora(settings, directory / ADAPTER_CONFIG_FILE)
+    config_file = directory / ADAPTER_CONFIG_FILE
+    settings = read_lora_settings(read_json_object(config_file), config_file)
     file = directory / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
         found = sorted(path.name for path in directory.iterdir())
@@ -185,7 +184,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[Tree, dict
                 f"{file}: {name!r} and {other!r} are the same tensor of two adapters or in two key layouts. "
                 f"Keep one of them."
             )
-        setting = rank_and_scale(settings, match["linear"])
+        setting = settings.rank_and_scale(match["linear"])
         module = path.split("/")[0]
         if modules.setdefault(module, setting) != setting:
             rank, scale = modules[module]

@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from mars_jax.adapters.lora import LORA
-from mars_jax.adapters.patterns import compile_pattern
+from mars_jax.adapters.patterns import Pattern, compile_pattern
 from mars_jax.errors import ConfigError
 from mars_jax.runtime.text import short
+
+_ByPattern = tuple[tuple[Pattern, float], ...]
+_Kinds = type[int] | UnionType
 
 # Settings that PEFT writes and that do not change what the tensors compute, and those that are read by their values.
 _WITHOUT_EFFECT = {
@@ -26,8 +31,32 @@ _PLAIN_LORA: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_plain_lora(settings: Mapping[str, Any], path: Path) -> None:
-    """Refuses what isn't plain LoRA, and ranks, alphas and patterns that are none.
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Ranks and alphas of a plain LoRA adapter, with those of linears that a pattern matches.
+
+    Attributes:
+        rank: of the linears that no pattern of `ranks` matches.
+        alpha: of the linears that no pattern of `alphas` matches.
+        use_rslora: whether alpha is divided by the root of the rank (arXiv 2312.03732), not by the rank.
+        ranks: (pattern, rank) in the order of the file.
+        alphas: (pattern, alpha) in the order of the file.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    ranks: _ByPattern
+    alphas: _ByPattern
+
+    def rank_and_scale(self, linear: str) -> tuple[int, float]:
+        """The rank and scale that PEFT gives a linear by its path: those of the first pattern that matches its end."""
+        rank = int(_first(self.ranks, linear, self.rank))
+        return rank, _first(self.alphas, linear, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_lora_settings(settings: Mapping[str, Any], path: Path) -> LoraSettings:
+    """Reads the settings of a plain LoRA adapter, and refuses those of any other.
 
     Args:
         settings: of adapter_config.json.
@@ -44,40 +73,37 @@ def check_plain_lora(settings: Mapping[str, Any], path: Path) -> None:
                 "plain LoRA. Give a plain LoRA adapter, or merge this one into its base in PyTorch and give that as "
                 "the checkpoint."
             )
-    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        _check_number(key, settings.get(key), path)
-        by_pattern = settings.get(patterns) or {}
-        if not isinstance(by_pattern, dict):
-            raise ConfigError(
-                f"{path}: {patterns} is {short(by_pattern)}; an object of patterns and numbers is needed."
-            )
-        for pattern, value in by_pattern.items():
-            _check_number(f"{patterns}[{short(pattern)}]", value, path)
-            try:
-                compile_pattern(pattern)
-            except ValueError as error:
-                raise ConfigError(f"{path}: {patterns}: {short(pattern)} {error}.") from None
+    return LoraSettings(
+        rank=int(_number("r", settings.get("r"), int, path)),
+        alpha=float(_number("lora_alpha", settings.get("lora_alpha"), int | float, path)),
+        use_rslora=bool(settings.get("use_rslora")),
+        ranks=_by_pattern("rank_pattern", settings.get("rank_pattern"), int, path),
+        alphas=_by_pattern("alpha_pattern", settings.get("alpha_pattern"), int | float, path),
+    )
 
 
-def _check_number(key: str, value: object, path: Path) -> None:
-    """Refuses what can't be a rank or an alpha: ranks are whole numbers, both are above 0."""
-    is_rank = not key.startswith(("lora_alpha", "alpha"))
-    kinds = int if is_rank else int | float
+def _by_pattern(name: str, values: object, kinds: _Kinds, path: Path) -> _ByPattern:
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"{path}: {name} is {short(values)}; an object of patterns and numbers is needed.")
+    found = []
+    for pattern, value in dict(values or {}).items():  # type: ignore[call-overload]
+        number = _number(f"{name}[{short(pattern)}]", value, kinds, path)
+        try:
+            compile_pattern(pattern)  # so that a fault has its position in what the file holds
+            found.append((compile_pattern(rf"(.*\.)?({pattern})"), number))
+        except ValueError as error:
+            raise ConfigError(f"{path}: {name}: {short(pattern)} {error}.") from None
+    return tuple(found)
+
+
+def _number(key: str, value: object, kinds: _Kinds, path: Path) -> float:
+    """A rank or an alpha: ranks are whole numbers, both are above 0."""
     # What float32 rounds to 0 or infinity is no alpha either.
     if isinstance(value, bool) or not isinstance(value, kinds) or not 1e-30 < value < 1e30:
-        needed = "whole number above 0" if is_rank else "finite number above 0"
+        needed = "whole number above 0" if kinds is int else "finite number above 0"
         raise ConfigError(f"{path}: {key} is {short(value)}; a {needed} is needed. Export the adapter again.")
+    return value
 
 
-def rank_and_scale(settings: Mapping[str, Any], linear: str) -> tuple[int, float]:
-    """The rank and scale that PEFT gives a linear by its path."""
-    rank = _pattern_value(settings, "r", "rank_pattern", linear)
-    alpha = _pattern_value(settings, "lora_alpha", "alpha_pattern", linear)
-    return int(rank), alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _pattern_value(settings: Mapping[str, Any], default: str, patterns: str, linear: str) -> float:
-    """That of the first pattern that matches up to the path's end, or the default."""
-    values = (settings.get(patterns) or {}).items()
-    hits = (value for key, value in values if compile_pattern(rf"(.*\.)?({key})").fullmatch(linear))
-    return float(next(hits, settings[default]))
+def _first(by_pattern: _ByPattern, linear: str, default: float) -> float:
+    return next((value for pattern, value in by_pattern if pattern.fullmatch(linear)), default)

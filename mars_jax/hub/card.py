@@ -110,9 +110,13 @@ def _block(text: str) -> str:
     if len(text) > _LONGEST_PROMPT:
         half = _LONGEST_PROMPT // 2
         text = f"{text[:half]}\n[{len(text) - 2 * half} characters]\n{text[-half:]}"
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    shown = "\n".join(visible(line) for line in text.split("\n"))
-    return f"{fence}text\n{shown}\n{fence}"
+    fence = _fence(text, 3)
+    return f"{fence}text\n{visible(text)}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than any run of them in a text."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def _scalar(text: str) -> str:
@@ -123,7 +127,7 @@ def _scalar(text: str) -> str:
 def _code(text: str) -> str:
     """A Markdown code span of any text, on one line, in which nothing has a meaning."""
     shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    fence = _fence(shown, 1)
     # The spaces are not part of a span that they are on both sides of.
     return f"`{shown}`" if fence == "`" else f"{fence} {shown} {fence}"
 

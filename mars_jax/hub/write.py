@@ -22,6 +22,7 @@ from mars_jax.adapters.merge import delta_of
 from mars_jax.adapters.method import AdapterMethod, leaf_names
 from mars_jax.errors import ConfigError
 from mars_jax.hub.read import (
+    ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -33,12 +34,13 @@ from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families import tables
 from mars_jax.models.families.registry import checkpoint_table, model_config
 from mars_jax.runtime.json_object import read_json_object
+from mars_jax.runtime.jsonfiles import write_json
 from mars_jax.runtime.trees import flatten
 
 # What makes a checkpoint usable besides weights: configurations, tokenizer, processor, chat template.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
 # Lists of weights that are not there, and what would make the folder an adapter.
-_NOT_COPIED = (".index.json", "adapter_config.json")
+_NOT_COPIED = (".index.json", ADAPTER_CONFIG_FILE)
 _METADATA = {"format": "pt"}
 
 
@@ -95,7 +97,8 @@ def write_checkpoint(
         tensors[key] = np.full([sizes[name] for name in names], value, jnp.dtype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(directory / WEIGHTS_FILE, tensors, metadata=_METADATA)
-    write_json(directory / CONFIG_FILE, config_json)
+    # Not by `write_json`: numbers stay as they are, infinite ones too.
+    (directory / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
     for file in extra_files:
         shutil.copyfile(file, directory / Path(file).name)
 
@@ -144,12 +147,8 @@ def write_merged(
         if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
     if (base / INDEX_FILE).is_file():
-        write_json(directory / INDEX_FILE, read_json_object(base / INDEX_FILE) | {"weight_map": weight_map})
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented, keys in the order given."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        index = read_json_object(base / INDEX_FILE) | {"weight_map": weight_map}
+        write_json(directory / INDEX_FILE, index, synced=False)
 
 
 def _leaves_by_key(

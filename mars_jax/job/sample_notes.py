@@ -37,18 +37,19 @@ def sample_notes(config: Config, train: Sequence[Record], preprocessor: Preproce
             f"{preprocessor.pad_token_id} pads instead, which changes nothing, since padding is masked"
         )
     first = next((record for record in train if record.images), None)
-    if first and preprocessor.around_pictures and not _is_surrounded(first, preprocessor):
-        tokens = preprocessor.tokenizer.convert_ids_to_tokens(list(preprocessor.around_pictures))
-        names = [token or f"token {number}" for token, number in zip(tokens, preprocessor.around_pictures, strict=True)]
+    around = preprocessor.around_pictures
+    if first and around and not _is_surrounded(first, around, preprocessor):
+        tokens = preprocessor.tokenizer.convert_ids_to_tokens(list(around))
+        names = [token or f"token {number}" for token, number in zip(tokens, around, strict=True)]
         yield (
             f"the chat template renders pictures without {' and '.join(names)} around them, as this family was "
             "trained. Take the chat template of the checkpoint's source; that of a language model alone does not fit."
         )
 
 
-def _is_surrounded(record: Record, preprocessor: Preprocessor) -> bool:
+def _is_surrounded(record: Record, around: tuple[int, int], preprocessor: Preprocessor) -> bool:
     """Whether the first picture of a record comes after, and the last before, the tokens that the family expects."""
     ids = encode_text(record, preprocessor)[0].token_ids.tolist()
-    start, end = preprocessor.around_pictures
+    start, end = around
     places = np.flatnonzero(np.asarray(ids) == preprocessor.image_token_id)
     return ids[: places[0]][-1:] == [start] and ids[places[-1] + 1 :][:1] == [end]

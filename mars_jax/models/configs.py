@@ -199,6 +199,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def around_pictures(self) -> tuple[int, int] | None:
+        """Ids of the tokens before and after the image tokens of a picture, where the family has such."""
+        ...
+
+    @property
     def num_vision_layers_used(self) -> int:
         """Number of encoder layers whose output reaches the projector."""
         ...

@@ -253,6 +253,9 @@ STRAYS = [
         ),
         ({"alpha_pattern": "all"}, {}, r"alpha_pattern is 'all'; an object of patterns and numbers is needed"),
         ({"rank_pattern": {"(": 3}}, {}, r"rank_pattern: '\(' is not a regular expression: missing \), .* position 0"),
+        # Right alone, and not where it is matched: behind the path of a linear.
+        ({"rank_pattern": {"(?i)abc": 8}}, {}, r"rank_pattern: '\(\?i\)abc' is not a regular expression: global flags"),
+        ({"alpha_pattern": {"a" * 9_995: 8}}, {}, r"alpha_pattern: 'a.*a' has 1000\d characters; allowed are 10000"),
         (
             {"rank_pattern": {"(?=a)": 3}},
             {},

@@ -42,7 +42,7 @@ def test_a_checkpoint_that_says_no_end_is_refused(tmp_path):
         (10**30, "1000000000000000000000000000000; less than 16777216 or a list expected"),
         ([2, -5], "-5; 0 or more expected"),
         ([[2]], "[2]; an integer expected"),
-        ([2] * 2000, "[2, 2, 2, 2, 2, 2, ...]; an integer or at most 1024 items expected"),
+        ([2] * 2000, "[2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, ...]; an integer or at most 1024 items expected"),
     ],
 )
 def test_an_impossible_end_token_ended_the_run_after_all_training(stored, expected, tmp_path):

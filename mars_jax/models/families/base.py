@@ -17,10 +17,6 @@ from mars_jax.models.multimodal import Multimodal
 from mars_jax.runtime.sharding import Rule
 
 
-def _none(_: object) -> tuple[int, ...]:
-    return ()
-
-
 @dataclass(frozen=True, slots=True)
 class Family(Generic[ConfigT_co]):
     """A model family.
@@ -34,7 +30,6 @@ class Family(Generic[ConfigT_co]):
             picture, None for the limit in the folder; families with tiles of one size refuse it, see
             `pictures.refuse_max_pixels`.
         encoder_inputs: the arrays of a batch that only the vision encoder reads, as its `Pictures` makes them.
-        around_pictures: returns the ids of the tokens before and after the image tokens of a picture, if it has such.
         shardings: rules for parameters that `models.shardings.RULES` lacks; they take precedence.
     """
 
@@ -44,5 +39,4 @@ class Family(Generic[ConfigT_co]):
     table: Callable[[ConfigT_co], CheckpointTable[ModelConfig]]
     load_pictures: Callable[[Path, ConfigT_co, int | None], Pictures]
     encoder_inputs: tuple[str, ...]
-    around_pictures: Callable[[ConfigT_co], tuple[int, ...]] = _none
     shardings: tuple[Rule, ...] = ()

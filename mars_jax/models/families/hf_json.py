@@ -5,7 +5,7 @@ Keys that it does not name change nothing there.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -28,13 +28,17 @@ def _known_activation(name: str) -> str:
 
 def _side(value: object) -> object:
     """The side of a square, which may be given as height and width."""
-    is_pair = isinstance(value, list) and len(value) == 2
-    return value[0] if isinstance(value, list) and is_pair and value[0] == value[1] else value
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        return value[0]
+    return value
 
 
 Width = Annotated[int, Field(ge=1, le=2**18)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Heads = Annotated[int, Field(ge=1, le=4096)]
+HeadSize = Annotated[int, Field(ge=1, le=2**14)]
+VocabSize = Annotated[int, Field(ge=1, le=2**24)]
+Length = Annotated[int, Field(ge=1, le=2**40)]
 TokenId = Annotated[int, Field(ge=0, lt=2**24)]
 Side = Annotated[int, Field(ge=1, le=4096), BeforeValidator(_side)]
 Epsilon = Annotated[float, Field(ge=0, lt=1)]
@@ -54,7 +58,7 @@ class Rope(Settings):
     factor: Positive | None = None
     low_freq_factor: Positive | None = None
     high_freq_factor: Positive | None = None
-    original_max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    original_max_position_embeddings: Length | None = None
     mrope_section: Annotated[list[Annotated[int, Field(ge=0, le=4096)]], Field(max_length=8)] | None = None
     partial_rotary_factor: One | None = None
     # Parameters for each kind of layer.
@@ -72,6 +76,7 @@ class RotarySettings(Settings):
     rope_scaling: Rope | None = None
     rope_theta: Positive | None = None
     partial_rotary_factor: One | None = None
+    max_position_embeddings: Length | None = None
 
 
 class TextSettings(RotarySettings):
@@ -80,18 +85,16 @@ class TextSettings(RotarySettings):
     has_biases: ClassVar[bool] = True
     axes: ClassVar[int] = 1
 
-    model_type: str
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    vocab_size: VocabSize
     hidden_size: Width = 4096
     intermediate_size: Width
     num_hidden_layers: Layers = 32
     num_attention_heads: Heads = 32
     num_key_value_heads: Heads | None = None
-    head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    head_dim: HeadSize | None = None
     hidden_act: Activation = "silu"
     rms_norm_eps: Epsilon = 1e-6
     tie_word_embeddings: bool | None = None
-    max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
     use_sliding_window: Literal[False] | None = None
     layer_types: Annotated[list[Literal["full_attention"]], Field(max_length=1024)] | None = None
 
@@ -101,7 +104,7 @@ class LlamaSettings(TextSettings):
 
     has_biases: ClassVar[bool] = False
 
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 32000
+    vocab_size: VocabSize = 32000
     intermediate_size: Width = 11008
     attention_bias: Literal[False] | None = None
     mlp_bias: Literal[False] | None = None
@@ -110,7 +113,7 @@ class LlamaSettings(TextSettings):
 class Qwen2Settings(TextSettings):
     """Settings of `qwen2`."""
 
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 151936
+    vocab_size: VocabSize = 151936
     intermediate_size: Width = 22016
     num_key_value_heads: Heads | None = 32
 
@@ -118,7 +121,6 @@ class Qwen2Settings(TextSettings):
 class TileEncoderSettings(Settings):
     """Settings of a vision transformer over tiles of one size."""
 
-    model_type: str
     hidden_size: Width = 768
     num_hidden_layers: Layers = 12
     num_attention_heads: Heads = 12
@@ -166,7 +168,7 @@ class Dinov2Settings(TileEncoderSettings):
     hidden_act: Activation = "gelu"
     qkv_bias: Literal[True] = True
     use_swiglu_ffn: Literal[False] = False
-    head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    head_dim: HeadSize | None = None
 
     def mlp_width(self) -> int:
         """Width of the MLP."""
@@ -181,28 +183,27 @@ ENCODERS: dict[str, type[TileEncoderSettings]] = {
 }
 
 
-def kind_of(settings: Json, kinds: Mapping[str, type[Settings]], default: str, source: str, section: str) -> str:
+def kind_of(settings: Json, kinds: Sequence[str], source: str, section: str) -> str:
     """The `model_type` of a part of a file.
 
     Args:
         settings: the part.
-        kinds: the supported ones.
-        default: the one of a part that names none.
+        kinds: the supported ones; the first is that of a part that names none.
         source: path of the file, for error messages.
         section: key of the part.
 
     Raises:
         ConfigError: it is not supported.
     """
-    kind = settings.get("model_type", default)
+    kind = settings.get("model_type", kinds[0])
     require(source, f"{section}.model_type", kind, tuple(kinds))
     return str(kind)
 
 
 def read_vision_config(vision: Json, source: str, kinds: tuple[str, ...]) -> VisionConfig:
     """Reads a vision transformer's settings; its `model_type` must be one of `kinds`, and is the first by default."""
-    kind = kind_of(vision, {name: ENCODERS[name] for name in kinds}, kinds[0], source, "vision_config")
-    settings = checked(ENCODERS[kind], {**vision, "model_type": kind}, source, "vision_config")
+    kind = kind_of(vision, kinds, source, "vision_config")
+    settings = checked(ENCODERS[kind], vision, source, "vision_config")
     heads, hidden = settings.num_attention_heads, settings.hidden_size
     require_multiple(source, "vision_config.hidden_size", hidden, "num_attention_heads", heads)
     if settings.patch_size > settings.image_size:
@@ -268,7 +269,7 @@ def read_text_config(
         # transformers ties where either part of the file says so.
         tie_word_embeddings=bool(tied or settings.tie_word_embeddings),
         activation=settings.hidden_act,
-        mrope_section=_mrope_section(_rope(settings)[1], head_dim, source, dot) if settings.axes > 1 else None,
+        mrope_section=_mrope_section(settings, head_dim, source, dot) if settings.axes > 1 else None,
         attention_bias=settings.has_biases,
     )
 
@@ -293,7 +294,7 @@ def read_rope(settings: RotarySettings, source: str, dot: str) -> tuple[float, R
     theta = rope.rope_theta or settings.rope_theta or settings.default_theta
     if kind not in ("linear", "llama3"):
         return theta, None
-    limit = rope.original_max_position_embeddings or getattr(settings, "max_position_embeddings", None)
+    limit = rope.original_max_position_embeddings or settings.max_position_embeddings
     needed: dict[str, float | None] = {"factor": rope.factor}
     if kind == "llama3":
         needed |= {
@@ -317,11 +318,12 @@ def _rope(settings: RotarySettings) -> tuple[str, Rope]:
     return "rope_parameters", settings.rope_parameters or Rope()
 
 
-def _mrope_section(rope: Rope, head_dim: int, source: str, dot: str) -> tuple[int, ...]:
+def _mrope_section(settings: RotarySettings, head_dim: int, source: str, dot: str) -> tuple[int, ...]:
+    name, rope = _rope(settings)
     section = tuple(rope.mrope_section or (16, 24, 24))
     if len(section) != 3 or 2 * sum(section) != head_dim:
         expected = f"three numbers that add up to half the head size, {head_dim // 2}, are expected"
-        raise refusal(source, f"{dot}rope_parameters.mrope_section", list(section), expected)
+        raise refusal(source, f"{dot}{name}.mrope_section", list(section), expected)
     return section
 
 

@@ -27,10 +27,9 @@ _SIZES = (
     {"longest_edge"},
     {"shortest_edge", "longest_edge"},
     {"max_height", "max_width"},
-    {"min_pixels", "max_pixels"},
 )
 
-_Edge = Annotated[int, Field(ge=1, le=4096)]
+Edge = Annotated[int, Field(ge=1, le=4096)]
 Pixels = Annotated[int, Field(ge=1, le=2**36)]
 _Three = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
 _Deviation = Annotated[float, Field(gt=0, le=1e6)]
@@ -52,22 +51,22 @@ class ImageProcessor(Protocol):
 class Size(Settings):
     """Sides in pixels, in one of the combinations that transformers knows."""
 
-    height: _Edge | None = None
-    width: _Edge | None = None
-    shortest_edge: _Edge | None = None
-    longest_edge: _Edge | None = None
-    max_height: _Edge | None = None
-    max_width: _Edge | None = None
+    height: Edge | None = None
+    width: Edge | None = None
+    shortest_edge: Edge | None = None
+    longest_edge: Edge | None = None
+    max_height: Edge | None = None
+    max_width: Edge | None = None
 
     @model_validator(mode="after")
     def _is_known_combination(self) -> "Size":
         if set(self.model_dump(exclude_none=True)) not in _SIZES:
-            known = "; ".join(" and ".join(sorted(keys)) for keys in _SIZES[:-1])
+            known = "; ".join(" and ".join(sorted(keys)) for keys in _SIZES)
             raise ValueError(f"one of these combinations of keys is expected: {known}")
         return self
 
 
-AnySize = _Edge | Annotated[list[_Edge], Field(min_length=2, max_length=2)] | Size
+AnySize = Edge | Annotated[list[Edge], Field(min_length=2, max_length=2)] | Size
 
 
 class ProcessorSettings(Settings):
@@ -150,7 +149,7 @@ def attempt(directory: Path, work: Callable[[], ResultT]) -> ResultT:
     """
     try:
         return work()
-    except Exception as error:  # its checks of settings raise anything
+    except Exception as error:  # transformers' classes raise any type
         raise ConfigError(
             f"{directory}: the image processor cannot be used with its settings ({type(error).__name__}: {error}). "
             "Copy its configuration again from the checkpoint's source."

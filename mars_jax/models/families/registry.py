@@ -17,7 +17,7 @@ How to add a family:
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from mars_jax.errors import ConfigError
 from mars_jax.models.configs import ModelConfig
@@ -97,19 +97,21 @@ def _refuse_quantised(config: Json, source: str) -> None:
         for key in _QUANTISATION_KEYS:
             settings = part.get(key)
             if settings is not None:
-                method = next(_methods(settings), "by an unknown method")
+                method = _method(settings)
                 raise ConfigError(
                     f"{source}: {key} is there: the weights are quantised ({method}), which is not read. Take the "
                     "checkpoint that they were quantised from, in bfloat16, float16 or float32."
                 )
 
 
-def _methods(settings: object) -> Iterator[str]:
+def _method(settings: object) -> str:
+    """The method of quantisation that a `quantization_config` names."""
     if isinstance(settings, Mapping):
         if isinstance(settings.get("quant_method"), str):
-            yield settings["quant_method"][:40]
+            return str(settings["quant_method"])[:40]
         if "load_in_4bit" in settings or "load_in_8bit" in settings:
-            yield "bitsandbytes"
+            return "bitsandbytes"
+    return "by an unknown method"
 
 
 def family_of(config: ModelConfig) -> Family[ModelConfig]:

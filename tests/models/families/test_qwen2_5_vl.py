@@ -246,6 +246,10 @@ def test_a_picture_counts_the_tokens_that_transformers_counts(base):
             {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}}},
             r"mrope_section is \[1, 1, 1\]; three numbers that add up to half the head size, 4",
         ),
+        (
+            {"text_config": {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 1]}}},
+            r"rope_scaling.mrope_section is \[1, 1, 1\]",  # the key that the file has
+        ),
     ],
 )
 def test_settings_that_are_not_supported_are_named(base, change, text, tmp_path):

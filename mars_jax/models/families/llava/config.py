@@ -39,6 +39,11 @@ class LlavaConfig:
     projector_bias: bool = True
 
     @property
+    def around_pictures(self) -> None:
+        """None: the family has no tokens before and after a picture."""
+        return None
+
+    @property
     def num_vision_layers_used(self) -> int:
         """Number of encoder layers whose output reaches the projector."""
         return max(self.vision_feature_layers)
@@ -73,6 +78,7 @@ class LlavaOnevisionConfig(LlavaConfig):
 
 
 _HiddenState = Annotated[int, Field(ge=-1025, le=1024)]
+_HiddenStates = _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)]
 _Side = Annotated[int, Field(ge=1, le=2**14)]
 Pinpoints = Annotated[
     list[Annotated[list[_Side], Field(min_length=2, max_length=2)]], Field(min_length=1, max_length=1024)
@@ -87,7 +93,7 @@ class LlavaFile(Settings):
     vision_config: dict[str, Any]
     image_token_index: TokenId = 32000
     image_token_id: TokenId | None = None
-    vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -2
+    vision_feature_layer: _HiddenStates = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     projector_hidden_act: Activation = "gelu"
     multimodal_projector_bias: bool = True
@@ -98,7 +104,7 @@ class OnevisionFile(LlavaFile):
     """The top level of the `config.json` of a LLaVA-OneVision."""
 
     image_token_index: TokenId = 151646
-    vision_feature_layer: _HiddenState | Annotated[list[_HiddenState], Field(min_length=1, max_length=64)] = -1
+    vision_feature_layer: _HiddenStates = -1
     vision_feature_select_strategy: Literal["full"] = "full"
     image_grid_pinpoints: Pinpoints | None = None
     vision_aspect_ratio: Annotated[str, Field(max_length=64)] = "anyres_max_9"
@@ -146,12 +152,12 @@ def _common_settings(file: LlavaFile, source: str, decoder: str, encoders: tuple
         decoder: default `model_type` of the decoder.
         encoders: supported encoders, by `model_type`; the first is the default.
     """
-    kind = kind_of(file.text_config, DECODERS, decoder, source, "text_config")
-    text = {**file.text_config, "model_type": kind}
+    kinds = (decoder, *(name for name in DECODERS if name != decoder))
+    kind = kind_of(file.text_config, kinds, source, "text_config")
     vision = read_vision_config(file.vision_config, source, encoders)
     return {
         "vision": vision,
-        "text": read_text_config(text, source, DECODERS[kind], tied=file.tie_word_embeddings),
+        "text": read_text_config(file.text_config, source, DECODERS[kind], tied=file.tie_word_embeddings),
         "image_token_id": _image_token(file, source),
         "vision_feature_layers": _hidden_states(file, source, vision.num_layers),
         "drop_first": file.vision_feature_select_strategy == "default",

@@ -9,6 +9,7 @@ from pydantic import Field
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.families.hf_json import (
     Activation,
+    Epsilon,
     Heads,
     Json,
     Layers,
@@ -140,7 +141,7 @@ class QwenTextSettings(TextSettings):
     num_hidden_layers: Layers
     num_attention_heads: Heads
     num_key_value_heads: Heads | None = 8
-    rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
+    rms_norm_eps: Epsilon = 1e-5
 
 
 class QwenVisionSettings(RotarySettings):
@@ -179,18 +180,17 @@ class QwenFile(Settings):
 
 
 # In older files both parts have the family's name as `model_type`.
-_DECODERS: dict[str, type[TextSettings]] = {"qwen2_5_vl_text": QwenTextSettings, "qwen2_5_vl": QwenTextSettings}
-_ENCODERS: dict[str, type[Settings]] = {"qwen2_5_vl_vision": QwenVisionSettings, "qwen2_5_vl": QwenVisionSettings}
+_TEXT_KINDS = ("qwen2_5_vl_text", "qwen2_5_vl")
+_VISION_KINDS = ("qwen2_5_vl", "qwen2_5_vl_vision")
 
 
 def read_qwen2_5_vl(config: Json, source: str) -> Qwen25VlConfig:
     """Reads `config.json`: decoder settings are at the top level on the hub, in `text_config` from transformers 5."""
     file = checked(QwenFile, config, source)
     text, section = (config, "") if file.text_config is None else (file.text_config, "text_config")
-    kind = kind_of(text, _DECODERS, "qwen2_5_vl_text", source, section or "the decoder")
-    decoder = read_text_config(
-        {**text, "model_type": kind}, source, _DECODERS[kind], section, tied=file.tie_word_embeddings
-    )
+    if section:
+        kind_of(text, _TEXT_KINDS, source, section)
+    decoder = read_text_config(text, source, QwenTextSettings, section, tied=file.tie_word_embeddings)
     return Qwen25VlConfig(
         vision=_read_vision(file.vision_config, source, decoder.hidden_size),
         text=decoder,
@@ -207,7 +207,7 @@ def _read_vision(vision: Json, source: str, width: int) -> QwenVisionConfig:
         source: path of the file, for error messages.
         width: the decoder's width.
     """
-    kind_of(vision, _ENCODERS, "qwen2_5_vl", source, "vision_config")
+    kind_of(vision, _VISION_KINDS, source, "vision_config")
     settings = checked(QwenVisionSettings, vision, source, "vision_config")
     key = "vision_config."
     require(source, f"{key}out_hidden_size", settings.out_hidden_size, (width,))

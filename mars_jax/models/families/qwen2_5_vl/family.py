@@ -14,5 +14,4 @@ FAMILY: Family[Qwen25VlConfig] = Family(
     table=lambda config: TABLE,
     load_pictures=load_window_pictures,
     encoder_inputs=("pixels", "patch_positions", PICTURE_NUMBERS),
-    around_pictures=lambda config: config.around_pictures,
 )

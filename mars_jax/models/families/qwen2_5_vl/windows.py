@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.models.families.pictures import ImageTokens, Size, gathered
 from mars_jax.models.families.processors import (
+    Edge,
     Pixels,
     ProcessorSettings,
     attempt,
@@ -31,8 +31,6 @@ from mars_jax.runtime.json_object import Settings
 _MAX_ASPECT_RATIO = 200
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # transformers' defaults
-
-_PatchSize = Annotated[int, Field(ge=1, le=4096)]
 
 
 class _Size(Settings):
@@ -51,9 +49,9 @@ class _Settings(ProcessorSettings):
     size: _Size | None = None
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
-    patch_size: _PatchSize = 14
-    temporal_patch_size: _PatchSize = 2
-    merge_size: _PatchSize = 2
+    patch_size: Edge = 14
+    temporal_patch_size: Edge = 2
+    merge_size: Edge = 2
 
     def bounds(self) -> tuple[int | None, int | None]:
         """Least and most pixels of a picture; the keys at the top level come first, as in transformers."""
