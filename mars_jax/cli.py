@@ -218,12 +218,12 @@ def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tabl
         _fail(type(error).__name__, str(error), error.exit_code, json_output)
     except OSError as error:
         _fail(type(error).__name__, *_of_files(error), json_output)
-    except MemoryError as error:
-        message = (
-            f"the machine's memory is full ({error}). Finished work is kept. Ask for less, or take a larger machine."
-        )
-        _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
-    except Exception as error:  # a bug of ours: reported as one, with its traceback in a file
+    except Exception as error:  # anything else is a bug of ours: reported as one, with its traceback in a file
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the latter is XLA's
+            from mars_jax.runtime.text import short
+
+            message = f"the memory is full ({short(str(error))}). Finished work is kept. Ask for less, or take more."
+            _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
         _fail(type(error).__name__, _bug(error), BUG, json_output)
     except KeyboardInterrupt as interrupt:  # `Interrupted` has a message
         message = str(interrupt) or "state saved; run the same command again to go on"

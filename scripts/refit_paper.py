@@ -103,14 +103,15 @@ As the paper draws it, a line a rank, `t = k D^delta`:
 {lines}
 All ranks together, `t = k r^gamma D^delta`: k = {law.k:.2f} ({intervals["k"]}), gamma = {law.gamma:.3f}
 ({intervals["gamma"]}), delta = {law.delta:.3f} ({intervals["delta"]}); 95 % intervals over {BOOTSTRAPS} resamples of
-the cells. E = {law.E:g}: the points do not ask for the offset that the paper's equation has.
+the points' residuals. E = {law.E:g}: the points do not ask for the offset that the paper's equation has.
 
 ## Law-P: which rank is best?
 
 Fitted to the loss (log perplexity) up to the D of the first column. `held out` is the error in nats, and tau Kendall's
-tau of the ranks' order, at the largest D of each row after a fit without it: by these two the tool chooses between the
-forms. The last columns are the rank that the fit takes for the best, "(seen)" where D was among its points; measured
-are {", ".join(f"{measured[target]} at D = {target}" for target in TARGETS)}.
+tau of the ranks' order, at the largest D of each row after a fit without it. The tool chooses between the forms by
+these two: the one with the smaller error, unless it orders worse. From all points it takes the power form, whose order
+is the reverse of the measured one. The last columns are the rank that the fit takes for the best, "(seen)" where D was
+among its points; measured are {", ".join(f"{measured[target]} at D = {target}" for target in TARGETS)}.
 
 {choices}
 Up to D = {LARGEST[0]} a larger rank is better at every D, so the paper's form, `A / (r^alpha D^beta) + E` with alpha

@@ -163,6 +163,23 @@ def test_our_bugs_are_named_as_ours_and_keep_their_traceback(capsys):
     file.unlink()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")],
+    ids=["of the machine", "of a device, from XLA"],
+)
+def test_a_full_memory_is_no_bug(capsys, error):
+    def work(reporter):
+        raise error
+
+    with pytest.raises(typer.Exit) as exit_info:
+        execute(work, json_output=False)
+    assert exit_info.value.exit_code == 4
+    assert capsys.readouterr().err == (
+        f"mars: the memory is full ({str(error)!r}). Finished work is kept. Ask for less, or take more.\n"
+    )
+
+
 def test_what_the_file_system_refuses_is_no_bug(capsys, tmp_path):
     with pytest.raises(typer.Exit) as exit_info:
         execute(lambda reporter: {"x": (tmp_path / ("x" * 300)).read_text()}, json_output=False)

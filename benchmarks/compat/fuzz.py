@@ -18,6 +18,7 @@ started again where it dies or is late. With `--work` a stopped run goes on.
 figure = tracebacks, silent damages, and inputs beyond time or memory.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -69,14 +70,14 @@ def main() -> None:
         publish_trials(options, [done[kind, n] for kind, count in wanted.items() for n in range(count)])
 
 
-def publish_trials(options: object, trials: list[Document]) -> None:
+def publish_trials(options: argparse.Namespace, trials: list[Document]) -> None:
     """Writes the result."""
     outcomes = Counter((trial["kind"], trial["outcome"]) for trial in trials)
     bad = [trial for trial in trials if trial["outcome"] in BAD]
     slowest = sorted(trials, key=lambda trial: -trial["seconds"])[:5]
     names = {"accepted": "read as it stands", "refused": "clear message", "traceback": "traceback", "silent": "silent"}
     publish(
-        options,  # type: ignore[arg-type]
+        options,
         "fuzz",
         len(bad),
         f"of {len(trials)} damaged inputs end in a traceback, a silent damage, or beyond their time or memory",

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mars_jax.runtime.faults import Location, value_at
+
 # Values of other types and sizes than any setting or key expects.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 7, 1.5, -0.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan")),
@@ -24,10 +26,8 @@ _BYTES = (
     *(b"null", b"NaN"),
 )
 
-Path_ = tuple[str | int, ...]
 
-
-def paths(document: Any, within: Path_ = ()) -> list[Path_]:
+def paths(document: Any, within: Location = ()) -> list[Location]:
     """The places of all values of a document, itself first."""
     found = [within]
     items = (
@@ -36,13 +36,6 @@ def paths(document: Any, within: Path_ = ()) -> list[Path_]:
     for key, value in items:
         found += paths(value, (*within, key))
     return found
-
-
-def value_at(document: Any, path: Path_) -> Any:
-    """The value of a place."""
-    for key in path:
-        document = document[key]
-    return document
 
 
 def damaged_document(rng: random.Random, document: Any, most: int = 2) -> Any:

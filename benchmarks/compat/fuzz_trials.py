@@ -46,7 +46,7 @@ class Trial:
     Attributes:
         kind: of the input.
         number: of the input, from which it follows.
-        outcome: "accepted", "refused", "traceback", or "silent": taken, but not as it stands, and nothing said.
+        outcome: "accepted", "refused", "traceback", or "silent": taken, but not as it stands, and nothing warned.
         damage: what was done to the input.
         detail: the message of a refusal, the end of a traceback, or what a silent damage changed.
     """
@@ -128,14 +128,14 @@ class Trials:
         file.write_bytes(content)
 
         def attempt() -> str:
-            document, said = self.check(scratch, train=file)
+            document, warned = self.check(scratch, train=file)
             read = _squeezed("".join(sample["id"] + sample["text"] for sample in document["samples"]))
             # Where bytes were damaged, nobody knows what the file should say.
             markers = [] if torn else _TEXT.findall(json.dumps(_texts(rows)))
             missing = sorted({marker for marker in markers if marker not in read})
-            if missing and not said:
-                raise Silent(f"not in what the model reads, and nothing said of it: {missing}")
-            return said
+            if missing and not warned:
+                raise Silent(f"not in what the model reads, and nothing warned of it: {missing}")
+            return warned
 
         return f"{name} row {place}", attempt
 
@@ -190,14 +190,14 @@ class Trials:
             damage = damage_file(rng, base / name)
 
         def attempt() -> str:
-            said = self.check(scratch, base=base)[1]
+            warned = self.check(scratch, base=base)[1]
             if (
                 name == "model.safetensors"
                 and header_of(base / name) != header_of(self.folder / "base" / name)
-                and not said
+                and not warned
             ):
                 raise Silent("tensors of other names, shapes, types or places were taken")
-            return said
+            return warned
 
         return damage, attempt
 
@@ -250,7 +250,7 @@ class Trials:
         command = rng.choice(_COMMANDS if self.real else _COMMANDS[:2])
 
         def attempt() -> str:
-            found, said = self.mars(command, run)
+            found, warned = self.mars(command, run)
             if self.real:
                 if command not in self._sound:
                     with tempfile.TemporaryDirectory(dir=self.folder) as other:
@@ -258,9 +258,9 @@ class Trials:
                         shutil.copytree(self.finished, sound, symlinks=True)
                         self._sound[command] = _without_paths(self.mars(command, sound)[0])
                 unchanged = file.is_file() and file.read_bytes() == before
-                if _without_paths(found) != self._sound[command] and not said and not unchanged:
-                    raise Silent(f"mars {command} has another result, and said nothing")
-            return said
+                if _without_paths(found) != self._sound[command] and not warned and not unchanged:
+                    raise Silent(f"mars {command} has another result, and warned nothing")
+            return warned
 
         return f"{damage}, then {command}", attempt
 
@@ -271,7 +271,7 @@ class Trials:
         return self.folder / "data" / "train.json"
 
     def check(self, scratch: Path, base: Path | None = None, train: Path | None = None) -> tuple[dict[str, Any], str]:
-        """The document of `mars check`, and what it said besides."""
+        """The document of `mars check`, and what it warned besides."""
         held_out = [str(self.folder / "data" / f"{name}.json") for name in ("validation", "test")]
         config = tiny_job.config(
             scratch / "check.yaml",
@@ -294,23 +294,24 @@ class Trials:
         """
         from typer.testing import CliRunner
 
-        from mars_jax.cli import app
+        from mars_jax.cli import BUG, app
 
         result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        bug = _TRACEBACK.search(result.stderr)
-        if bug:
-            file = Path(bug[1])
-            text = file.read_text()
-            file.unlink()
+        if result.exit_code == BUG or "the memory is full" in result.stderr:
+            file = _TRACEBACK.search(result.stderr)
+            text = result.stderr
+            if file and Path(file[1]).is_file():
+                text = Path(file[1]).read_text()
+                Path(file[1]).unlink()
             raise RuntimeError(text)
         if result.exit_code:
             raise MarsError(result.stderr)
-        said = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        warned = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
         document = json.loads(result.stdout)
         notes = document.get("data", {}).get("notes", []) if isinstance(document.get("data"), dict) else []
-        return document, "\n".join([*said, *map(str, notes)])
+        return document, "\n".join([*warned, *map(str, notes)])
 
     def _write_made_up_run(self) -> None:
         from mars_jax.config.load import RESOLVED_CONFIG, load_config

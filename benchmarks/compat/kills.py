@@ -19,6 +19,7 @@ finish their run directory; the last one is not killed. The compared files are `
 figure = kills and power cuts survived.
 """
 
+import argparse
 import json
 import random
 import subprocess
@@ -209,7 +210,8 @@ def _survived(runs: list[Document], kind: str) -> int:
     return sum(len(run["ends"]) for run in whole if run["kind"] == kind)
 
 
-def _publish(options: object, wanted: Document, runs: list[Document], seconds: Document, sections: Document) -> None:
+def _detail(wanted: Document, runs: list[Document]) -> Document:
+    """The runs, and the tables of their page."""
     ends = [(run["kind"], end) for run in runs for end in run["ends"]]
     during = Counter(end["during"] for _, end in ends)
     rows = [
@@ -222,25 +224,21 @@ def _publish(options: object, wanted: Document, runs: list[Document], seconds: D
         }
         for kind in wanted
     ]
+    phases = [{"phase": phase, "kills and cuts": count} for phase, count in during.most_common()]
+    return {"runs": runs, "tables": {"": rows, "What was going on at the end": phases}}
+
+
+def _publish(
+    options: argparse.Namespace, wanted: Document, runs: list[Document], seconds: Document, sections: Document
+) -> None:
+    detail = _detail(wanted, runs)
     publish(
-        options,  # type: ignore[arg-type]
+        options,
         "kills",
-        sum(row["survived"] for row in rows),
+        sum(row["survived"] for row in detail["tables"][""]),
         "kills and power cuts survived with bit-identical results",
         f"all of {wanted['kill']} kills and {wanted['cut']} power cuts or more",
-        {
-            "seed": SEED,
-            "job": sections,
-            "compared": list(COMPARED),
-            "seconds_of_a_job": seconds,
-            "runs": runs,
-            "tables": {
-                "": rows,
-                "What was going on at the end": [
-                    {"phase": phase, "kills and cuts": count} for phase, count in during.most_common()
-                ],
-            },
-        },
+        {"seed": SEED, "job": sections, "compared": list(COMPARED), "seconds_of_a_job": seconds, **detail},
     )
 
 

@@ -311,14 +311,14 @@ def real_checkpoint(detail: Row) -> Section:
 
 
 def kills(detail: Row) -> Section:
-    """The kills, and what was going on."""
+    """The kills and power cuts, and what was going on."""
     tables = detail["tables"]
-    phases = tables["What was going on when the process was killed"]
-    during = listed(f"{row['phase']} {row['kills']}" for row in phases)
-    alone = detail["seconds_of_a_run"]["programs from disk"]
+    during = listed(f"{row['phase']} {row['kills and cuts']}" for row in tables["What was going on at the end"])
+    alone = detail["seconds_of_a_job"]["programs from disk"]
     return Section(
         {"": tables[""]},
-        f"Kills by phase: {during}. A run that nobody stops takes {number(alone)} s with its programs on disk.",
+        f"Kills and power cuts by phase: {during}. A job that nobody stops takes {number(alone)} s with its programs "
+        "on disk.",
     )
 
 

@@ -32,11 +32,15 @@ def compile_pattern(expression: str) -> Pattern:
         raise ValueError(f"has {len(expression)} characters; allowed are {MAX_PATTERN}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+            warnings.simplefilter("error", FutureWarning)
             re.compile(expression)
+        if short := re.search(r"\{,\d", expression):
+            raise ValueError(f"has a repetition without a lower bound at position {short.start()}: write {{0,N}}")
         options = re2.Options()
         options.log_errors = False
         compiled: Pattern = re2.compile(expression, options)
+    except FutureWarning as warning:  # of sets such as [[:alpha:]], in which the engines differ
+        raise ValueError(f"has a set that can be read in two ways: {warning}") from None
     except (re.error, OverflowError) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
     except RecursionError:

@@ -56,7 +56,7 @@ def _from_current_folder(path: Path) -> Path:
 # by what would be counted, listed or allocated from it.
 MAX_COUNT = 10**12  # samples, tokens, pixels: only compared with what there is
 MAX_STEPS = 10**7
-MAX_BATCH = 2**20
+MAX_SIZE = 2**20
 MAX_LANES = 10_000
 MAX_LISTED = 1000  # settings that are lists, or are spelled out as one
 MAX_SEED = 2**32 - 1  # JAX's keys have 32 bits
@@ -67,12 +67,12 @@ Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, gt=0, le=MAX_COUNT)]
 Steps = Annotated[int, Field(strict=True, gt=0, le=MAX_STEPS)]
 StepsOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS)]
-Batch = Annotated[int, Field(strict=True, gt=0, le=MAX_BATCH)]
+Size = Annotated[int, Field(strict=True, gt=0, le=MAX_SIZE)]
 Few = Annotated[int, Field(strict=True, gt=0, le=MAX_LISTED)]
 Lanes = Annotated[int, Field(strict=True, gt=0, le=MAX_LANES)]
-Rank = Annotated[int, Field(strict=True, ge=0, le=MAX_BATCH)]
+Rank = Annotated[int, Field(strict=True, ge=0, le=MAX_SIZE)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
-Devices = Annotated[int, Field(strict=True, ge=-1, le=MAX_BATCH)]
+Devices = Annotated[int, Field(strict=True, ge=-1, le=MAX_SIZE)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 PositiveOrZero = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]

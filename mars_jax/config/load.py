@@ -161,6 +161,8 @@ def _faults(error: ValidationError, raw: Document) -> dict[Location, str]:
             texts[location] = prefix + fault["msg"].removeprefix("Value error, ")
         else:
             allowed = _ALLOWED.get(fault["type"], fault["msg"].removeprefix("Input should be "))
+            if fault["type"] == "too_long":
+                allowed = f"a list of at most {fault['ctx']['max_length']} items"
             allowed_types.setdefault(location, []).append(allowed)
     for location in innermost(allowed_types):
         must = " or ".join(dict.fromkeys(allowed_types[location]))

@@ -22,10 +22,8 @@ def check_lanes(grids: Mapping[str, Sequence[int]], corners: bool, single_module
     Raises:
         ValueError: it plans more than `MAX_LANES` or `MAX_RANK_VECTORS`.
     """
-    searched = [ranks for ranks in grids.values() if len(ranks) > 1]
-    combinations = math.prod(map(len, searched))
-    cross = 1 + sum(len(ranks) - 1 for ranks in searched) + (2 ** len(searched) if corners else 0)
-    vectors = min(cross, combinations) + (sum(map(len, searched)) if single_module else 0)
+    combinations = math.prod(map(len, grids.values()))
+    vectors = most_vectors(grids, corners, single_module)
     lanes = vectors * sizes * seeds
     if lanes > MAX_LANES:
         raise ValueError(
@@ -38,6 +36,15 @@ def check_lanes(grids: Mapping[str, Sequence[int]], corners: bool, single_module
             f"lora.modules has {combinations:,} combinations of ranks to choose from; at most {MAX_RANK_VECTORS:,} are "
             "allowed. Give fewer ranks"
         )
+
+
+def most_vectors(grids: Mapping[str, Sequence[int]], corners: bool, single_module: bool) -> int:
+    """Number of rank vectors of the probes, or a few more where corners lie on the cross; arguments as above."""
+    searched = [ranks for ranks in grids.values() if len(ranks) > 1]
+    cross = 1 + sum(len(ranks) - 1 for ranks in searched) + (2 ** len(searched) if corners else 0)
+    # Where every other module is frozen, lanes that adapt one module alone are there already.
+    alone = single_module and sum(max(ranks) > 0 for ranks in grids.values()) > 1
+    return min(cross, math.prod(map(len, searched))) + (sum(map(len, searched)) if alone else 0)
 
 
 def check_eval_points(steps: int, look_every: int) -> None:

@@ -13,7 +13,6 @@ from pydantic import Field, field_validator, model_validator
 from mars_jax.config.adapted import AdapterConfig, LoraConfig
 from mars_jax.config.fields import (
     MAX_LISTED,
-    Batch,
     Count,
     Devices,
     Few,
@@ -26,6 +25,7 @@ from mars_jax.config.fields import (
     Section,
     Seed,
     Share,
+    Size,
     Steps,
     StepsOrZero,
     member_name,
@@ -108,7 +108,7 @@ class ProbeConfig(Section):
     steps: Steps | None = Field(
         default=None, description="optimizer steps of a lane, its horizon, with sampling: separate; null: 500"
     )
-    batch_size: Batch = Field(default=16, description="samples a step of one lane")
+    batch_size: Size = Field(default=16, description="samples a step of one lane")
     looks_per_doubling: Few = Field(default=4, description="eval points each time the step doubles (log-spaced)")
     validation_samples: Count = Field(default=128, description="validation samples of an eval point")
     averaging: PositiveOrZero | None = Field(
@@ -213,7 +213,7 @@ class FinetuneConfig(Section):
     """The final run, with the picked ranks on all the data."""
 
     steps: Steps = Field(default=1000, description="optimizer steps")
-    batch_size: Batch = Field(default=16, description="samples a step")
+    batch_size: Size = Field(default=16, description="samples a step")
     learning_rate: Positive | None = Field(
         default=None, description="learning rate; null: that of the optimizer section"
     )
@@ -243,10 +243,10 @@ class FinetuneConfig(Section):
 class EvaluateConfig(Section):
     """The measurements on the test samples."""
 
-    batch_size: Batch = Field(default=16, description="samples a step")
+    batch_size: Size = Field(default=16, description="samples a step")
     max_samples: Count | None = Field(default=None, description="test samples to use; null: all")
-    max_candidates: Batch = Field(default=64, description="most candidate answers of a question")
-    max_new_tokens: Batch | None = Field(
+    max_candidates: Size = Field(default=64, description="most candidate answers of a question")
+    max_new_tokens: Size | None = Field(
         default=None, description="tokens of a generated answer, which is read by rules; null: none"
     )
     controls: Flag = Field(default=True, description="also measure without images and with shuffled images")

@@ -84,10 +84,13 @@ def read_yaml(text: str) -> YamlText:
 
 
 def _check_events(text: str) -> None:
-    """Refuses depth and explicit tags before anything is built."""
-    depth = 0
+    """Refuses depth, numbers of values and explicit tags before anything is built."""
+    depth, values = 0, 0
     for event in yaml.parse(text, _Loader):
         line = event.start_mark.line + 1 if event.start_mark else None
+        values += isinstance(event, yaml.NodeEvent)
+        if values > MAX_VALUES:
+            raise YamlError(f"more than {MAX_VALUES} keys and values", line)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -135,7 +138,11 @@ def _check_number(text: str, line: int) -> None:
     if len(text) > MAX_DIGITS:
         raise YamlError(f"a number of {len(text)} characters; at most {MAX_DIGITS} are read.", line)
     if ":" in text or re.match(r"[-+]?0[0-9_xb]", text):
-        raise YamlError(f"{text!r} would be read as a number to another base than ten. Write it to base ten.", line)
+        raise YamlError(
+            f"{text!r} has a colon or begins with 0, for which YAML may read it to another base than ten. Write it to "
+            "base ten, without them.",
+            line,
+        )
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:

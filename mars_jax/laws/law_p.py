@@ -5,15 +5,15 @@
 
 p is a validation loss in nats a token. Residuals are relative to it, as the noise of lanes is; otherwise lanes of few
 samples, whose losses are still high, would dominate the fit. With alpha >= 0 the first form always prefers the largest
-ranks; the second can have an optimum inside the grid. `choose_form` decides between them. Lanes are resampled in
-`laws.fit`.
+ranks; the second can have an optimum inside the grid. `choose_form` decides between them. Runs are resampled in
+`laws.resamples`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mars_jax.errors import ConfigError, NoValidResultError
-from mars_jax.laws.least_squares import device_column, in_blocks, levenberg_marquardt, nonnegative_solve, pad_rows
+from mars_jax.laws.least_squares import device_column, in_blocks, pad_rows
 from mars_jax.laws.records import Document
 from mars_jax.laws.resamples import RunResamples, percentile_intervals
-
-Form = Literal["power", "power_overfit"]
+from mars_jax.laws.variable_projection import Fitted, Form, Points, exponent_bounds, fit_rows, linearised, sobol_starts
 
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
-_BOUNDS = {"alpha": (0.0, 1.5), "beta": (0.0, 2.0), "kappa": (0.0, 2.0), "eta": (-1.0, 3.0)}
-_STARTS, _STARTS_OF_RESAMPLES = 511, 63
+_STARTS_OF_RESAMPLES = 63
 # (starts that are polished, iterations of each). A resample starts at the fit of all points, near its own optimum; but
 # extrapolations of the over-fitting form depend on exponents that hardly change its cost, so it takes more iterations.
 _POLISH: dict[Form, tuple[int, int]] = {"power": (4, 60), "power_overfit": (8, 120)}
@@ -185,18 +183,18 @@ def fit_performance_law(
     fitted_to = np.stack([np.ones_like(held_out), ~held_out if can_hold_out else np.ones_like(held_out)])
     # Below half of the median loss the noise is no longer relative, and one such lane must not outweigh the rest.
     scale = np.maximum(loss, 0.5 * np.median(loss) + 1e-12)
-    points = _Points(*(device_column(column) for column in (log_rank, log_samples, 1.0 / scale)))
+    points = Points(*(device_column(column) for column in (log_rank, log_samples, 1.0 / scale)))
     threshold = jnp.float32(_NO_THRESHOLD if huber is None else huber)
-    starts = _starts(*_exponent_bounds(form, len(modules)))
+    starts = sobol_starts(*exponent_bounds(form, len(modules)))
 
-    def fit(polish: tuple[int, int], starts: np.ndarray, losses: jax.Array, weights: jax.Array) -> _Fitted:
-        return _fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, threshold, losses, weights)
+    def fit(polish: tuple[int, int], starts: np.ndarray, losses: jax.Array, weights: jax.Array) -> Fitted:
+        return fit_rows(form == "power_overfit", polish, jnp.asarray(starts), points, threshold, losses, weights)
 
     all_losses = np.stack([loss, loss])
     fitted, costs = fit(_POLISH[form], starts, jnp.asarray(pad_rows(all_losses)), jnp.asarray(pad_rows(fitted_to)))
     scaled = np.asarray(fitted, np.float64)
     if resamples is not None:
-        predicted, jacobian = _linearised(form, scaled[0], log_rank, log_samples)
+        predicted, jacobian = linearised(form, scaled[0], log_rank, log_samples)
         errors = resamples.errors((loss - predicted) / scale, jacobian / scale[:, None])
         if errors is None:
             raise NoValidResultError(
@@ -283,23 +281,6 @@ def _order_tau(rank: np.ndarray, predicted: np.ndarray, measured: np.ndarray) ->
     return float(np.mean(signs[0][comparable] * signs[1][comparable])) if comparable.any() else None
 
 
-def _exponent_bounds(form: Form, modules: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bounds of (alpha..., beta[, kappa..., eta])."""
-    names = ["alpha"] * modules + ["beta"]
-    if form == "power_overfit":
-        names += ["kappa"] * modules + ["eta"]
-    lower, upper = np.array([_BOUNDS[name] for name in names], np.float32).T
-    return lower, upper
-
-
-def _starts(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """A Sobol set of exponents in the box; [_STARTS, n]."""
-    from scipy.stats import qmc  # takes a second to import, and is used only here
-
-    unit = qmc.Sobol(len(lower), scramble=False).random(_STARTS + 1)[1:]
-    return (lower + unit * (upper - lower)).astype(np.float32)
-
-
 def _raw_units(scaled: np.ndarray, modules: int) -> np.ndarray:
     """(exponents..., A, E[, C]) for r/16 and D/1024 -> columns of `parameter_names`, for r and D."""
     per_term = modules + 1
@@ -313,88 +294,3 @@ def _raw_units(scaled: np.ndarray, modules: int) -> np.ndarray:
     amplitudes = A * np.exp(first @ log_units), C * np.exp(-second @ log_units)
     falling = [amplitudes[0], E, first[:, -1], first[:, :-1]]
     return np.column_stack([*falling, amplitudes[1], second[:, -1], second[:, :-1]])
-
-
-def _basis(exponents: jax.Array, log_ranks: jax.Array, log_samples: jax.Array) -> jax.Array:
-    """Columns that multiply A, E (and C), [N, 2 or 3]."""
-    modules = log_ranks.shape[1]
-
-    def power(exponent: jax.Array) -> jax.Array:
-        return jnp.exp(jnp.sum(exponent[None, :modules] * log_ranks, axis=1) + exponent[modules] * log_samples)
-
-    falling = power(-exponents[: modules + 1])
-    columns = [falling, jnp.ones_like(falling)]
-    if exponents.size > modules + 1:
-        columns.append(power(exponents[modules + 1 :]))
-    return jnp.stack(columns, axis=1)
-
-
-def _linearised(
-    form: Form, scaled: np.ndarray, log_ranks: np.ndarray, log_samples: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """[N] losses of a fit, and [N, m] their derivatives by the m parameters that aren't on a bound."""
-    lower, upper = _exponent_bounds(form, log_ranks.shape[1])
-    logs = np.column_stack([log_ranks, log_samples])
-    falling, rising = scaled[: logs.shape[1]], scaled[logs.shape[1] : len(lower)]
-    terms = [np.exp(-logs @ falling), np.ones(len(logs)), *([np.exp(logs @ rising)] if len(rising) else [])]
-    amplitudes = scaled[len(lower) :]
-    by_exponents = [-amplitudes[0] * terms[0][:, None] * logs]
-    if len(rising):
-        by_exponents.append(amplitudes[2] * terms[2][:, None] * logs)
-    jacobian = np.column_stack([*by_exponents, *terms])
-    free = np.concatenate([(scaled[: len(lower)] > lower) & (scaled[: len(lower)] < upper), amplitudes > 0])
-    # Where a term is 0 its exponents change nothing.
-    return np.column_stack(terms) @ amplitudes, jacobian[:, free & np.any(jacobian != 0, axis=0)]
-
-
-class _Points(NamedTuple):
-    """Padded device columns: scaled logs [N, M] and [N], and inverse scales [N] of the errors of losses."""
-
-    log_ranks: jax.Array
-    log_samples: jax.Array
-    inverse_scale: jax.Array
-
-
-_Fitted = tuple[jax.Array, jax.Array]
-
-
-def _huber_residuals(errors: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Residuals whose squares are twice the Huber loss: beyond the threshold h, the root of 2 h |error| - h**2."""
-    beyond = jnp.sqrt(threshold * (2.0 * jnp.maximum(jnp.abs(errors), threshold) - threshold))
-    return jnp.where(jnp.abs(errors) <= threshold, errors, jnp.sign(errors) * beyond)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _fit_rows(
-    overfit: bool,
-    polish: tuple[int, int],
-    starts: jax.Array,
-    points: _Points,
-    threshold: jax.Array,
-    losses: jax.Array,
-    weights: jax.Array,
-) -> _Fitted:
-    """[S, N] losses and weights -> ([S, n] exponents, A, E (and C) in scaled units, [S, F] costs of the F starts)."""
-    log_ranks, log_samples, inverse_scale = points
-    linear, (refined_starts, iterations) = 3 if overfit else 2, polish
-    lower, upper = _exponent_bounds("power_overfit" if overfit else "power", log_ranks.shape[1])
-    below = jnp.concatenate([jnp.asarray(lower), jnp.zeros(linear)])
-    above = jnp.concatenate([jnp.asarray(upper), jnp.full(linear, jnp.inf)])
-
-    # The bases of the starts are the same for every row.
-    bases = jax.vmap(_basis, in_axes=(0, None, None))(starts, log_ranks, log_samples)
-
-    def one_row(losses: jax.Array, weight: jax.Array) -> _Fitted:
-        squared = weight * inverse_scale**2
-        coefficients, start_costs = jax.vmap(nonnegative_solve, in_axes=(0, None, None))(bases, losses, squared)
-        best = jax.lax.top_k(-start_costs, refined_starts)[1]
-        thetas = jnp.concatenate([starts[best], coefficients[best]], axis=1)
-
-        def residual(theta: jax.Array) -> jax.Array:
-            predicted = jnp.sum(_basis(theta[:-linear], log_ranks, log_samples) * theta[None, -linear:], axis=1)
-            return jnp.sqrt(weight) * _huber_residuals((predicted - losses) * inverse_scale, threshold)
-
-        refined, costs = jax.vmap(lambda theta: levenberg_marquardt(residual, theta, below, above, iterations))(thetas)
-        return refined[jnp.argmin(costs)], start_costs
-
-    return jax.vmap(one_row)(losses, weights)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.compat.fuzz_trials import KINDS, Trials
+from benchmarks.compat.fuzz_trials import KINDS, Silent, Trials, _compare_settings
 from mars_jax.errors import MarsError
 
 NUMBERS = {"rows": 40, "config": 60, "checkpoint": 30, "adapter": 40, "run": 6}
@@ -22,11 +22,25 @@ def test_no_damaged_input_ends_in_a_traceback_or_is_taken_for_another(trials, ki
 
 
 def test_an_undamaged_input_is_accepted(trials, tmp_path):
-    document, said = trials.check(tmp_path)
+    document, warned = trials.check(tmp_path)
     assert document["data"]["train"] == 60
-    assert said == ""
+    assert warned == ""
 
 
-def test_a_refusal_is_told_from_a_bug(trials, tmp_path):
+def test_a_refusal_is_no_bug(trials, tmp_path):
     with pytest.raises(MarsError, match="can't read the config"):
         trials.mars("check", tmp_path / "none.yaml")
+
+
+def test_a_bug_counts_as_a_traceback(trials, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("of ours")
+
+    monkeypatch.setattr("mars_jax.config.load.load_config", broken)
+    with pytest.raises(RuntimeError, match=r"Traceback[\s\S]*KeyError: 'of ours'"):
+        trials.mars("check", tmp_path / "any.yaml")
+
+
+def test_a_value_that_was_read_as_another_is_silent_damage():
+    with pytest.raises(Silent, match=r"a\.0 is 1 in the file and was read as 2"):
+        _compare_settings({"a": [1]}, {"a": [2]})

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from mars_jax.config.load import load_config
+from mars_jax.config.planned import most_vectors
 from mars_jax.errors import ConfigError
+from mars_jax.search.probes.design import probed_vectors
 
 MINIMAL = "run_dir: runs/a\nmodel: {checkpoint: base}\ndata: {train: data/train.json}\n"
 LAUGHS = "\n".join(
@@ -25,13 +27,13 @@ def refusal(folder: Path, text: str = "", *overrides: str) -> str:
     start = time.monotonic()
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # not minutes
     assert len(str(error.value)) < 2000
     return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (LAUGHS, "line 8: with its aliases this holds 42221 values, 6 deep; at most 20000 values, 20 deep"),
         ('"\\uD800": 1', r"line 4: the key '\ud800' has characters that no setting has"),
@@ -55,8 +57,8 @@ def refusal(folder: Path, text: str = "", *overrides: str) -> str:
         ("seed: 2026-13-45", "line 4: seed is '2026-13-45' but must be a whole number"),
         ("seed: " + "9" * 5000, "line 4: a number of 5000 characters; at most 40 are read."),
         ("seed: 0x" + "f" * 5000, "line 4: a number of 5002 characters; at most 40 are read."),
-        ("seed: 010", "line 4: '010' would be read as a number to another base than ten. Write it to base ten."),
-        ("seed: 1:30", "line 4: '1:30' would be read as a number to another base than ten. Write it to base ten."),
+        ("seed: 010", "line 4: '010' has a colon or begins with 0, for which YAML may read it to another base"),
+        ("seed: 1:30", "line 4: '1:30' has a colon or begins with 0, for which YAML may read it to another base"),
         ("seed: =", "line 4: the text is not YAML: could not determine a constructor for the tag"),
         ("? [a, b]\n: 1", "line 4: a key is a list or mapping; keys are text. Put it in quotes."),
         ("? {a: b}\n: 1", "line 4: a key is a list or mapping; keys are text. Put it in quotes."),
@@ -68,12 +70,12 @@ def refusal(folder: Path, text: str = "", *overrides: str) -> str:
         ("'" + "k" * 1000 + "': 1", "line 4: unknown key " + "k" * 60 + "...."),
     ],
 )
-def test_a_config_beyond_the_limits_is_refused_at_its_line(tmp_path, text, said):
-    assert said in refusal(tmp_path, text)
+def test_a_config_beyond_the_limits_is_refused_at_its_line(tmp_path, text, expected):
+    assert expected in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("seed={a: 1, a: 2}", "override 'seed={a: 1, a: 2}', line 1: a is set twice, first at line 1. Keep one."),
         ("seed=!!int abc", "override 'seed=!!int abc', line 1: the tag '!!int' is not read."),
@@ -83,8 +85,8 @@ def test_a_config_beyond_the_limits_is_refused_at_its_line(tmp_path, text, said)
         ("probe.seeds=" + "1" * 39, "probe.seeds is 1111"),
     ],
 )
-def test_overrides_have_the_same_limits(tmp_path, override, said):
-    assert said in refusal(tmp_path, "", override)
+def test_overrides_have_the_same_limits(tmp_path, override, expected):
+    assert expected in refusal(tmp_path, "", override)
 
 
 def test_an_alias_is_a_copy_so_an_override_changes_one_place(tmp_path):
@@ -107,7 +109,7 @@ TOO_LARGE = [
         "optimizer.warmup_steps is 99999999 but must be less than or equal to 10000000",
     ),
     ("probe.num_samples=[9999999999999]", "probe.num_samples.0 is 9999999999999 but must be less than or equal to"),
-    (f"probe.num_samples={list(range(1, 1002))}", "but must be "),
+    (f"probe.num_samples={list(range(1, 1002))}", "but must be a list of at most 1000 items"),
     ("probe.seeds=1_000_000_000", "probe.seeds is 1000000000 but must be less than or equal to 1000"),
     ("probe.steps=1000000000", "probe.steps is 1000000000 but must be less than or equal to 10000000"),
     ("probe.batch_size=1000000000", "probe.batch_size is 1000000000 but must be less than or equal to 1048576"),
@@ -124,7 +126,7 @@ TOO_LARGE = [
     ("evaluate.max_candidates=1000000000", "evaluate.max_candidates is 1000000000 but must be less than or equal to"),
     ("mesh.lane=1000000000", "mesh.lane is 1000000000 but must be less than or equal to 1048576"),
     ("lora.modules.llm.ranks=[4, 1000000000]", "lora.modules.llm.ranks.1 is 1000000000 but must be less than or equal"),
-    (f"lora.modules.llm.ranks={list(range(1, 1002))}", "but must be "),
+    (f"lora.modules.llm.ranks={list(range(1, 1002))}", "but must be a list of at most 1000 items"),
     ("optimizer.learning_rate=1e999", "optimizer.learning_rate is inf but must be a finite number"),
     ("optimizer.learning_rate=" + "9" * 39 + "e9", "a number of 41 characters; at most 40 are read."),
     ("optimizer.clip_norm=.inf", "optimizer.clip_norm is inf but must be a finite number"),
@@ -132,16 +134,40 @@ TOO_LARGE = [
 ]
 
 
-@pytest.mark.parametrize(("override", "said"), TOO_LARGE)
-def test_numbers_beyond_any_machine_are_refused_at_their_key(tmp_path, override, said):
-    assert said in refusal(tmp_path, "", override)
+@pytest.mark.parametrize(("override", "expected"), TOO_LARGE)
+def test_numbers_beyond_any_machine_are_refused_at_their_key(tmp_path, override, expected):
+    assert expected in refusal(tmp_path, "", override)
 
 
 FIFTY_NINE = list(range(1, 60))
 
 
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize("single_module", [True, False])
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    "grids",
+    [
+        {"llm": (1, 2, 4)},
+        {"vision": (0,), "llm": (1, 2, 4)},
+        {"vision": (8,), "llm": (1, 2, 4)},
+        {"vision": (2, 8), "llm": (2, 8)},
+        {"vision": (4, 8, 16, 32, 64), "llm": (4, 8, 16, 32, 64)},
+        {"vision": (1, 2, 4, 8), "projector": (2, 4, 8, 16), "llm": (1, 2, 4, 8)},
+    ],
+)
+def test_rank_vectors_are_counted_as_they_are_planned(grids, single_module, corners):
+    planned = len(probed_vectors(grids, corners=corners, single_module=single_module))
+    counted = most_vectors(grids, corners, single_module)
+    # Corners that lie on the cross are counted twice.
+    assert planned <= counted <= planned + (2 ** sum(len(ranks) > 1 for ranks in grids.values()) if corners else 0)
+
+
+def test_a_config_of_many_values_took_seconds_to_be_refused(tmp_path):
+    assert "line 19992: more than 20000 keys and values" in refusal(tmp_path, "x:\n" + "- 1\n" * 200_000)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
     [
         (
             ["probe.seeds=1000"],
@@ -166,12 +192,12 @@ FIFTY_NINE = list(range(1, 60))
         ),
     ],
 )
-def test_a_plan_of_too_much_is_refused_before_it_is_listed(tmp_path, overrides, said):
-    assert said in refusal(tmp_path, "", *overrides)
+def test_a_plan_of_too_much_is_refused_before_it_is_listed(tmp_path, overrides, expected):
+    assert expected in refusal(tmp_path, "", *overrides)
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "expected"),
     [
         ('"a\\0b"', "the path 'a\\x00b' has a NUL character, which no path may have"),
         ("x" * 10_000, "has 10000 bytes; a path has at most 4095, and each name in it 255"),
@@ -181,14 +207,14 @@ def test_a_plan_of_too_much_is_refused_before_it_is_listed(tmp_path, overrides, 
     ],
 )
 @pytest.mark.parametrize("key", ["run_dir", "model.checkpoint", "data.train", "data.image_root"])
-def test_what_cannot_be_a_path_is_refused_at_its_key(tmp_path, key, path, said):
+def test_what_cannot_be_a_path_is_refused_at_its_key(tmp_path, key, path, expected):
     message = refusal(tmp_path, "", f"{key}={path}")
     assert f": {key}: the path " in message
-    assert said in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "expected"),
     [
         (
             "(",
@@ -199,12 +225,15 @@ def test_what_cannot_be_a_path_is_refused_at_its_key(tmp_path, key, path, said):
         ("((a{1000}){1000}){1000}", "can't be matched in linear time: invalid repetition size: {1000}"),
         ("(" * 3000 + ")" * 3000, "is not a regular expression: its brackets nest too deeply"),
         ("a" * 10_001, "has 10001 characters; allowed are 10000"),
+        # Python and RE2 would read these differently.
+        ("a{,3}", "'a{,3}' has a repetition without a lower bound at position 1: write {0,N}"),
+        ("[[:alpha:]]", "'[[:alpha:]]' has a set that can be read in two ways: Possible nested set at position 1"),
         ("\\uD800", "is not text: lone surrogate at position 0"),
     ],
 )
-def test_patterns_that_are_none_or_cannot_be_matched_quickly_are_refused(tmp_path, pattern, said):
+def test_patterns_that_are_none_or_cannot_be_matched_quickly_are_refused(tmp_path, pattern, expected):
     quoted = f"['{pattern}']" if "uD800" not in pattern else f'["{pattern}"]'
-    assert said in refusal(tmp_path, "", f"lora.modules.llm.targets={quoted}")
+    assert expected in refusal(tmp_path, "", f"lora.modules.llm.targets={quoted}")
 
 
 @pytest.mark.parametrize("name", ["a b", "", "$x^", "<b>", "ä", "1a", "a/b", "x" * 41, "a-b"])

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from paper_points import RANKS, convergence_points, performance_points
@@ -10,6 +12,7 @@ from scipy import optimize
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law, fit_data_exponent
 from mars_jax.laws.law_p import choose_form, fit_performance_law
+from mars_jax.laws.variable_projection import exponent_bounds, linearised
 from tests.helpers.planted_laws import ALPHA, BETA, PLANTED_RANKS, planted_loss
 
 GRID_RANK, GRID_SAMPLES = (
@@ -290,3 +293,21 @@ def test_noise_free_over_fitting_law_predicts(planted_points):
 def test_performance_designs_that_determine_nothing_are_refused(ranks, samples, text):
     with pytest.raises(NoValidResultError, match=text):
         fit_performance_law("power", ranks, samples, np.ones(len(samples)))
+
+
+@pytest.mark.parametrize("form", ["power", "power_overfit"])
+def test_the_derivatives_of_intervals_are_those_of_the_law(form):
+    rng = np.random.default_rng(0)
+    logs = rng.uniform(-2, 2, (9, 3))
+    lower, upper = exponent_bounds(form, 2)
+    amplitudes = [2.0, 0.5, 0.3] if form == "power_overfit" else [2.0, 0.5]
+    scaled = np.concatenate([lower + 0.3 * (upper - lower), amplitudes])
+
+    def loss(theta):
+        falling, rising = theta[:3], theta[3 : len(lower)]
+        terms = [jnp.exp(-logs @ falling), jnp.ones(9), *([jnp.exp(logs @ rising)] if len(lower) > 3 else [])]
+        return jnp.stack(terms, axis=1) @ theta[len(lower) :]
+
+    predicted, jacobian = linearised(form, scaled, logs[:, :2], logs[:, 2])
+    np.testing.assert_allclose(predicted, loss(jnp.asarray(scaled)), rtol=1e-5)
+    np.testing.assert_allclose(jacobian, jax.jacfwd(loss)(jnp.asarray(scaled)), rtol=1e-4, atol=1e-5)
