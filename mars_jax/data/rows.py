@@ -10,10 +10,9 @@ from pathlib import Path
 from mars_jax.data.files.json_text import read_json, read_lines, read_samples
 from mars_jax.data.files.row import Row, Rows, check_readable, facts_of, is_folder
 from mars_jax.data.files.tables import read_arrow, read_csv, read_parquet
-from mars_jax.data.values import kind_of
 from mars_jax.errors import DataError
 from mars_jax.hub.paths import local
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, short
 
 # Questions and answers of LLaVA-Bench: in the wild, and on COCO.
 _BENCH = (("questions.jsonl", "answers_gpt4.jsonl"), ("qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"))
@@ -189,7 +188,7 @@ def _scienceqa(path: Path, split: str) -> list[Row]:
 def _object(path: Path) -> dict[str, object]:
     document = read_json(path)
     if not isinstance(document, dict):
-        raise DataError(f"{path}: the file holds a JSON {kind_of(document)}; an object is expected. Fetch both.")
+        raise DataError(f"{path}: the file holds a JSON {json_type(document)}; an object is expected. Fetch both.")
     return document
 
 

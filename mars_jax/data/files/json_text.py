@@ -6,9 +6,8 @@ from pathlib import Path
 
 from mars_jax.data.files.row import MAX_TEXT_BYTES, Row, check_number, check_readable, numbered
 from mars_jax.data.formats.keys import CONVERSATIONS
-from mars_jax.data.values import kind_of
 from mars_jax.errors import DataError
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, short
 
 Parsed = tuple[list[Row], list[str], list[str]]
 """Rows, faults and notes."""
@@ -121,7 +120,7 @@ def _document(path: Path, document: object) -> Parsed:
     if isinstance(document, list):
         return numbered(path, document), [], []
     if not isinstance(document, dict):
-        raise DataError(f"{path}: the file holds a JSON {kind_of(document)}; a list of records is expected.")
+        raise DataError(f"{path}: the file holds a JSON {json_type(document)}; a list of records is expected.")
     if {*CONVERSATIONS, "question"} & document.keys() and not isinstance(document.get("question"), list):
         return numbered(path, [document]), [], []
     lists = [key for key, value in document.items() if isinstance(value, list)]
