@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from mars_jax.errors import DataError
 from mars_jax.models.families.pictures import Size
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import readable
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """Formats of pictures that are read, by Pillow's names; of several frames the first."""
@@ -143,8 +143,7 @@ def image_size(path: Picture) -> Size:
 
 
 def _name(picture: Picture) -> str:
-    name = str(picture)
-    return name if len(name) <= 300 and name.isprintable() else short(name)
+    return readable(str(picture), 300)
 
 
 @functools.cache

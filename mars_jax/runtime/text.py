@@ -29,7 +29,11 @@ def short(value: object) -> str:
 
 
 def readable(name: str, most: int) -> str:
-    """A name as it is if it can be printed and has at most so many characters, else as `short` writes it."""
+    r"""A name as it is if it can be printed and has at most so many characters, else as `short` writes it.
+
+    >>> readable("a.png", 8), readable("a\x1b.png", 8)
+    ('a.png', "'a\\x1b.png'")
+    """
     return name if name.isprintable() and len(name) <= most else short(name)
 
 
@@ -37,5 +41,9 @@ _JSON_TYPES = {dict: "object", list: "list", str: "text", bool: "boolean", int: 
 
 
 def json_type(value: object) -> str:
-    """The type of a value in the words of JSON."""
+    """The type of a value in the words of JSON.
+
+    >>> [json_type(value) for value in (None, True, 1, 0.5, "1", [1], {})]
+    ['null', 'boolean', 'number', 'number', 'text', 'list', 'object']
+    """
     return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)

@@ -191,7 +191,7 @@ def test_a_tokenizer_with_code_of_its_own_is_never_run(tmp_path: Path, monkeypat
             '{"chat_template": [{"name": "rag", "template": "y"}]}',
             r"several chat templates \(rag\), none of them named",
         ),
-        ('{"chat_template": 3}', "the chat template is of type int; a text is expected"),
+        ('{"chat_template": 3}', r"the chat template is 3 \(number\); a text is expected"),
     ],
 )
 def test_odd_template_files_are_config_errors(tmp_path: Path, content: str, text: str) -> None:
