@@ -55,7 +55,7 @@ CHECKPOINTS = {
 
 
 def source_of(records, preprocessor):
-    return ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+    return ExampleSource(records, preprocessor, plan_shapes(records, preprocessor).shapes)
 
 
 def stacked(examples):

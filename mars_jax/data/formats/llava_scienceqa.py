@@ -27,8 +27,9 @@ def _detect(row: Mapping[str, object]) -> bool:
 
 def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
     conversation = read(row, num_pictures)
-    end = max(learned(conversation.turns), default=-1) + 1
-    return conversation._replace(options=_options(conversation.turns[:end]))
+    turns = conversation.turns
+    answers = learned(turns)
+    return conversation._replace(options=_options(turns[: answers[-1] + 1]) if answers else ())
 
 
 def _options(turns: tuple[Turn, ...]) -> tuple[str, ...]:
