@@ -58,7 +58,7 @@ def render(template: str, messages: Sequence[Message], special: Mapping[str, Any
         ask: whether the generation prompt follows the messages (`add_generation_prompt`).
 
     Raises:
-        TemplateFaultError: whatever goes wrong; its text says what.
+        TemplateFaultError: whatever goes wrong; its text is the cause.
     """
     try:
         compiled = _compiled(template)

@@ -84,8 +84,8 @@ def test_every_answer_is_trained_behind_the_prompt_that_is_asked(
             assert encoded.token_ids[:start].tolist() == asked(until, tok)
             assert encoded.targets[stop - 1] == tok.eos_token_id
             tail = encoded.token_ids[max(start - 8, 0) : start].tolist()
-            said = tok.decode([*tail, *encoded.targets[start : stop - 1].tolist()])
-            found[number] = said.removeprefix(tok.decode(tail)).lstrip(" ")
+            answer = tok.decode([*tail, *encoded.targets[start : stop - 1].tolist()])
+            found[number] = answer.removeprefix(tok.decode(tail)).lstrip(" ")
     # Every answer once, whole, and no other text.
     assert found == {number: text for number, text in enumerate(texts) if number % 2}
 

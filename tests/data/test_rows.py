@@ -28,7 +28,7 @@ def saved(folder, numbers):
     return folder
 
 
-def test_a_data_set_saved_by_datasets_was_said_to_hold_no_samples(tmp_path):
+def test_a_data_set_saved_by_datasets_was_refused_as_one_without_samples(tmp_path):
     folder = saved(tmp_path / "set", (5, 6, 7))
     records = load_records(folder)
     assert [(record.id, record.format, len(record.images)) for record in records] == [

@@ -244,7 +244,7 @@ def test_a_dtype_that_is_none_was_blamed_on_the_tokenizers_files(tmp_path: Path)
         load_tokenizer(tmp_path)
 
 
-def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_neither() -> None:
+def test_answers_end_and_texts_begin_as_at_inference_where_the_template_writes_neither() -> None:
     tokenizer = tiny_data.tokenizer(LLAVA_1_5)
     turns = [("user", "<image>\nwhat?"), ("assistant", "a red square"), ("user", "and?"), ("assistant", "that")]
     encoded = encode(record(*turns), chat(tokenizer), [2])

@@ -150,10 +150,10 @@ def outcomes(preprocessor, lettered):
         preprocessor,
         EvaluatorSettings(batch_size=4, candidates=("C", "A", "B"), seed=3),
     )
-    told = []
+    reported = []
     models = {"right": {"lora": {"shift": np.int32(0)}}, "wrong": {"lora": {"shift": np.int32(1)}}}
-    found = evaluator.evaluate(models, lambda number, text: told.append(number))
-    assert sum(told) == evaluator.num_reads == 14
+    found = evaluator.evaluate(models, lambda number, text: reported.append(number))
+    assert sum(reported) == evaluator.num_reads == 14
     return found
 
 
@@ -248,8 +248,8 @@ def test_answers_are_what_the_model_writes_to_each_record_alone(tmp_path, record
     alone = jax.jit(partial(generate, model, pad_token=pad, **written))
 
     def text(example) -> str:
-        said = alone(params, {}, {name: array[None] for name, array in example.items()})
-        return preprocessor.tokenizer.decode(said[0], skip_special_tokens=True).strip()
+        tokens = alone(params, {}, {name: array[None] for name, array in example.items()})
+        return preprocessor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
     prompts = [source.prompt(number) for number in range(len(some))]
     assert list(outcomes["base"].answers) == [text(prompt) for prompt in prompts]

@@ -105,8 +105,8 @@ def read_lines(path: Path) -> Parsed:
 
 def _lines(path: Path, text: str) -> Parsed:
     rows, faults, commas = [], [], 0
+    check_number(path, sum(1 for _ in _numbered_lines(text)))
     for row_number, (line_number, line) in enumerate(_numbered_lines(text)):
-        check_number(path, row_number + 1)
         source = f"{path.name}:{line_number}"
         bare = line.rstrip().removesuffix(",")
         commas += bare != line.rstrip()

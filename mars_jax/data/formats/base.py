@@ -28,7 +28,7 @@ class Turn:
 
     Attributes:
         role: who speaks.
-        text: what is said; user text holds `<image>` where a picture goes.
+        text: of the message; user text holds `<image>` where a picture goes.
         learn: for an answer, whether it is trained on. The last answer always is.
         parts: for a message of typed parts, each of them (`<image>` for a picture), which joined are `text`. Empty for
             plain text.

@@ -2,7 +2,7 @@
 
 How to add a format:
 
-1. Write `formats/NAME.py` with a `Format`, say `NAME = Format(name="name", keys=..., detect=..., read=...)`. `base`
+1. Write `formats/NAME.py` with a `Format`: `NAME = Format(name="name", keys=..., detect=..., read=...)`. `base`
    describes its fields; `turns`, `pictures` and `options` have helpers.
 2. Add a line for it at the end of `FORMATS`. Code outside this package calls `FORMATS.register(NAME)` instead.
 3. Add a section with an example row to docs/data.md; the tests of `tests/data/formats/test_registry.py` run over them.

@@ -14,7 +14,7 @@ from tests.helpers.tiny_data import save_picture
 CHAT = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]
 
 
-def test_csv_and_tsv_were_said_to_be_broken_json(tmp_path):
+def test_csv_and_tsv_were_refused_as_broken_json(tmp_path):
     content = 'id,image,question,answer,note\n7,a.png,"what, and\nwhere?",a cat,\n8,,why?,so,\n'
     records, notes = read(tmp_path, content, "d.csv")
     assert [(record.id, record.turns[0].text, record.turns[1].text) for record in records] == [

@@ -43,7 +43,7 @@ def test_open_questions_were_taken_for_mmstar(row):
         ("Which part of the picture?", " D", {"l2_category": "image scene"}, "ABCD"),
     ],
 )
-def test_mmstar_is_told_by_its_letter_and_its_options(question, answer, more, options):
+def test_mmstar_is_recognised_by_its_letter_and_its_options(question, answer, more, options):
     row = {"image": "a.png", "question": question, "answer": answer, **more}
     assert asked(row) == ("mmstar", f"<image>\n{question}\n{LETTER}", answer.strip(), options)
 
@@ -140,7 +140,7 @@ def test_a_question_that_places_its_picture_gets_no_second_placeholder():
     assert asked(row) == ("vqa", "Is <image> a cat?", "yes", "")
 
 
-def test_a_listed_question_of_a_million_characters_is_told_at_once():
+def test_a_listed_question_of_a_million_characters_is_recognised_at_once():
     row = {"image": "a.png", "question": "A: x " * 200_000, "answer": "A"}
     assert draft(row).format == "vqa"
 
@@ -160,7 +160,7 @@ def test_a_listed_question_of_a_million_characters_is_told_at_once():
         ({"prompt": "what?", "chosen": "red", "rejected": "blue"}, "'chosen' is 'red': pairs and labels of preference"),
     ],
 )
-def test_rows_of_other_tools_were_told_that_conversations_is_none(row, text):
+def test_rows_of_other_tools_were_refused_because_conversations_is_none(row, text):
     with pytest.raises(FaultError, match=text):
         draft({"images": ["a.png"], **row})
 
@@ -210,7 +210,7 @@ def test_letters_of_options_in_columns_were_asked_twice_and_their_answers_refuse
         ({"question": LISTED, "answer": "B"}, "choices"),
     ],
 )
-def test_a_second_list_of_options_was_said_to_be_the_way_to_give_them(row, key):
+def test_a_second_list_of_options_was_refused_with_the_advice_to_give_one(row, key):
     row = ASKED | row | {key: ["green", "grey"]}
     with pytest.raises(
         FaultError, match=rf"^{key!r} is \['green', 'grey'\]: the options of this row are read from else"
