@@ -76,21 +76,13 @@ _PICTURE_NAMES = frozenset(
 _PICTURE_FILE = re.compile(r"[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 _OPTION_LISTS = ("choices", "options")
-# Options of a question under names that no format reads. "optionS" would be "options".
+# Options of a question under names that no format reads.
+_OPTION_WORDS = ("candidates", "distractor", "distractors", "mc", "mcs")
+_CHOICE_WORDS = ("multi_choice", "multi_choices", "multiple_choice", "multiple_choices")
 _OPTION_KINDS = ("answer", "mc", "multiple", "candidate", "wrong", "incorrect", "negative")
-_OPTION_NAMES = frozenset(
-    (
-        *_OPTION_LISTS,
-        "candidates",
-        "distractor",
-        "distractors",
-        "mc",
-        "mcs",
-        "multi_choice",
-        "multi_choices",
-        "multiple_choice",
-    )
-) | {*map("".join, product(_OPTION_KINDS, ("", "_"), ("answers", "options", "choices")))}
+_OPTION_PLURALS = map("".join, product(_OPTION_KINDS, ("", "_"), ("answers", "options", "choices")))
+_OPTION_NAMES = frozenset((*_OPTION_LISTS, *_OPTION_WORDS, *_CHOICE_WORDS, *_OPTION_PLURALS))
+# "optionS" would be "options".
 _NUMBERED_OPTION = re.compile(r"(option|choice)s?[_ ]?([a-rt-z]|[0-9]+)|distractors?_?[0-9]+")
 
 MOST_FAULTS = 3
