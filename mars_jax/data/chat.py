@@ -4,7 +4,6 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mars_jax.data.chat_template import Message, TemplateFaultError, render
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 # Special tokens that stand for pictures, whatever the template does with them.
 _PICTURE_TOKEN = re.compile(r"image|img|video|vision|audio|patch", re.IGNORECASE)
-# Tokens of the prompt that are enough to tell how its decoded text ends.
+# Tokens of the prompt that are enough to know how its decoded text ends.
 _TAIL = 16
 _PROBE = "PROBE"
 
@@ -28,22 +27,26 @@ class Chat:
 
     Attributes:
         tokenizer: the tokenizer.
-        image_token: the token that stands for a picture.
+        image_token_id: id of the token that stands for a picture, from the checkpoint's config.
+        image_token: its text.
         template: the text of the template.
         special: special tokens by name, as templates read them.
         typed: roles whose content the template takes as typed parts; that of the others is a text.
         control: tokens of the template and of pictures, which texts may not hold. Other special tokens, such as those
             of boxes and objects, are vocabulary.
         ends: tokens that may end an answer.
+        begins: whether the tokenizer adds its beginning-of-sequence token to texts.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
+    image_token_id: int
     image_token: str
     template: str
     special: Mapping[str, Any]
     typed: frozenset[Role] = frozenset()
     control: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    begins: bool = False
 
     @property
     def end(self) -> str:
@@ -87,6 +90,12 @@ class Chat:
                 "it refuses, or take the template of the checkpoint's source."
             ) from error
 
+    def beginning(self, prompt: str) -> list[int]:
+        """The beginning-of-sequence token, if the tokenizer adds it at inference and the template does not."""
+        if not self.begins or prompt.startswith(str(self.tokenizer.bos_token)):
+            return []
+        return [int(self.tokenizer.bos_token_id)]
+
     def ids(self, text: str) -> list[int]:
         """Token ids of a text alone."""
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
@@ -100,32 +109,69 @@ class Chat:
         together = self.ids(prompt + text)
         if together[: len(prompt_ids)] == list(prompt_ids):
             ids = together[len(prompt_ids) :]
-            return ids if self._says(prompt_ids, ids, text) or self.decode(ids) == nfc(text) else None
+            return ids if self._decodes_to(prompt_ids, ids, text) or self.decode(ids) == nfc(text) else None
         line_break, broken = self.ids("\n"), self.ids("\n" + text)
         candidates = [self.ids(text)]
         if broken[: len(line_break)] == line_break:
             candidates.append(broken[len(line_break) :])
-        return next((ids for ids in candidates if self._says(prompt_ids, ids, text)), None)
+        return next((ids for ids in candidates if self._decodes_to(prompt_ids, ids, text)), None)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, in NFC: tokenizers may normalise to it."""
         return nfc(str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if len(ids) else "")
 
-    def _says(self, before: Sequence[int], ids: Sequence[int], text: str) -> bool:
+    def _decodes_to(self, before: Sequence[int], ids: Sequence[int], text: str) -> bool:
         """Whether tokens that follow others are a text."""
         tail = list(before[-_TAIL:])
         return self.decode([*tail, *ids]) == nfc(self.decode(tail) + text)
 
 
 def chat_of(tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> Chat:
-    """The chat template of a tokenizer.
+    """The chat template of a tokenizer, with the kind of content that it takes.
+
+    Some templates take typed parts from users alone, so each role is tried.
+
+    Args:
+        tokenizer: whose chat template takes typed content (`{"type": "image"}`) or plain strings.
+        image_token_id: id of the token that stands for pictures, from the checkpoint's config.
 
     Raises:
         ConfigError: the tokenizer has no token for pictures, or its template does not render them.
     """
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    image_token = _image_token(tokenizer, image_token_id)
-    return _cached_chat(tokenizer, image_token, str(tokenizer.get_chat_template()), tuple(special.items()))
+    chat = Chat(
+        tokenizer,
+        image_token_id,
+        _image_token(tokenizer, image_token_id),
+        str(tokenizer.get_chat_template()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        frozenset(ROLES.values()),
+        begins=tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id],
+    )
+    plain, texts = Turn("user", "?"), replace(chat, typed=frozenset())
+    question = Turn("user", f"{IMAGE_PLACEHOLDER}\n{_PROBE}")
+    if not _takes(chat, [question]):
+        chat = texts
+    if not _takes(chat, [question]):
+        raise ConfigError(
+            f"tokenizer {chat.name}: its chat template shows a user turn with one picture neither from typed content "
+            f"nor from text with {chat.image_token!r}{_problem(chat, [question])}. Use the chat template of the "
+            "checkpoint's source."
+        )
+    for turns, role in (([plain, Turn("assistant", _PROBE)], "assistant"), ([Turn("system", _PROBE), plain], "system")):
+        narrower = replace(chat, typed=chat.typed - {role})
+        if not _takes(chat, turns) and _takes(narrower, turns):
+            chat = narrower
+    added = tokenizer.added_tokens_decoder.values()
+    special_tokens = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    # A template may make its tokens of parts: "<|" + role + "|>".
+    written = chat.template + _rendered(chat, [question]) + _rendered(chat, [plain, Turn("assistant", _PROBE), plain])
+    control = [
+        token
+        for token in sorted(special_tokens)
+        if token in written or token in chat.special.values() or _PICTURE_TOKEN.search(token)
+    ]
+    ends = special_tokens | {token.content for token in added if token.content in written}
+    return replace(chat, control=tuple(control), ends=tuple(sorted(ends, key=len, reverse=True)))
 
 
 def parts(turn: Turn) -> list[str]:
@@ -146,42 +192,6 @@ def tokenizer_name(tokenizer: "PreTrainedTokenizerBase") -> str:
 def nfc(text: str) -> str:
     """A text in Unicode's form NFC."""
     return unicodedata.normalize("NFC", text)
-
-
-@lru_cache(maxsize=8)
-def _cached_chat(
-    tokenizer: "PreTrainedTokenizerBase", image_token: str, template: str, special: tuple[tuple[str, str], ...]
-) -> Chat:
-    """The chat with the kind of content that its template takes.
-
-    Some templates take typed parts from users alone, so each role is tried.
-    """
-    chat = Chat(tokenizer, image_token, template, dict(special), frozenset(ROLES.values()))
-    plain, texts = Turn("user", "?"), replace(chat, typed=frozenset())
-    question = Turn("user", f"{IMAGE_PLACEHOLDER}\n{_PROBE}")
-    if not _takes(chat, [question]):
-        chat = texts
-    if not _takes(chat, [question]):
-        raise ConfigError(
-            f"tokenizer {chat.name}: its chat template shows a user turn with one picture neither from typed content "
-            f"nor from text with {image_token!r}{_problem(chat, [question])}. Use the chat template of the "
-            "checkpoint's source."
-        )
-    for turns, role in (([plain, Turn("assistant", _PROBE)], "assistant"), ([Turn("system", _PROBE), plain], "system")):
-        narrower = replace(chat, typed=chat.typed - {role})
-        if not _takes(chat, turns) and _takes(narrower, turns):
-            chat = narrower
-    added = tokenizer.added_tokens_decoder.values()
-    special_tokens = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    # A template may make its tokens of parts: "<|" + role + "|>".
-    written = template + _rendered(chat, [question]) + _rendered(chat, [plain, Turn("assistant", _PROBE), plain])
-    control = [
-        token
-        for token in sorted(special_tokens)
-        if token in written or token in chat.special.values() or _PICTURE_TOKEN.search(token)
-    ]
-    ends = special_tokens | {token.content for token in added if token.content in written}
-    return replace(chat, control=tuple(control), ends=tuple(sorted(ends, key=len, reverse=True)))
 
 
 def _takes(chat: Chat, turns: Sequence[Turn]) -> bool:

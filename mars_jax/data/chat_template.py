@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -39,6 +40,9 @@ _WIDE_FORMAT = re.compile(r"\d{6}|\*")  # a width in a format text; a hundred th
 Message = Mapping[str, Any]
 """A turn as in chat templates: `role`, and `content`, a text or typed parts (which transformers' types lack)."""
 
+# Time (`time.monotonic`) at which the present rendering is stopped. Threads share environments, but not this.
+_DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
+
 
 class TemplateFaultError(Exception):
     """A chat template fails, refuses the messages, or exceeds a limit."""
@@ -54,13 +58,11 @@ def render(template: str, messages: Sequence[Message], special: Mapping[str, Any
         ask: whether the generation prompt follows the messages (`add_generation_prompt`).
 
     Raises:
-        TemplateFaultError: whatever goes wrong; its text says what.
+        TemplateFaultError: whatever goes wrong; its text is the cause.
     """
     try:
         compiled = _compiled(template)
-        environment = compiled.environment
-        assert isinstance(environment, _Bounded)
-        environment.deadline = time.monotonic() + SECONDS
+        _DEADLINE.set(time.monotonic() + SECONDS)
         chunks, length = [], 0
         values = {**special, "messages": [dict(message) for message in messages], "tools": None, "documents": None}
         for chunk in compiled.generate(values, add_generation_prompt=ask):
@@ -109,14 +111,9 @@ class _Counted(NodeTransformer):
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the extensions and functions that transformers gives to chat templates, and limits.
-
-    Attributes:
-        deadline: time (`time.monotonic`) at which the present rendering is stopped.
-    """
+    """Jinja's sandbox with the extensions and functions that transformers gives to chat templates, and limits."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
-    deadline = float("inf")
 
     def __init__(self) -> None:
         super().__init__(
@@ -137,7 +134,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def tick(self) -> None:
         """Checks the time."""
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > _DEADLINE.get():
             raise TemplateFaultError(f"it takes more than {SECONDS:g} seconds for one conversation")
 
     def join_texts(self, *values: object) -> str:

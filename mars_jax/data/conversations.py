@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, Turn
+from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, Draft, Turn, learned
 from mars_jax.runtime.text import short
 
 MAX_CHARACTERS = 1_000_000
@@ -46,12 +46,12 @@ class Finished(NamedTuple):
 
 
 def finished(made: Draft) -> Finished:
-    """A conversation without faults, with a placeholder for each picture, and cut after the last learnt answer."""
+    """A conversation without faults, with a placeholder for each picture, cut after the last answer that is learned."""
     turns = tuple(replace(turn, text=_unix_picture(turn.text)) if not turn.parts else turn for turn in made.turns)
     changes = []
     if made.images and not _placeholders(turns):
         turns, changes = _pictures_first(turns, len(made.images)), ["pictures_first"]
-    end = 1 + max(number for number, turn in enumerate(turns) if turn.role == "assistant" and turn.learn)
+    end = 1 + learned(turns)[-1]
     if end < len(turns):
         changes.append("cut")
     return Finished(turns[:end], _placeholders(turns[:end]), tuple(changes))
@@ -97,7 +97,7 @@ def conversation_faults(turns: tuple[Turn, ...], num_images: int) -> Iterator[st
         yield f"the speakers are {', '.join(roles[:10])}; user and assistant must alternate."
     elif spoken[-1] != "assistant":
         yield "the last user turn has no answer. Add it, or remove the turn."
-    elif not any(turn.learn for turn in turns if turn.role == "assistant"):
+    elif not learned(turns):
         yield "no answer is trained on: all are excluded. Mark one as trained on, or remove the record."
     for number, turn in enumerate(turns):
         yield from _text_faults(turn, f"turn {number}", num_images)

@@ -2,7 +2,8 @@
 
 Pillow is given the formats to try, none of which starts a program (its EPS reader does). Pictures are regular files of
 at most `MAX_BYTES` and `MAX_PIXELS`. Threads wait for each other so that at most `MAX_PIXELS` are decoded at a time in
-this process, which takes at most some 20 bytes a pixel.
+this process. Measured as the growth of a process's peak of memory with Pillow 13, at 36 million pixels: 12 bytes a
+pixel of a JPEG, 17 with a palette, 20 of a PNG with transparency, 28 of a WebP with it.
 """
 
 import functools
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 from mars_jax.errors import DataError
 from mars_jax.models.families.pictures import Size
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import readable
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """Formats of pictures that are read, by Pillow's names; of several frames the first."""
@@ -143,8 +144,7 @@ def image_size(path: Picture) -> Size:
 
 
 def _name(picture: Picture) -> str:
-    name = str(picture)
-    return name if len(name) <= 300 and name.isprintable() else short(name)
+    return readable(str(picture), 300)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import readable
 
 CHANGES = {
     "pictures_first": "pictures without <image>; they were put at the start of the first question",
@@ -16,7 +16,7 @@ CHANGES = {
 }
 """Kind -> what its rows have, and what was done."""
 
-_KEYS_SHOWN = 20
+_KEYS_SHOWN, _LONGEST_KEY = 20, 60
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Notes:
         """The notes."""
         yield from self.others
         if self.unread:
-            listed = [f"{_key(key)} {count}x" for key, count in self.unread.most_common(_KEYS_SHOWN)]
+            listed = [f"{readable(key, _LONGEST_KEY)} {count}x" for key, count in self.unread.most_common(_KEYS_SHOWN)]
             more = len(self.unread) - len(listed)
             yield f"keys not read: {', '.join(listed)}" + (f", and {more} others" if more else "")
         if len(self.formats) > 1:
@@ -56,7 +56,3 @@ class Notes:
             if self.changes[kind]:
                 count = f"{self.changes[kind]} of {self.formats.total()} rows"
                 yield f"{count}: {CHANGES[kind]} (the first: {self.examples[kind]})"
-
-
-def _key(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 60 else short(key)

@@ -1,9 +1,11 @@
 """Tokenizer and image processor of a checkpoint."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mars_jax.data.chat import Chat, chat_of
 from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.hub.read import read_config
 from mars_jax.models.families.pictures import Pictures
@@ -34,6 +36,15 @@ class Preprocessor:
     num_rows: int
     around_pictures: tuple[int, int] | None = None
     axes: int = 1
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer's chat template.
+
+        Raises:
+            ConfigError: the tokenizer has no token for pictures, or its template does not render them.
+        """
+        return chat_of(self.tokenizer, self.image_token_id)
 
     @property
     def pad_token_id(self) -> int:

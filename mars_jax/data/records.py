@@ -1,6 +1,6 @@
 """Reads files of samples into checked records, so that all faults of a file are reported before training starts.
 
-`rows` reads the files, `formats` the rows, and `conversations` checks what is said. This module opens the pictures and
+`rows` reads the files, `formats` the rows, and `conversations` checks the turns. This module opens the pictures and
 names the records; tokens and tiles are computed from the records later.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal
 from PIL import Image
 
 from mars_jax.data.conversations import conversation_faults, finished, has_boxes, only_last, oversize
-from mars_jax.data.files.row import Row
+from mars_jax.data.files.row import MAX_ID, Row
 from mars_jax.data.formats.base import Draft, FaultError, Turn
 from mars_jax.data.formats.registry import draft
 from mars_jax.data.images import MAX_PIXELS, Picture, PictureBytes, PictureError, load_rgb, open_picture
@@ -168,7 +168,7 @@ def _encoding_faults(row_id: str, made: Draft) -> Iterator[str]:
 
 def _id_faults(row: Row) -> Iterator[str]:
     if not row.has_valid_id:
-        yield "the id is no text or number of at most 500 characters. Write another."
+        yield f"the id is no text or number of at most {MAX_ID} characters. Write another."
 
 
 def _unique_ids(rows: Sequence[Row], notes: Notes) -> list[str]:

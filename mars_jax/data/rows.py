@@ -5,21 +5,35 @@ that of a split (as on the Hugging Face hub), a data set as `datasets` saves it,
 (problems.json, pid_splits.json, images/) or LLaVA-Bench (questions and GPT-4's answers, images/).
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from mars_jax.data.files.json_text import read_json, read_lines, read_samples
-from mars_jax.data.files.row import Row, Rows, check_readable, facts_of, is_folder
+from mars_jax.data.files.row import MAX_ID, Row, Rows, check_readable, facts_of, is_folder
 from mars_jax.data.files.tables import read_arrow, read_csv, read_parquet
-from mars_jax.data.values import kind_of
 from mars_jax.errors import DataError
 from mars_jax.hub.paths import local
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, readable, short
 
 # Questions and answers of LLaVA-Bench: in the wild, and on COCO.
 _BENCH = (("questions.jsonl", "answers_gpt4.jsonl"), ("qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"))
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _TABLES = (".parquet", ".arrow")
 _FILES = (".json", ".jsonl", ".csv", ".tsv", *_TABLES)
+
+
+class _Layout(NamedTuple):
+    """What the samples of a folder are read from.
+
+    Attributes:
+        files: all files that are read, pictures excluded.
+        read: reads them.
+    """
+
+    files: Sequence[Path]
+    read: Callable[[], Rows]
 
 
 def read_rows(path: Path) -> Rows:
@@ -33,7 +47,7 @@ def read_rows(path: Path) -> Rows:
     """
     path, split = _path_and_split(path)
     if is_folder(path):
-        return _folder(path, split)
+        return _layout(path, split).read()
     if split:
         raise DataError(f"{path}: is no folder, so it has no split {split!r}. Leave out `#{split}`.")
     suffix = path.suffix.lower()
@@ -56,14 +70,7 @@ def source_files(path: Path) -> list[Path]:
     if not is_folder(path):
         check_readable(path)
         return [path]
-    if (path / "problems.json").is_file():
-        files = [path / "problems.json", path / "pid_splits.json"]
-    elif saved := _saved_folder(path, split):
-        files = [path / _SPLITS, saved / _STATE, *_saved_files(saved)]
-    else:
-        files = [path / name for pair in _BENCH for name in pair]
-        files += [file for file in _table_files(path) if split in ("", _split_of(file))]
-    return [file for file in files if file.is_file()]
+    return [file for file in _layout(path, split).files if file.is_file()]
 
 
 def _path_and_split(path: Path) -> tuple[Path, str]:
@@ -80,14 +87,26 @@ def _read_tables(paths: list[Path]) -> list[Row]:
     return (read_parquet if paths[0].suffix.lower() == ".parquet" else read_arrow)(paths)
 
 
-def _folder(path: Path, split: str) -> Rows:
+def _layout(path: Path, split: str) -> _Layout:
+    """The layout of a folder: the first of the known ones whose files it has.
+
+    Raises:
+        DataError: it is a data set that `datasets` saved, without such a split or with a broken list of files.
+    """
     if (path / "problems.json").is_file():
-        return Rows(_scienceqa(path, split), path / "images")
+        return _Layout([path / "problems.json", path / "pid_splits.json"], partial(_scienceqa, path, split))
     for questions, answers in _BENCH:
         if (path / questions).is_file():
-            return _bench(path / questions, path / answers)
+            return _Layout([path / questions, path / answers], partial(_bench, path / questions, path / answers, split))
     if saved := _saved_folder(path, split):
-        return Rows(read_arrow(_saved_files(saved)), path)
+        tables = _saved_files(saved)
+        return _Layout([path / _SPLITS, saved / _STATE, *tables], lambda: Rows(read_arrow(tables), path))
+    return _Layout(
+        [file for file in _table_files(path) if split in ("", _split_of(file))], partial(_tables, path, split)
+    )
+
+
+def _tables(path: Path, split: str) -> Rows:
     files = _table_files(path)
     if not files:
         raise DataError(f"{path}: cannot be read: {_what_is_in(path)}")
@@ -161,20 +180,19 @@ def _saved_files(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-def _scienceqa(path: Path, split: str) -> list[Row]:
+def _scienceqa(path: Path, split: str) -> Rows:
     """The original files: problems by number, and the numbers of each split."""
     problems, splits = (_object(path / name) for name in ("problems.json", "pid_splits.json"))
     numbers = splits[_split(path, split, sorted(splits))]
     if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
         raise DataError(
             f"{path}: a split of pid_splits.json is {short(numbers)}; a list of problems' numbers is expected. "
-            "Fetch both."
+            "Fetch the file again."
         )
     absent = [number for number in numbers if number not in problems]
     if absent:
-        raise DataError(
-            f"{path}: problems.json has no {', '.join(absent[:5])}, which pid_splits.json lists. Fetch both."
-        )
+        names = ", ".join(readable(number, MAX_ID) for number in absent[:5])
+        raise DataError(f"{path}: problems.json has no {names}, which pid_splits.json lists. Fetch both files again.")
     rows = []
     for index, number in enumerate(numbers):
         problem = problems[number]
@@ -183,18 +201,22 @@ def _scienceqa(path: Path, split: str) -> list[Row]:
             image = problem.get("image") and f"{problem.get('split', split)}/{number}/{problem['image']}"
             problem = {**values, "id": number, "image": image}
         rows.append(Row(index, f"problems.json {number}", problem))
-    return rows
+    return Rows(rows, path / "images")
 
 
 def _object(path: Path) -> dict[str, object]:
     document = read_json(path)
     if not isinstance(document, dict):
-        raise DataError(f"{path}: the file holds a JSON {kind_of(document)}; an object is expected. Fetch both.")
+        raise DataError(
+            f"{path}: the file holds a JSON {json_type(document)}; an object is expected. Fetch the file again."
+        )
     return document
 
 
-def _bench(questions: Path, answers: Path) -> Rows:
+def _bench(questions: Path, answers: Path, split: str) -> Rows:
     """Questions joined with their reference answers, as LLaVA's rows."""
+    if split:
+        raise DataError(f"{questions.parent}: is LLaVA-Bench, which has no splits. Leave out `#{split}`.")
     asked, faults, notes = read_lines(questions)
     replies, more, other_notes = read_lines(answers)
     by_id = {row.id: row.value.get("text") for row in replies if isinstance(row.value, dict)}
@@ -203,8 +225,8 @@ def _bench(questions: Path, answers: Path) -> Rows:
         reply = by_id.get(row.id)
         question = row.value.get("text") if isinstance(row.value, dict) else None
         if not (isinstance(reply, str) and isinstance(question, str) and isinstance(row.value, dict)):
-            what = f"{answers.name} has no answer to it" if isinstance(question, str) else "'text' is no text"
-            faults.append(row.fault(f"{what}. Fetch both files again."))
+            fault = f"{answers.name} has no answer to it. Fetch both files again."
+            faults.append(row.fault(fault if isinstance(question, str) else "'text' is no text. Fetch the file again."))
             continue
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]
         values = {key: value for key, value in row.value.items() if key != "text"}

@@ -1,7 +1,7 @@
 """Plans the static shapes of a data set from picture sizes and tokenised text."""
 
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class ShapePlan:
     separated: tuple[int, int]
 
 
-def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int) -> ShapePlan:
+def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_tokens: int | None = None) -> ShapePlan:
     """Plans the static shapes from picture sizes and tokenised text, without decoding pictures.
 
     A record of more than `max_tokens` tokens is dropped whole: truncation would cut image tokens or the answer. A
@@ -79,7 +79,7 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
     Args:
         records: the records of a split.
         preprocessor: of the checkpoint.
-        max_tokens: limit of text and image tokens together.
+        max_tokens: limit of text and image tokens together; None: no limit.
 
     Raises:
         DataError: a record has nothing to learn or cannot be encoded, or no record fits.
@@ -90,24 +90,20 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
     shapes = Shapes(1, 1, 1, 1)
     remarks: Counter[str] = Counter()
     conversations, pieces = 0, 0
-    waiting = deque(records)
-    while waiting:
-        record = waiting.popleft()
-        encoded, pictures = encode_text(record, preprocessor)
-        if encoded.apart:
-            separate = separate_answers(record, encoded.apart)
-            conversations, pieces = conversations + 1, pieces + len(separate)
-            waiting.extendleft(reversed(separate))
-            continue
-        remarks.update(encoded.remarks)
-        length = len(encoded.token_ids)
-        if length > max_tokens:
-            dropped.append((record, length))
-            continue
-        kept.append(record)
-        tiles = sum(picture.num_tiles for picture in pictures)
-        sizes.append(Size(int(np.flatnonzero(encoded.supervised)[-1]), tiles, int(encoded.supervised.sum())))
-        shapes = shapes.union(shapes_of(encoded, pictures))
+    for conversation in records:
+        made = list(_trainable(conversation, preprocessor))
+        if len(made) > 1:
+            conversations, pieces = conversations + 1, pieces + len(made)
+        for record, encoded, pictures in made:
+            remarks.update(encoded.remarks)
+            length = len(encoded.token_ids)
+            if max_tokens is not None and length > max_tokens:
+                dropped.append((record, length))
+                continue
+            kept.append(record)
+            tiles = sum(picture.num_tiles for picture in pictures)
+            sizes.append(Size(int(np.flatnonzero(encoded.supervised)[-1]), tiles, int(encoded.supervised.sum())))
+            shapes = shapes.union(shapes_of(encoded, pictures))
     if not kept:
         shortest = min((length for _, length in dropped), default=0)
         raise DataError(
@@ -115,6 +111,16 @@ def plan_shapes(records: Sequence[Record], preprocessor: Preprocessor, max_token
             "max_tokens, or use smaller pictures."
         )
     return ShapePlan(shapes, tuple(kept), tuple(sizes), tuple(dropped), remarks, (conversations, pieces))
+
+
+def _trainable(record: Record, preprocessor: Preprocessor) -> Iterator[tuple[Record, Encoded, tuple[ImageTokens, ...]]]:
+    """A record, or the several in which all its answers can be trained, with their tokens and pictures."""
+    encoded, pictures = encode_text(record, preprocessor)
+    if not encoded.apart:
+        yield record, encoded, pictures
+        return
+    for piece in separate_answers(record, encoded.apart):
+        yield from _trainable(piece, preprocessor)
 
 
 def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tuple[ImageTokens, ...]]:
@@ -130,7 +136,7 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
         except (DataError, OSError) as error:
             raise DataError(f"{record}: {', '.join(map(str, record.images))}: {error}") from error
     counts = [len(picture.index) for picture in pictures]
-    encoded = encode(record, preprocessor.tokenizer, preprocessor.image_token_id, counts)
+    encoded = encode(record, preprocessor.chat, counts)
     if (largest := int(max(encoded.token_ids.max(), encoded.targets.max()))) >= preprocessor.num_rows:
         token = preprocessor.tokenizer.convert_ids_to_tokens(largest)
         raise DataError(

@@ -6,20 +6,16 @@ the generation prompt of the template, as inference engines render it. Padding a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mars_jax.data.chat import Chat, chat_of, parts
+from mars_jax.data.chat import Chat, parts
 from mars_jax.data.chat_template import Message
-from mars_jax.data.formats.base import IMAGE_PLACEHOLDER
+from mars_jax.data.formats.base import IMAGE_PLACEHOLDER, learned
 from mars_jax.data.records import Record
 from mars_jax.errors import DataError
 from mars_jax.runtime.text import short
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Remarks on a conversation, counted over a data set. `{}` stands for the number of samples.
 OTHER_PROMPT = (
@@ -81,9 +77,7 @@ class _Answer:
     remark: str = ""
 
 
-def encode(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", image_token_id: int, num_image_tokens: Sequence[int]
-) -> Encoded:
+def encode(record: Record, chat: Chat, num_image_tokens: Sequence[int]) -> Encoded:
     """Renders and tokenises a conversation; each `<image>` becomes as many image tokens as its picture needs.
 
     The tokens before the last answer are those of the messages before it, rendered with the template's generation
@@ -94,61 +88,56 @@ def encode(
 
     Args:
         record: the conversation.
-        tokenizer: tokenizer whose chat template takes typed content (`{"type": "image"}`) or plain strings.
-        image_token_id: id of the token that stands for pictures, from the checkpoint's config.
-        num_image_tokens: number of such tokens of each of the record's P pictures.
+        chat: the tokenizer's chat template.
+        num_image_tokens: number of image tokens of each of the record's P pictures.
 
     Returns:
         The T tokens, image tokens included.
 
     Raises:
-        ConfigError: the tokenizer has no token for pictures, or its template does not render them.
         DataError: the template or the tokenizer changes or refuses this record, or it has nothing to learn.
     """
-    chat = chat_of(tokenizer, image_token_id)
     _refuse_special_text(record, chat)
-    learned = [number for number, turn in enumerate(record.turns) if turn.role == "assistant" and turn.learn]
-    if not learned:
+    answers = learned(record.turns)
+    if not answers:
         raise DataError(f"{record}: no supervised tokens, so nothing to learn. Give it an assistant turn.")
-    *earlier, last = learned
+    *earlier, last = answers
     answer = _rendered_answer(record, last, chat)
     _refuse_lost_text(record, last, answer, chat)
 
-    begin = _beginning(answer.prompt, tokenizer)
+    begin = chat.beginning(answer.prompt)
     prompt, text, end = _answer_ids(record, answer, begin, chat)
     token_ids = np.asarray([*prompt, *text, *end, *chat.ids(answer.rest)], np.int32)
     supervised, targets, apart = np.zeros(len(token_ids), bool), token_ids.copy(), []
     supervised[len(prompt) : len(prompt) + len(text) + len(end)] = True
     for number in earlier:
-        before, said, stop = _answer_ids(record, _rendered_answer(record, number, chat), begin, chat)
-        border = len(before) + len(said)
-        if token_ids[:border].tolist() != [*before, *said] or len(stop) != 1:
+        before, reply, stop = _answer_ids(record, _rendered_answer(record, number, chat), begin, chat)
+        border = len(before) + len(reply)
+        if token_ids[:border].tolist() != [*before, *reply] or len(stop) != 1:
             apart.append(number)
             continue
         supervised[len(before) : border + 1] = True
         targets[border] = stop[0]
     encoded = Encoded(token_ids, supervised, targets, tuple(apart), _remarks(record, last, answer, chat))
-    return _expand_images(record, encoded, image_token_id, num_image_tokens)
+    return _expand_images(record, encoded, chat.image_token_id, num_image_tokens)
 
 
-def answer_ids(record: Record, text: str, tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> list[int]:
+def answer_ids(record: Record, text: str, chat: Chat) -> list[int]:
     """Token ids of another last answer to a record, without its end token, in the context of the prompt."""
     turns = (*record.turns[:-1], replace(record.turns[-1], text=text, parts=()))
-    chat = chat_of(tokenizer, image_token_id)
     other = replace(record, turns=turns)
     answer = _rendered_answer(other, len(turns) - 1, chat)
-    return _answer_ids(other, answer, _beginning(answer.prompt, tokenizer), chat)[1]
+    return _answer_ids(other, answer, chat.beginning(answer.prompt), chat)[1]
 
 
-def prompt_messages(record: Record, tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> list[Message]:
+def prompt_messages(record: Record, chat: Chat) -> list[Message]:
     """The turns before the last answer as the chat template takes them."""
-    chat = chat_of(tokenizer, image_token_id)
     return [chat.message(turn) for turn in record.turns[:-1]]
 
 
-def prompt_text(record: Record, tokenizer: "PreTrainedTokenizerBase", image_token_id: int) -> str:
+def prompt_text(record: Record, chat: Chat) -> str:
     """The text before the last answer, as it is trained and asked; each picture is one token."""
-    return _rendered_answer(record, len(record.turns) - 1, chat_of(tokenizer, image_token_id)).prompt
+    return _rendered_answer(record, len(record.turns) - 1, chat).prompt
 
 
 def separate_answers(record: Record, apart: Sequence[int]) -> tuple[Record, ...]:
@@ -185,14 +174,6 @@ def _answer_ids(
             f"{short(chat.decode(chat.ids(answer.text)))}. Use the checkpoint's own tokenizer, or words that it knows."
         )
     return begin + prompt, text, chat.ids(answer.end)
-
-
-def _beginning(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer adds it at inference and the template does not."""
-    before = tokenizer.bos_token_id
-    if before is None or tokenizer.encode("")[:1] != [before]:
-        return []
-    return [] if prompt.startswith(str(tokenizer.bos_token)) else [int(before)]
 
 
 def _rendered_answer(record: Record, number: int, chat: Chat) -> _Answer:

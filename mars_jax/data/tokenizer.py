@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mars_jax.errors import ConfigError
 from mars_jax.runtime.json_object import read_json_object
+from mars_jax.runtime.text import json_type, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def _default_of(template: object, directory: Path) -> str:
                 "to use to chat_template.jinja."
             )
     if not isinstance(template, str) or not template.strip():
-        seen = "empty" if isinstance(template, str) else f"of type {type(template).__name__}"
+        seen = "empty" if isinstance(template, str) else f"{short(template)} ({json_type(template)})"
         raise ConfigError(
             f"{directory}: the chat template is {seen}; a text is expected. Copy chat_template.jinja from the "
             "checkpoint's source."

@@ -1,4 +1,4 @@
-"""Values of rows, as files hold them: which of them are absent, and their types in words."""
+"""Values of rows, as files hold them: which of them are absent or blank."""
 
 import math
 
@@ -16,7 +16,11 @@ def is_absent(value: object, depth: int = _ABSENT_DEPTH) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def kind_of(value: object) -> str:
-    """The type of a value in the words of JSON."""
-    names = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+def is_unset(value: object) -> bool:
+    """Whether a cell of a table is empty; some were written by pandas, as "nan"."""
+    return is_absent(value) or value == "nan"
+
+
+def is_blank(value: object) -> bool:
+    """Whether a value is no text to ask with: an empty cell, or white space."""
+    return is_unset(value.strip() if isinstance(value, str) else value)

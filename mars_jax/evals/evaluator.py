@@ -155,11 +155,10 @@ class Evaluator:
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and can_shuffle(records):
             self._views["shuffled"] = shuffle_images(records, settings.seed)
-        tokenizer, image_token = preprocessor.tokenizer, preprocessor.image_token_id
         # One template puts the same text before all answers, so that any record gives their tokens.
-        self._answers = [answer_ids(records[0], answer, tokenizer, image_token) for answer in self.candidates]
+        self._answers = [answer_ids(records[0], answer, preprocessor.chat) for answer in self.candidates]
         everything = [record for view in self._views.values() for record in view]
-        self._shapes = plan_shapes(everything, preprocessor, max_tokens=2**31).shapes
+        self._shapes = plan_shapes(everything, preprocessor).shapes
         # Index of the candidate to which each target of an answer batch belongs; its last target is the end token.
         owners = np.repeat(np.arange(len(self._answers)), [len(answer) + 1 for answer in self._answers])
 

@@ -1,4 +1,4 @@
-r"""Reads the letter of an option out of an answer in any of the forms in which people and models write one.
+r"""Reads the letter of an option out of an answer, in the usual forms in which people and models write one.
 
 Letters that the text denies ("not A", "B is wrong") are taken out first. Forms are tried in the order of `_FORMS`, from
 the plainest to the loosest; the first that the text has decides. Where it names two letters, or one that is no option,

@@ -26,7 +26,7 @@ from mars_jax.errors import NoValidResultError
 from mars_jax.evals.generation import generate
 from mars_jax.hub.end_tokens import load_end_tokens
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.hub.verify import Greedy, torch_answers
+from mars_jax.hub.verify import TOLERANCE, Greedy, torch_answers
 from mars_jax.job import files
 from mars_jax.job.export import torch_inputs_of
 from mars_jax.job.job import Job
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RECORDS, _MAX_NEW_TOKENS = 4, 16
-# As a share of the largest logit, if that is above 1: see `hub.verify.verify_adapter`.
-_TOLERANCE = 1e-4
 
 
 def verify_answers(job: Job, *, merged: bool) -> Document:
@@ -58,24 +56,23 @@ def verify_answers(job: Job, *, merged: bool) -> Document:
     """
     preprocessor, base = job.data.preprocessor, job.base.checkpoint
     records = job.data.test_records[:_RECORDS]
-    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor).shapes)
     prompts = [source.prompt(number) for number in range(len(records))]
     most, ends = job.config.evaluate.max_new_tokens or _MAX_NEW_TOKENS, load_end_tokens(base, preprocessor.tokenizer)
     greedy, decode = Greedy(most, ends, preprocessor.pad_token_id), preprocessor.tokenizer.decode
-    document: Document = {}
+    # Name in the document -> (the checkpoint that is asked, the adapter in PEFT's format, ours).
+    asked: dict[str, tuple[Path, Path | None, Tree]] = {}
     if job.base.method.peft():
-        tree = {job.base.method.name: read_adapters(job.directory / files.ADAPTERS)}
-        ours = _our_answers(job, base, tree, prompts, greedy)
-        folder = job.directory / files.ADAPTER
-        inputs = torch_prompts(records, prompts, base, preprocessor)
-        document["adapter"] = compare_answers(
-            folder, records, ours, torch_answers(base, folder, inputs, greedy), decode
-        )
+        adapters = {job.base.method.name: read_adapters(job.directory / files.ADAPTERS)}
+        asked["adapter"] = base, job.directory / files.ADAPTER, adapters
     if merged:
-        folder = job.directory / files.MERGED
-        ours = _our_answers(job, folder, {}, prompts, greedy)
-        inputs = torch_prompts(records, prompts, folder, preprocessor)
-        document["merged"] = compare_answers(folder, records, ours, torch_answers(folder, None, inputs, greedy), decode)
+        asked["merged"] = job.directory / files.MERGED, None, {}
+    document: Document = {}
+    for name, (checkpoint, adapter, tree) in asked.items():
+        ours = _our_answers(job, checkpoint, tree, prompts, greedy)
+        inputs = torch_prompts(records, prompts, checkpoint, preprocessor)
+        theirs = torch_answers(checkpoint, adapter, inputs, greedy)
+        document[name] = compare_answers(adapter or checkpoint, records, ours, theirs, decode)
     return document
 
 
@@ -109,7 +106,7 @@ def torch_prompts(
     image, tokenizer, found = preprocessor.image_token_id, load_tokenizer(checkpoint), []
     for record, prompt in zip(records, prompts, strict=True):
         ours = prompt["tokens"][: int(prompt["target_positions"][0]) + 1]
-        ids = served_prompt(tokenizer, prompt_messages(record, preprocessor.tokenizer, image))
+        ids = served_prompt(tokenizer, prompt_messages(record, preprocessor.chat))
         # The processor repeats the token of a picture; how often is checked with the logits.
         once = _once(ours, image)
         if ids != once:
@@ -193,7 +190,7 @@ def compare_answers(
         if not len(different):
             continue
         row = logits[place]
-        gap, allowed = float(row.max() - row[mine[place]]), _TOLERANCE * max(1.0, float(np.abs(row).max()))
+        gap, allowed = float(row.max() - row[mine[place]]), TOLERANCE * max(1.0, float(np.abs(row).max()))
         if not gap <= allowed:
             raise NoValidResultError(
                 f"{folder}: {record}: PyTorch answers {decode(tokens)!r}, we answer {decode(mine[: len(tokens)])!r}. "

@@ -9,7 +9,7 @@ from mars_jax.errors import ConfigError
 from mars_jax.models.configs import ModelConfig
 from mars_jax.models.families.registry import checkpoint_table
 from mars_jax.models.families.tables import Parameter
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import readable
 
 CONFIG_FILE = "config.json"
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -148,5 +148,5 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], head_key: str) ->
 
 def listing(names: Sequence[str]) -> str:
     """The first of some names, which may be any text."""
-    listed = ", ".join(name if name.isprintable() and len(name) < 120 else short(name) for name in names[:_LISTED])
+    listed = ", ".join(readable(name, 120) for name in names[:_LISTED])
     return f"{listed or 'none'}{', ...' if len(names) > _LISTED else ''}"

@@ -20,6 +20,9 @@ from mars_jax.models.families.registry import checkpoint_table
 from mars_jax.models.families.tables import CheckpointTable
 from mars_jax.runtime.jsonfiles import Document
 
+TOLERANCE = 1e-4
+"""Largest allowed difference of two logits, as a share of the largest logit if that is above 1."""
+
 
 class Greedy(NamedTuple):
     """How greedy answers end: at a number of tokens or an end token, after which padding follows."""
@@ -35,7 +38,7 @@ def verify_adapter(
     batch: Mapping[str, np.ndarray],
     our_logits: np.ndarray,
     base_logits: np.ndarray,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
     """Loads base and adapter with transformers and PEFT, and compares tensors and logits with ours.
 
@@ -90,7 +93,7 @@ def verify_merged(
     batch: Mapping[str, np.ndarray],
     our_logits: np.ndarray,
     base_logits: np.ndarray,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
     """Loads a merged checkpoint and its base with transformers, and compares logits with ours.
 

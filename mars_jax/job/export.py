@@ -50,7 +50,7 @@ def _write_adapter(job: Job) -> Document:
             base_name=repository(job.config.model.checkpoint),
             base_revision=revision(job.config.model.checkpoint, job.base.checkpoint),
             provenance={
-                "prompt": prompt_text(job.data.test_records[0], preprocessor.tokenizer, preprocessor.image_token_id),
+                "prompt": prompt_text(job.data.test_records[0], preprocessor.chat),
                 "selection": {name: value for name, value in selection.items() if name != "candidates"},
                 "finetune": directory.read(files.SUMMARY),
                 "alpha": asdict(job.base.alpha),
@@ -105,7 +105,7 @@ def verify_export(job: Job, *, merged: bool) -> Document:
     preprocessor, checkpoint = job.data.preprocessor, job.base.checkpoint
     adapters = read_adapters(job.directory / files.ADAPTERS)
     records = job.data.test_records[:_RECORDS]
-    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor).shapes)
     batch = {name: np.stack([source[i][name] for i in range(len(records))]) for name in source[0]}
     inputs = torch_inputs(records, batch, preprocessor)
 

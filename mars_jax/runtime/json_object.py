@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from mars_jax.errors import ConfigError
 from mars_jax.runtime.faults import Location, innermost, location_of, value_at
 from mars_jax.runtime.jsonfiles import Document
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, short
 
 # An index of a large checkpoint has some megabytes, nested a few levels.
 _MAX_BYTES = 2**26
@@ -72,8 +72,7 @@ def read_json_object(path: Path) -> Document:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an integer of thousands of digits
         raise ConfigError(f"{path}: cannot be read: {error}. {again}") from error
     if not isinstance(value, dict):
-        kind = "null" if value is None else type(value).__name__
-        raise ConfigError(f"{path}: holds a JSON {kind}; an object is needed. {again}")
+        raise ConfigError(f"{path}: holds a JSON {json_type(value)}; an object is needed. {again}")
     if _depth(value) > _MAX_DEPTH:
         raise ConfigError(f"{path}: is nested too deeply; at most {_MAX_DEPTH} levels are read. {again}")
     return value

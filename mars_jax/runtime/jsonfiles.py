@@ -16,13 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from mars_jax.errors import DataError
 from mars_jax.runtime.durable import make_folder, naming, replacing
 from mars_jax.runtime.faults import location_of
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, short
 
 Document = dict[str, Any]
 """A JSON object."""
 
 _WRITE_AGAIN = "Delete it, and run the command that writes it again."
-_JSON_TYPES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 
 
 def number_or_nan(value: float | None) -> float:
@@ -166,9 +165,7 @@ def _check(content: bytes, value: object, schema: type, words: tuple[str, str], 
     """
     where, remedy = words
     if not isinstance(value, dict):
-        raise DataError(
-            f"{where} holds {_JSON_TYPES.get(type(value), 'null')} where a mapping of names is expected. {remedy}"
-        )
+        raise DataError(f"{where} holds a {json_type(value)} where a mapping of names is expected. {remedy}")
     try:
         _adapter(schema).validate_json(content, strict=True)
     except ValidationError as error:

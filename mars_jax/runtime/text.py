@@ -1,4 +1,4 @@
-"""How values and texts that strangers wrote are shown: shortened, and with control characters written out."""
+"""How values and texts that strangers wrote are shown: shortened, by their type, control characters written out."""
 
 import re
 import reprlib
@@ -26,3 +26,24 @@ def visible(text: str) -> str:
 def short(value: object) -> str:
     """A value as Python writes it, cut to what fits a message."""
     return _REPR.repr(value)
+
+
+def readable(name: str, most: int) -> str:
+    r"""A name as it is if it can be printed and has at most so many characters, else as `short` writes it.
+
+    >>> readable("a.png", 8), readable("a\x1b.png", 8)
+    ('a.png', "'a\\x1b.png'")
+    """
+    return name if name.isprintable() and len(name) <= most else short(name)
+
+
+_JSON_TYPES = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+
+
+def json_type(value: object) -> str:
+    """The type of a value in the words of JSON.
+
+    >>> [json_type(value) for value in (None, True, 1, 0.5, "1", [1], {})]
+    ['null', 'boolean', 'number', 'number', 'text', 'list', 'object']
+    """
+    return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)

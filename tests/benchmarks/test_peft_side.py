@@ -55,7 +55,7 @@ class Job:
         self.checkpoint = tiny_job.checkpoint(directory / "base")
         preprocessor = load_preprocessor(self.checkpoint)
         records = load_records(tiny_job.records(directory, 24), directory)
-        source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+        source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor).shapes)
         batches = [self._stack([source[4 * i + row] for row in range(4)]) for i in range(6)]
         # Longer than needed, as batches are that share shapes with other data.
         batches = [self._longer(batch, preprocessor.tokenizer.pad_token_id) for batch in batches]

@@ -1,6 +1,7 @@
 """Chat templates render as in transformers, and end in a fault where they would take all time or memory."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -76,6 +77,20 @@ def test_a_template_without_end_or_measure_is_stopped(template: str) -> None:
     with pytest.raises(TemplateFaultError, match=r"takes more than 2 seconds|without measure|a text with a width"):
         render(template, MESSAGES, {})
     assert time.monotonic() - start < 20 * SECONDS  # not minutes
+
+
+def test_renderings_in_other_threads_put_off_the_end_of_one_without_end() -> None:
+    template = f"{{% if messages[0].role == 'system' %}}{ENDLESS['nested loops']}{{% endif %}}short"
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(render, template, MESSAGES, {})
+        while not endless.done() and time.monotonic() - start < 4 * SECONDS:
+            assert render(template, MESSAGES[1:], {}) == "short"
+            time.sleep(SECONDS / 20)
+        was_stopped = endless.done()
+        with pytest.raises(TemplateFaultError, match="takes more than 2 seconds for one conversation"):
+            endless.result()
+    assert was_stopped
 
 
 @pytest.mark.parametrize(

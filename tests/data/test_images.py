@@ -119,7 +119,7 @@ def test_too_thin(height: int, width: int, geometry: Geometry) -> None:
 
 
 def architecture(image_size: int, **changes: object) -> OurConfig:
-    """A model's configuration, from what its file says of pictures."""
+    """A model's configuration, from what its file holds on pictures."""
     vision = {"model_type": "siglip_vision_model", "image_size": image_size, "patch_size": 14}
     config = model_config({"model_type": "llava_onevision", "text_config": {}, "vision_config": vision, **changes})
     assert isinstance(config, OurConfig)

@@ -324,8 +324,8 @@ def test_a_packed_run_ends_where_the_run_as_it_was_does(tmp_path):
         assert done.returncode == 0, done.stderr
         lanes = [json.loads(line) for line in (run / "probes" / "lanes.jsonl").read_text().splitlines()]
         plan = json.loads((run / "plan.json").read_text())
-        told = next(line for line in done.stderr.splitlines() if "are padding" in line)
-        results[packing] = (lanes, json.loads((run / "data.json").read_text())["padding"], told, plan)
+        note = next(line for line in done.stderr.splitlines() if "are padding" in line)
+        results[packing] = (lanes, json.loads((run / "data.json").read_text())["padding"], note, plan)
     (before, share, told_before, plan), (after, other_share, told_after, packed_plan) = results[False], results[True]
     assert share == other_share
     assert share["batch_size"] == 4

@@ -83,7 +83,7 @@ def test_a_rotated_tiff_had_the_size_of_its_header(tmp_path_factory, name, orien
 
 
 @pytest.mark.parametrize("root", ["pictures", "", "/"])
-def test_absolute_paths_below_the_image_folder_were_said_to_be_outside(tmp_path, root):
+def test_absolute_paths_below_the_image_folder_were_refused_as_outside(tmp_path, root):
     picture = save_picture(tmp_path / "pictures" / "a.png")
     (record,), _ = read(tmp_path, [ASKED | {"image": str(picture)}], image_root=tmp_path / root)
     assert record.images == (picture,)

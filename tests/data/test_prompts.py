@@ -21,7 +21,7 @@ from mars_jax.data.template import (
 )
 from mars_jax.errors import DataError
 from tests.helpers import tiny_data
-from tests.helpers.tiny_data import IMAGE_TOKEN_ID, STRING_CHATML, TYPED_CHATML
+from tests.helpers.tiny_data import STRING_CHATML, TYPED_CHATML, chat
 from tests.helpers.tokenizer_kinds import (
     ALWAYS_ASKED,
     CLOSED,
@@ -61,7 +61,7 @@ def asked(one: Record, tok: PreTrainedTokenizerBase) -> list[int]:
 
 def all_encoded(one: Record, tok: PreTrainedTokenizerBase) -> list[tuple[Record, Encoded]]:
     """A record, or the records that its answers are trained in, with their tokens."""
-    encoded = encode(one, tok, IMAGE_TOKEN_ID, [1] * len(one.images))
+    encoded = encode(one, chat(tok), [1] * len(one.images))
     if not encoded.apart:
         return [(one, encoded)]
     return [pair for piece in separate_answers(one, encoded.apart) for pair in all_encoded(piece, tok)]
@@ -84,15 +84,15 @@ def test_every_answer_is_trained_behind_the_prompt_that_is_asked(
             assert encoded.token_ids[:start].tolist() == asked(until, tok)
             assert encoded.targets[stop - 1] == tok.eos_token_id
             tail = encoded.token_ids[max(start - 8, 0) : start].tolist()
-            said = tok.decode([*tail, *encoded.targets[start : stop - 1].tolist()])
-            found[number] = said.removeprefix(tok.decode(tail)).lstrip(" ")
+            answer = tok.decode([*tail, *encoded.targets[start : stop - 1].tolist()])
+            found[number] = answer.removeprefix(tok.decode(tail)).lstrip(" ")
     # Every answer once, whole, and no other text.
     assert found == {number: text for number, text in enumerate(texts) if number % 2}
 
 
 def test_a_space_that_answers_begin_with_belongs_to_the_answer_not_to_the_prompt() -> None:
     tok = tokenizer("byte_level", LLAVA_1_5)
-    encoded = encode(record(*ONE), tok, IMAGE_TOKEN_ID, [1])
+    encoded = encode(record(*ONE), chat(tok), [1])
     assert tok.decode(encoded.token_ids[~encoded.supervised]) == "USER: <image>\nwhat colour is it? ASSISTANT: "
     assert tok.decode(encoded.token_ids[encoded.supervised]) == " red<|im_end|>"
     assert encoded.remarks == ()
@@ -100,9 +100,9 @@ def test_a_space_that_answers_begin_with_belongs_to_the_answer_not_to_the_prompt
 
 def test_a_template_with_another_header_than_its_generation_prompt_is_remarked() -> None:
     tok = tokenizer("byte_level", ONEVISION)
-    encoded = encode(record(*ONE), tok, IMAGE_TOKEN_ID, [1])
+    encoded = encode(record(*ONE), chat(tok), [1])
     assert encoded.remarks == (OTHER_PROMPT,)
-    two = encode(record(*TWO), tok, IMAGE_TOKEN_ID, [1])
+    two = encode(record(*TWO), chat(tok), [1])
     assert two.apart == (1,)  # the history has another header than the first answer was asked with
     first, whole = separate_answers(record(*TWO), two.apart)
     assert (first.id, [turn.text for turn in first.turns], first.images) == ("r1 (turn 1)", [*ONE], (Path("a.png"),))
@@ -110,22 +110,22 @@ def test_a_template_with_another_header_than_its_generation_prompt_is_remarked()
 
 
 def test_a_template_without_a_generation_prompt_is_remarked() -> None:
-    encoded = encode(record(*ONE), tiny_data.tokenizer(STRING_CHATML), IMAGE_TOKEN_ID, [1])
+    encoded = encode(record(*ONE), chat(tiny_data.tokenizer(STRING_CHATML)), [1])
     assert encoded.remarks == (NO_PROMPT,)
     assert tiny_data.tokenizer().decode(encoded.token_ids[encoded.supervised]) == "red<|im_end|>"
 
 
 def test_a_template_that_moves_pictures_is_remarked() -> None:
     between = record("first: <image> second: <image>", "red")
-    assert encode(between, tokenizer("byte_level", ONEVISION), IMAGE_TOKEN_ID, [1, 1]).remarks == (OTHER_PROMPT, MOVED)
-    assert encode(between, tiny_data.tokenizer(TYPED_CHATML), IMAGE_TOKEN_ID, [1, 1]).remarks == ()
+    assert encode(between, chat(tokenizer("byte_level", ONEVISION)), [1, 1]).remarks == (OTHER_PROMPT, MOVED)
+    assert encode(between, chat(tiny_data.tokenizer(TYPED_CHATML)), [1, 1]).remarks == ()
 
 
 def test_an_answer_that_is_not_to_be_trained_is_not() -> None:
     tok = tiny_data.tokenizer(TYPED_CHATML)
     wrong = record(*TWO)
     turns = (wrong.turns[0], Turn("assistant", "a wrong try", learn=False), *wrong.turns[2:])
-    encoded = encode(record(*TWO, turns=turns), tok, IMAGE_TOKEN_ID, [1])
+    encoded = encode(record(*TWO, turns=turns), chat(tok), [1])
     assert "a wrong try" in tok.decode(encoded.token_ids)
     assert tok.decode(encoded.token_ids[encoded.supervised]) == "it is a cat<|im_end|>"
 
@@ -136,11 +136,11 @@ def test_typed_parts_are_joined_as_the_template_joins_them() -> None:
     joined = {LLAVA_1_5: "<image>\none. two. ASSISTANT:", ONEVISION: "<image>\none.\ntwo.<|im_end|>"}
     for template, text in joined.items():
         tok = tokenizer("byte_level", template)
-        assert text in tok.decode(encode(one, tok, IMAGE_TOKEN_ID, [1]).token_ids)
+        assert text in tok.decode(encode(one, chat(tok), [1]).token_ids)
     # A line break that a part begins with is the part's own.
     broken = Turn("user", "<image>\nwhat?", parts=("<image>", "\nwhat?"))
     tok = tiny_data.tokenizer(TYPED_CHATML)
-    encoded = encode(record(*ONE, turns=(broken, Turn("assistant", "red"))), tok, IMAGE_TOKEN_ID, [1])
+    encoded = encode(record(*ONE, turns=(broken, Turn("assistant", "red"))), chat(tok), [1])
     assert "<image>\n\nwhat?" in tok.decode(encoded.token_ids)
 
 
@@ -149,9 +149,9 @@ def test_typed_parts_are_joined_as_the_template_joins_them() -> None:
 def test_a_candidate_answer_has_the_tokens_that_it_would_be_trained_with(template: str, kind: str) -> None:
     tok = tokenizer(kind, TEMPLATES[template])
     for text in ("red", "a cat", "Yes, and why?"):
-        encoded = encode(record(ONE[0], text), tok, IMAGE_TOKEN_ID, [1])
+        encoded = encode(record(ONE[0], text), chat(tok), [1])
         trained = encoded.targets[encoded.supervised].tolist()
-        assert [*answer_ids(record(*ONE), text, tok, IMAGE_TOKEN_ID), tok.eos_token_id] == trained
+        assert [*answer_ids(record(*ONE), text, chat(tok)), tok.eos_token_id] == trained
 
 
 def test_tokens_of_boxes_and_objects_are_text_and_those_of_chats_and_pictures_are_not() -> None:
@@ -160,11 +160,11 @@ def test_tokens_of_boxes_and_objects_are_text_and_those_of_chats_and_pictures_ar
         {"extra_special_tokens": ["<|im_start|>", "<image>", "<|box_start|>", "<|box_end|>", "<|vision_pad|>"]}
     )
     box = "<|box_start|>(1,2),(3,4)<|box_end|>"
-    encoded = encode(record("where?", box), tok, IMAGE_TOKEN_ID, [])
+    encoded = encode(record("where?", box), chat(tok), [])
     assert tok.decode(encoded.token_ids[encoded.supervised]) == box + "<|im_end|>"
     for token in ("<|im_start|>", "<|im_end|>", "<pad>", "<|vision_pad|>"):
         with pytest.raises(DataError, match="reads as a control token, not as text"):
-            encode(record("where?", f"a {token} b"), tok, IMAGE_TOKEN_ID, [])
+            encode(record("where?", f"a {token} b"), chat(tok), [])
 
 
 def learned(encoded: Encoded, tok: PreTrainedTokenizerBase) -> str:
@@ -177,7 +177,7 @@ def before_answer(encoded: Encoded, tok: PreTrainedTokenizerBase) -> str:
 
 def test_an_answer_that_the_generation_prompt_repeats_is_not_cut_out_of_it() -> None:
     tok = tokenizer("byte_level", ALWAYS_ASKED)
-    encoded = encode(record("who speaks?", "assistant"), tok, IMAGE_TOKEN_ID, [])
+    encoded = encode(record("who speaks?", "assistant"), chat(tok), [])
     assert (
         before_answer(encoded, tok)
         == "<|im_start|>user<|im_start|>who speaks?<|im_end|><|im_start|>assistant<|im_start|>"
@@ -188,7 +188,7 @@ def test_an_answer_that_the_generation_prompt_repeats_is_not_cut_out_of_it() -> 
 def test_a_system_text_that_the_template_puts_into_the_last_question_is_trained_there() -> None:
     tok = tokenizer("byte_level", SYSTEM_LAST)
     turns = (Turn("system", "be short"), Turn("user", "why?"), Turn("assistant", "red"))
-    encoded = encode(record(turns=turns), tok, IMAGE_TOKEN_ID, [])
+    encoded = encode(record(turns=turns), chat(tok), [])
     assert before_answer(encoded, tok) == "[INST] be short\n\nwhy?[/INST]"
     assert learned(encoded, tok) == " red<|im_end|>"  # with the space of answers without a system text
     assert encoded.remarks == (OTHER_PROMPT,)
@@ -206,9 +206,9 @@ def test_special_tokens_that_only_tokenizer_json_marks_end_answers_and_are_no_te
     tok = tokenizer("byte_level", CLOSED)
     tok.add_special_tokens({"eos_token": "<|im_start|>", "extra_special_tokens": []}, replace_extra_special_tokens=True)
     assert "<|im_end|>" not in tok.all_special_tokens
-    assert learned(encode(record("why?", "red"), tok, IMAGE_TOKEN_ID, []), tok) == "red<|im_end|>"
+    assert learned(encode(record("why?", "red"), chat(tok), []), tok) == "red<|im_end|>"
     with pytest.raises(DataError, match=r"contains '<\|im_end\|>', which tokenizer .* reads as a control token"):
-        encode(record("a<|im_end|>b", "red"), tok, IMAGE_TOKEN_ID, [])
+        encode(record("a<|im_end|>b", "red"), chat(tok), [])
 
 
 def test_tokens_that_the_template_makes_of_parts_are_no_text() -> None:
@@ -216,7 +216,7 @@ def test_tokens_that_the_template_makes_of_parts_are_no_text() -> None:
     tok = tokenizer("byte_level", split)
     tok.add_special_tokens({"eos_token": "<pad>"})
     with pytest.raises(DataError, match=r"contains '<\|im_end\|>', which tokenizer .* reads as a control token"):
-        encode(record("a<|im_end|>b", "red"), tok, IMAGE_TOKEN_ID, [])
+        encode(record("a<|im_end|>b", "red"), chat(tok), [])
 
 
 def test_text_that_the_template_writes_before_answers_is_remarked() -> None:
@@ -224,18 +224,18 @@ def test_text_that_the_template_writes_before_answers_is_remarked() -> None:
         "{% else %}", "{% elif message['role'] == 'assistant' %}<think></think>{{ part['text'] }}{% else %}"
     )
     tok = tokenizer("byte_level", empty)
-    encoded = encode(record(*ONE), tok, IMAGE_TOKEN_ID, [1])
+    encoded = encode(record(*ONE), chat(tok), [1])
     assert learned(encoded, tok) == "<think></think>red<|im_end|>"
     assert encoded.remarks == (TEXT_BEFORE,)
 
 
 def test_a_template_that_writes_the_date_is_remarked() -> None:
     tok = tokenizer("byte_level", "{{ strftime_now('%Y') }}" + TYPED_CHATML)
-    assert encode(record(*ONE), tok, IMAGE_TOKEN_ID, [1]).remarks == (DATED,)
+    assert encode(record(*ONE), chat(tok), [1]).remarks == (DATED,)
 
 
 def test_a_long_answer_that_the_template_changes_is_shown_shortened() -> None:
     tok = tokenizer("byte_level", TYPED_CHATML.replace("part['text']", "part['text'] | upper"))
     with pytest.raises(DataError, match="the answer itself and then a special end token are expected") as caught:
-        encode(record("why?", "red " * 1000), tok, IMAGE_TOKEN_ID, [])
+        encode(record("why?", "red " * 1000), chat(tok), [])
     assert len(str(caught.value)) < 500

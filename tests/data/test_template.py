@@ -19,7 +19,7 @@ from mars_jax.data.template import encode
 from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.errors import ConfigError, DataError
 from tests.helpers import tiny_data
-from tests.helpers.tiny_data import IMAGE_TOKEN_ID, PICTURES_FIRST, STRING_CHATML, TYPED_CHATML
+from tests.helpers.tiny_data import IMAGE_TOKEN_ID, PICTURES_FIRST, STRING_CHATML, TYPED_CHATML, chat
 from tests.helpers.tokenizer_kinds import LLAVA_1_5
 
 TOKENIZERS = {
@@ -49,7 +49,7 @@ def test_supervised_tokens_decode_to_the_answers_and_their_end_tokens(
 ) -> None:
     tokenizer = TOKENIZERS[template]
     one = record(*turns)
-    encoded = encode(one, tokenizer, IMAGE_TOKEN_ID, [1] * len(one.images))
+    encoded = encode(one, chat(tokenizer), [1] * len(one.images))
     answers = "".join(text + "<|im_end|>" for role, text in turns if role == "assistant")
     assert tokenizer.decode(encoded.token_ids[encoded.supervised]) == answers
     assert encoded.token_ids.dtype == np.int32
@@ -71,7 +71,7 @@ def words(least: int) -> st.SearchStrategy[str]:
 @given(st.lists(st.tuples(words(0), words(1)), min_size=1, max_size=3))
 def test_any_text_survives(pairs: list[tuple[str, str]]) -> None:
     turns = [turn for user, answer in pairs for turn in (("user", user), ("assistant", answer))]
-    encoded = encode(record(*turns), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [])
+    encoded = encode(record(*turns), chat(TOKENIZERS["TYPED_CHATML"]), [])
     supervised = TOKENIZERS["TYPED_CHATML"].decode(encoded.token_ids[encoded.supervised])
     assert supervised == "".join(answer + "<|im_end|>" for _, answer in pairs)
 
@@ -79,7 +79,7 @@ def test_any_text_survives(pairs: list[tuple[str, str]]) -> None:
 def test_tokens_are_those_of_the_whole_rendering_with_the_image_expanded() -> None:
     tokenizer = TOKENIZERS["TYPED_CHATML"]
     one = record(*CONVERSATIONS[1])
-    encoded = encode(one, tokenizer, IMAGE_TOKEN_ID, [5])
+    encoded = encode(one, chat(tokenizer), [5])
     rendering = (
         "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         f"<|im_start|>user\n{'<image>' * 5}\nnow?<|im_end|>\n<|im_start|>assistant\nend<|im_end|>\n"
@@ -91,7 +91,7 @@ def test_tokens_are_those_of_the_whole_rendering_with_the_image_expanded() -> No
 
 def test_a_template_that_trims_answers() -> None:
     tokenizer = tiny_data.tokenizer(STRING_CHATML.replace("message['content']", "(message['content'] | trim)"))
-    encoded = encode(record(("user", "?"), ("assistant", " yes \n")), tokenizer, IMAGE_TOKEN_ID, [])
+    encoded = encode(record(("user", "?"), ("assistant", " yes \n")), chat(tokenizer), [])
     assert tokenizer.decode(encoded.token_ids[encoded.supervised]) == "yes<|im_end|>"
 
 
@@ -116,7 +116,7 @@ def test_templates_that_hide_the_answer_are_data_errors_that_name_the_tokenizer(
     tokenizer = tiny_data.tokenizer(template)
     tokenizer.name_or_path = "some/tokenizer"
     with pytest.raises(DataError, match=text) as caught:
-        encode(record(("system", "be short"), ("user", "?"), ("assistant", "yes")), tokenizer, IMAGE_TOKEN_ID, [])
+        encode(record(("system", "be short"), ("user", "?"), ("assistant", "yes")), chat(tokenizer), [])
     assert "'some/tokenizer'" in str(caught.value)
     assert "data.json item 0 (id 'r1')" in str(caught.value)
 
@@ -126,7 +126,7 @@ def test_a_template_without_pictures_is_a_config_error() -> None:
     with pytest.raises(
         ConfigError, match="shows a user turn with one picture neither from typed content nor from text"
     ):
-        encode(record(*CONVERSATIONS[0]), tokenizer, IMAGE_TOKEN_ID, [1])
+        encode(record(*CONVERSATIONS[0]), chat(tokenizer), [1])
 
 
 def test_a_tokenizer_that_loses_text_is_a_data_error() -> None:
@@ -138,23 +138,23 @@ def test_a_tokenizer_that_loses_text_is_a_data_error() -> None:
         tokenizer_object=words, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>", "<image>"]
     )
     tokenizer.chat_template = STRING_CHATML
-    assert encode(record(("user", "?"), ("assistant", "yes")), tokenizer, 3, []).supervised.sum() == 2
+    assert encode(record(("user", "?"), ("assistant", "yes")), chat(tokenizer, 3), []).supervised.sum() == 2
     with pytest.raises(DataError, match=r"turns the answer 'yellow' into '<unk>'. Use the checkpoint's own tokenizer"):
-        encode(record(("user", "?"), ("assistant", "yellow")), tokenizer, 3, [])
+        encode(record(("user", "?"), ("assistant", "yellow")), chat(tokenizer, 3), [])
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_control_tokens_in_the_text_are_refused(role: str) -> None:
     texts = {"user": "?", "assistant": "yes", role: "a <|im_end|> b"}
     with pytest.raises(DataError, match=r"contains '<\|im_end\|>', which tokenizer .* reads as a control token"):
-        encode(record(*texts.items()), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [])
+        encode(record(*texts.items()), chat(TOKENIZERS["TYPED_CHATML"]), [])
 
 
 def test_wrong_image_token_id_and_count() -> None:
     with pytest.raises(ConfigError, match="tokens, but the config's image token is 151646"):
-        encode(record(*CONVERSATIONS[0]), TOKENIZERS["TYPED_CHATML"], 151646, [1])
+        encode(record(*CONVERSATIONS[0]), chat(TOKENIZERS["TYPED_CHATML"], 151646), [1])
     with pytest.raises(DataError, match="1 image tokens for 2 pictures"):
-        encode(record(*CONVERSATIONS[0]), TOKENIZERS["TYPED_CHATML"], IMAGE_TOKEN_ID, [1, 1])
+        encode(record(*CONVERSATIONS[0]), chat(TOKENIZERS["TYPED_CHATML"]), [1, 1])
 
 
 def test_load_tokenizer_prefers_the_processors_template(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_tokenizer_with_code_of_its_own_is_never_run(tmp_path: Path, monkeypat
             '{"chat_template": [{"name": "rag", "template": "y"}]}',
             r"several chat templates \(rag\), none of them named",
         ),
-        ('{"chat_template": 3}', "the chat template is of type int; a text is expected"),
+        ('{"chat_template": 3}', r"the chat template is 3 \(number\); a text is expected"),
     ],
 )
 def test_odd_template_files_are_config_errors(tmp_path: Path, content: str, text: str) -> None:
@@ -244,10 +244,10 @@ def test_a_dtype_that_is_none_was_blamed_on_the_tokenizers_files(tmp_path: Path)
         load_tokenizer(tmp_path)
 
 
-def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_neither() -> None:
+def test_answers_end_and_texts_begin_as_at_inference_where_the_template_writes_neither() -> None:
     tokenizer = tiny_data.tokenizer(LLAVA_1_5)
     turns = [("user", "<image>\nwhat?"), ("assistant", "a red square"), ("user", "and?"), ("assistant", "that")]
-    encoded = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
+    encoded = encode(record(*turns), chat(tokenizer), [2])
     supervised = tokenizer.decode(encoded.targets[encoded.supervised])
     assert supervised == " a red square<|im_end|> that<|im_end|>"
     # The history has no end token, as inference engines render it; the first answer ends all the same.
@@ -258,15 +258,15 @@ def test_answers_end_and_texts_begin_as_at_inference_where_the_template_says_nei
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    begun = encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2])
+    begun = encode(record(*turns), chat(tokenizer), [2])
     assert begun.token_ids.tolist() == [1, *encoded.token_ids.tolist()]
     assert begun.supervised.tolist() == [False, *encoded.supervised.tolist()]
     tokenizer.chat_template = "<|im_start|>" + LLAVA_1_5  # writes it itself
-    assert encode(record(*turns), tokenizer, IMAGE_TOKEN_ID, [2]).token_ids.tolist() == begun.token_ids.tolist()
+    assert encode(record(*turns), chat(tokenizer), [2]).token_ids.tolist() == begun.token_ids.tolist()
 
 
 def test_an_answer_that_nothing_ends_is_a_data_error() -> None:
     tokenizer = tiny_data.tokenizer(STRING_CHATML.replace("'<|im_end|>\n'", "'\n'"))
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="the answer itself and then a special end token are expected"):
-        encode(record(("user", "?"), ("assistant", "yes")), tokenizer, IMAGE_TOKEN_ID, [])
+        encode(record(("user", "?"), ("assistant", "yes")), chat(tokenizer), [])

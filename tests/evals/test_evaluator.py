@@ -83,8 +83,8 @@ def compare_answers(model, params, preprocessor, rows):
     tokenizer = preprocessor.tokenizer
     answers = ["red", "a rather longer answer", "7"]
     every = [answered(record, answer) for record in rows for answer in answers]
-    source = ExampleSource(rows, preprocessor, plan_shapes(rows, preprocessor, 2**31).shapes)
-    expected = ExampleSource(every, preprocessor, plan_shapes(every, preprocessor, 2**31).shapes)
+    source = ExampleSource(rows, preprocessor, plan_shapes(rows, preprocessor).shapes)
+    expected = ExampleSource(every, preprocessor, plan_shapes(every, preprocessor).shapes)
     token_ids = [tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
     losses = jax.jit(partial(token_losses, model, params))
     for i in range(len(rows)):
@@ -150,10 +150,10 @@ def outcomes(preprocessor, lettered):
         preprocessor,
         EvaluatorSettings(batch_size=4, candidates=("C", "A", "B"), seed=3),
     )
-    told = []
+    reported = []
     models = {"right": {"lora": {"shift": np.int32(0)}}, "wrong": {"lora": {"shift": np.int32(1)}}}
-    found = evaluator.evaluate(models, lambda number, text: told.append(number))
-    assert sum(told) == evaluator.num_reads == 14
+    found = evaluator.evaluate(models, lambda number, text: reported.append(number))
+    assert sum(reported) == evaluator.num_reads == 14
     return found
 
 
@@ -244,12 +244,12 @@ def test_answers_are_what_the_model_writes_to_each_record_alone(tmp_path, record
     evaluator = Evaluator(model, params, some, preprocessor, EvaluatorSettings(batch_size=2, **written))
     outcomes = evaluator.evaluate({"base": {}})
     pad = preprocessor.tokenizer.pad_token_id
-    source = ExampleSource(some, preprocessor, plan_shapes(some, preprocessor, 2**31).shapes)
+    source = ExampleSource(some, preprocessor, plan_shapes(some, preprocessor).shapes)
     alone = jax.jit(partial(generate, model, pad_token=pad, **written))
 
     def text(example) -> str:
-        said = alone(params, {}, {name: array[None] for name, array in example.items()})
-        return preprocessor.tokenizer.decode(said[0], skip_special_tokens=True).strip()
+        tokens = alone(params, {}, {name: array[None] for name, array in example.items()})
+        return preprocessor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
     prompts = [source.prompt(number) for number in range(len(some))]
     assert list(outcomes["base"].answers) == [text(prompt) for prompt in prompts]

@@ -55,7 +55,7 @@ CHECKPOINTS = {
 
 
 def source_of(records, preprocessor):
-    return ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+    return ExampleSource(records, preprocessor, plan_shapes(records, preprocessor).shapes)
 
 
 def stacked(examples):
@@ -71,7 +71,7 @@ class Reference:
         self.model = peft.PeftModel.from_pretrained(model, adapter) if adapter else model
         self.preprocessor = load_preprocessor(directory)
 
-    def says(self, record: Record, prompt: dict[str, Any], **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+    def answer(self, record: Record, prompt: dict[str, Any], **settings: Any) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n] and logits [n, V] of the answer."""
         tokens = prompt["tokens"][None, : prompt["target_positions"][0] + 1]
         inputs = {"input_ids": tokens.astype(np.int64), "attention_mask": np.ones_like(tokens, np.int64)}
@@ -124,8 +124,8 @@ def test_tokens_are_those_of_transformers(family, adapted, devices, ends_of, tmp
     assert [len(record.images) for record in records] == [1, 2, 0, 2]
     assert len({int(prompt["target_positions"][0]) for prompt in prompts}) >= 3
 
-    free, logits = map(np.stack, zip(*map(reference.says, records, prompts), strict=True))
-    # Nothing trivial: rows say different things, no token again and again, and each by more than rounding.
+    free, logits = map(np.stack, zip(*map(reference.answer, records, prompts), strict=True))
+    # Nothing trivial: rows have different answers, no token again and again, and each by more than rounding.
     assert free.shape == (4, MOST)
     assert len({tuple(row) for row in free}) == 4
     assert min(len(set(row)) for row in free) > MOST / 3
@@ -133,12 +133,12 @@ def test_tokens_are_those_of_transformers(family, adapted, devices, ends_of, tmp
     assert (first - second).min() > 10 * TOLERANCE
     if adapted:
         with reference.model.disable_adapter():
-            assert (reference.says(records[0], prompts[0])[0] != free[0]).any()
+            assert (reference.answer(records[0], prompts[0])[0] != free[0]).any()
 
     ends = [int(free[row, place]) for row, place in ends_of.items()]
-    said = [reference.says(*pair, eos_token_id=ends)[0] for pair in zip(records, prompts, strict=True)]
-    expected = np.stack([np.pad(tokens, (0, MOST - len(tokens)), constant_values=PAD) for tokens in said])
-    lengths = [len(tokens) for tokens in said]
+    answers = [reference.answer(*pair, eos_token_id=ends)[0] for pair in zip(records, prompts, strict=True)]
+    expected = np.stack([np.pad(tokens, (0, MOST - len(tokens)), constant_values=PAD) for tokens in answers])
+    lengths = [len(tokens) for tokens in answers]
     assert len(set(lengths)) > 1
 
     steps: list[None] = []

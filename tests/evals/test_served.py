@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 def prompts_of(base, checkpoint):
     preprocessor = load_preprocessor(base)
-    source = ExampleSource([RECORD], preprocessor, plan_shapes([RECORD], preprocessor, 2**31).shapes)
+    source = ExampleSource([RECORD], preprocessor, plan_shapes([RECORD], preprocessor).shapes)
     return torch_prompts([RECORD], [source.prompt(0)], checkpoint, preprocessor), preprocessor
 
 

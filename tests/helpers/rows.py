@@ -1,8 +1,10 @@
-"""Files of rows with two pictures beside them, and what reading them comes to."""
+"""Files and tables of rows with pictures, and what reading them comes to."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from mars_jax.data.records import Record, load_records
@@ -28,3 +30,20 @@ def fault(folder: Path, rows: object, name: str = "data.json") -> str:
     with pytest.raises(DataError) as caught:
         read(folder, rows, name)
     return str(caught.value)
+
+
+def table(picture: bytes, numbers: Sequence[int] = (0, 1)) -> pyarrow.Table:
+    """A table of open questions on one picture, with these ids."""
+    rows = [
+        {"id": str(n), "image": {"bytes": picture, "path": None}, "question": f"{n}?", "answer": "x"} for n in numbers
+    ]
+    return pyarrow.Table.from_pylist(rows)
+
+
+def arrow(path: Path, content: pyarrow.Table, stream: bool = True) -> Path:
+    """An Arrow file, written as a stream or as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with new(str(path), content.schema) as writer:
+        writer.write_table(content)
+    return path

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from mars_jax.data.chat import Chat, chat_of
 from mars_jax.data.examples import ExampleSource
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import Record, load_records
@@ -58,6 +59,11 @@ def tokenizer(chat_template: str | None = TYPED_CHATML) -> PreTrainedTokenizerFa
         extra_special_tokens=["<|im_start|>", "<image>"],
         chat_template=chat_template,
     )
+
+
+def chat(tokenizer: PreTrainedTokenizerFast, image_token_id: int = IMAGE_TOKEN_ID) -> Chat:
+    """The chat template of a tokenizer with `<image>`."""
+    return chat_of(tokenizer, image_token_id)
 
 
 def checkpoint(directory: Path, **config: object) -> Path:

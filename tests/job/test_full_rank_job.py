@@ -74,7 +74,7 @@ def test_the_merged_checkpoint_computes_what_base_and_adapters_compute(job):
     merged = read_checkpoint(folder / "run" / "merged", "float32")[1]
     adapters = read_adapters(folder / "run" / "finetune" / "adapters.safetensors")
     records, preprocessor = load_records(folder / "train.json", folder)[:4], load_preprocessor(folder / "base")
-    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor, 2**31).shapes)
+    source = ExampleSource(records, preprocessor, plan_shapes(records, preprocessor).shapes)
     batch = {name: np.stack([source[i][name] for i in range(4)]) for name in source[0]}
     logits = jax.jit(lambda variables: build_model(config).apply(variables, batch, method="logits"))
     plain = logits({"params": base})

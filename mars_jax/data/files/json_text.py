@@ -1,14 +1,15 @@
 """JSON lists and JSON lines. Which of the two a text is follows from what it holds, not from the name of its file."""
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from mars_jax.data.files.row import MAX_TEXT_BYTES, Row, check_number, check_readable, numbered
 from mars_jax.data.formats.keys import CONVERSATIONS
-from mars_jax.data.values import kind_of
 from mars_jax.errors import DataError
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, short
 
 Parsed = tuple[list[Row], list[str], list[str]]
 """Rows, faults and notes."""
@@ -27,6 +28,7 @@ _BINARY = {
     b"\xff\xfe": "UTF-16. Save it as UTF-8",
     b"\xfe\xff": "UTF-16. Save it as UTF-8",
 }
+_VISIBLE = re.compile(r"\S")
 _WRAPPERS = ("data", "rows", "records", "samples", "examples", "items", "annotations", "train")
 
 
@@ -73,9 +75,8 @@ def read_samples(path: Path) -> Parsed:
         DataError: it holds something else.
     """
     text = read_text(path)
-    start = text.lstrip()[:1]
-    first = text.lstrip().partition("\n")[0].strip()
-    if not start:
+    start = _next(text, 0)
+    if start == len(text):
         return [], [], []
     error: Exception | None = None
     try:
@@ -84,10 +85,11 @@ def read_samples(path: Path) -> Parsed:
         error = seen
     if error is None:
         is_row = isinstance(document, dict) and not any(isinstance(document.get(key), list) for key in _WRAPPERS)
-        is_line = path.suffix.lower() == ".jsonl" and "\n" not in text.strip()
+        is_line = path.suffix.lower() == ".jsonl" and _next(text, _line_end(text, start)) == len(text)
         return _lines(path, text) if is_row and is_line else _document(path, document)
-    whole = start == "[" and not _goes_on(error)
-    if whole or first == "{" or (path.suffix.lower() == ".json" and not (start == "{" and _is_line(first))):
+    whole = text[start] == "[" and not _goes_on(error)
+    first = text[start : _line_end(text, start)].strip()
+    if whole or first == "{" or (path.suffix.lower() == ".json" and not (first.startswith("{") and _is_line(first))):
         raise _not_json(path, error)
     return _lines(path, text)
 
@@ -103,10 +105,8 @@ def read_lines(path: Path) -> Parsed:
 
 def _lines(path: Path, text: str) -> Parsed:
     rows, faults, commas = [], [], 0
-    # Not splitlines(): JSON strings may hold other Unicode line ends.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    check_number(path, len(lines))
-    for row_number, (line_number, line) in enumerate(lines):
+    check_number(path, sum(1 for _ in _numbered_lines(text)))
+    for row_number, (line_number, line) in enumerate(_numbered_lines(text)):
         source = f"{path.name}:{line_number}"
         bare = line.rstrip().removesuffix(",")
         commas += bare != line.rstrip()
@@ -117,11 +117,37 @@ def _lines(path: Path, text: str) -> Parsed:
     return rows, faults, [f"{commas} lines end in a comma, which is not read"] if commas else []
 
 
+def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of each line that is not blank, one at a time, since the text may be of gigabytes.
+
+    Not by splitlines(): JSON strings may hold other Unicode line ends.
+    """
+    number = start = 0
+    while start < len(text):
+        end, number = _line_end(text, start), number + 1
+        line = text[start:end]
+        if line.strip():
+            yield number, line
+        start = end + 1
+
+
+def _line_end(text: str, start: int) -> int:
+    """Where the line ends that has this place."""
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
+
+
+def _next(text: str, start: int) -> int:
+    """Where the first character stands from a place on that is no white space; the length of the text if none does."""
+    found = _VISIBLE.search(text, start)
+    return found.start() if found else len(text)
+
+
 def _document(path: Path, document: object) -> Parsed:
     if isinstance(document, list):
         return numbered(path, document), [], []
     if not isinstance(document, dict):
-        raise DataError(f"{path}: the file holds a JSON {kind_of(document)}; a list of records is expected.")
+        raise DataError(f"{path}: the file holds a JSON {json_type(document)}; a list of records is expected.")
     if {*CONVERSATIONS, "question"} & document.keys() and not isinstance(document.get("question"), list):
         return numbered(path, [document]), [], []
     lists = [key for key, value in document.items() if isinstance(value, list)]
@@ -143,7 +169,7 @@ class _TwiceError(ValueError):
 
 def _parsed(text: str) -> object:
     """The value of a JSON text, no object of which has a key twice."""
-    return json.loads(text, object_pairs_hook=_once)
+    return _DECODER.decode(text)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -151,6 +177,9 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) < len(pairs):
         raise _TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _goes_on(error: Exception) -> bool:

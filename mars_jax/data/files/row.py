@@ -4,7 +4,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -43,16 +43,13 @@ class Row:
     def id(self) -> str:
         """Its `id`, `question_id` or `index`, if one of them can name it, else "item-N"."""
         value = self._id
-        return str(value) if value is not None and self.has_valid_id else f"item-{self.number}"
+        return str(value) if value is not None and _is_name(value) else f"item-{self.number}"
 
     @property
     def has_valid_id(self) -> bool:
         """Whether its id, if any, is a text or a number, and no longer than `MAX_ID`."""
         value = self._id
-        if isinstance(value, float):
-            return math.isfinite(value)
-        is_name = isinstance(value, str | int) and not isinstance(value, bool)
-        return value is None or (is_name and len(str(value)) <= MAX_ID)
+        return value is None or _is_name(value)
 
     @property
     def has_empty_id(self) -> bool:
@@ -61,13 +58,21 @@ class Row:
 
     def fault(self, what: str) -> str:
         """A message that names the row and its fault."""
-        written = self.id if self.has_valid_id else self._id
+        value = self._id
+        written = self.id if value is None or _is_name(value) else value
         return f"{self.source} (id {short(written)}): {what}"
 
     @property
     def _id(self) -> object:
         row = self.value if isinstance(self.value, dict) else {}
         return next((row[key] for key in _ID_KEYS if not is_absent(row.get(key))), None)
+
+
+def _is_name(value: object) -> bool:
+    """Whether an id is a text or a number, and no longer than `MAX_ID`."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool) and len(str(value)) <= MAX_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +89,17 @@ class Rows:
     rows: Sequence[Row]
     root: Path
     faults: Sequence[str] = ()
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
 
-def numbered(path: Path, values: Iterable[object], start: int = 0) -> list[Row]:
+def numbered(path: Path, values: Iterable[object]) -> list[Row]:
     """The rows of the entries of a file, which are called "file item N".
 
     Raises:
         DataError: there are more than `MAX_ROWS`.
     """
-    rows = [Row(start + n, f"{path.name} item {n}", value) for n, value in enumerate(islice(values, MAX_ROWS + 1))]
-    check_number(path, start + len(rows))
+    rows = [Row(n, f"{path.name} item {n}", value) for n, value in enumerate(islice(values, MAX_ROWS + 1))]
+    check_number(path, len(rows))
     return rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mars_jax.data.files.json_text import read_text
+from mars_jax.data.files.json_text import Parsed, read_text
 from mars_jax.data.files.row import Row, check_number, check_readable
 from mars_jax.errors import DataError
 
@@ -42,7 +42,7 @@ def read_arrow(paths: Sequence[Path]) -> list[Row]:
     return _rows(paths, _arrow_batches, "an Arrow stream")
 
 
-def read_csv(path: Path) -> tuple[list[Row], list[str], list[str]]:
+def read_csv(path: Path) -> Parsed:
     """Rows, faults and notes of a CSV or TSV file with a line of names. Empty cells are null.
 
     A picture that is the number of another row is that row's, as in VLMEvalKit's tables.

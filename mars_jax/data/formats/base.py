@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mars_jax.data.values import kind_of
-from mars_jax.runtime.text import short
+from mars_jax.runtime.text import json_type, short
 
 IMAGE_PLACEHOLDER = "<image>"
 OPTION_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -29,7 +28,7 @@ class Turn:
 
     Attributes:
         role: who speaks.
-        text: what is said; user text holds `<image>` where a picture goes.
+        text: of the message; user text holds `<image>` where a picture goes.
         learn: for an answer, whether it is trained on. The last answer always is.
         parts: for a message of typed parts, each of them (`<image>` for a picture), which joined are `text`. Empty for
             plain text.
@@ -48,10 +47,13 @@ class Conversation(NamedTuple):
         turns: messages in order.
         pictures: sources of the pictures embedded in the turns, in order; None stands for the next picture of the row's
             columns `image` and `images`. Remaining pictures of these columns follow.
+        options: allowed texts of the last answer that is learned, each ending in its letter; empty for an open
+            question.
     """
 
     turns: tuple[Turn, ...]
     pictures: Sequence[object] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,6 @@ class Keys:
     part: frozenset[str] = frozenset()
 
 
-def no_options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
-    """The options of open questions: none."""
-    return ()
-
-
 def text_columns(row: Mapping[str, object], *names: str) -> Iterator[tuple[str, str]]:
     """(name, value) of each named column that holds a text or a whole number."""
     for name in names:
@@ -126,7 +123,6 @@ class Format:
         detect: returns whether a row is in this format. `registry` defines the order in which formats are tried.
         read: returns the conversation of a row, from the row and the number of pictures in its columns `image` and
             `images`. Raises `FaultError`. Roles and placeholders are checked later, for all formats.
-        options: returns the allowed texts of the last answer, each ending in its letter, from a row and its turns.
         tags: returns (name, value) of each category of question that a row belongs to, from the row and its number of
             pictures. Rows tagged with both `category` and `l2_category` also get means over the classes of a category.
         prompt: source of the questions' wording; recorded in evaluations.
@@ -137,7 +133,6 @@ class Format:
     keys: Keys
     detect: Callable[[Mapping[str, object]], bool]
     read: Callable[[Mapping[str, object], int], Conversation]
-    options: Callable[[Mapping[str, object], tuple[Turn, ...]], tuple[str, ...]] = no_options
     tags: Callable[[Mapping[str, object], int], Iterable[tuple[str, str]]] = category_tags
     prompt: str = "the file's own"
     answer_rules: tuple[str, ...] = ("exact",)
@@ -151,13 +146,25 @@ def text_of(row: Mapping[str, object], key: str) -> str:
     """
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        what = "empty" if isinstance(value, str) else f"{short(value)} ({kind_of(value)})"
+        what = "empty" if isinstance(value, str) else f"{short(value)} ({json_type(value)})"
         raise FaultError(f"{key!r} is {what}; a text is expected. Write it as text, or leave the row out.")
     return value
 
 
-def ask(lines: Sequence[str], answer: str, num_pictures: int) -> Conversation:
-    """One question and its answer: placeholders of the pictures unless the lines hold them, then the lines."""
+def learned(turns: Sequence[Turn]) -> list[int]:
+    """Numbers of the turns that are learned: answers that are trained on."""
+    return [number for number, turn in enumerate(turns) if turn.role == "assistant" and turn.learn]
+
+
+def ask(lines: Sequence[str], answer: str, num_pictures: int, options: str = "") -> Conversation:
+    """One question and its answer: placeholders of the pictures unless the lines hold them, then the lines.
+
+    Args:
+        lines: of the question.
+        answer: to it.
+        num_pictures: pictures of the row.
+        options: letters that may be answered; "" for an open question.
+    """
     embedded = any(IMAGE_PLACEHOLDER in line for line in lines)
     text = "\n".join([IMAGE_PLACEHOLDER] * (0 if embedded else num_pictures) + list(lines))
-    return Conversation((Turn("user", text), Turn("assistant", answer)))
+    return Conversation((Turn("user", text), Turn("assistant", answer)), options=tuple(options))

@@ -5,8 +5,8 @@ ScienceQA, whose answer is a number, is a format of its own. The prompt is that 
 
 from collections.abc import Mapping
 
-from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys, Turn
-from mars_jax.data.formats.options import LETTERS, ask_options, asks, starts
+from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys
+from mars_jax.data.formats.options import LETTERS, ask_options, asks
 from mars_jax.data.values import is_absent
 from mars_jax.runtime.text import short
 
@@ -18,7 +18,7 @@ def _detect(row: Mapping[str, object]) -> bool:
 
 
 def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
-    return ask_options(row, _without_letters(option_texts(row)), num_pictures)
+    return ask_options(row, option_texts(row), num_pictures)
 
 
 def option_texts(row: Mapping[str, object]) -> list[str]:
@@ -38,24 +38,11 @@ def option_texts(row: Mapping[str, object]) -> list[str]:
     return [str(option) for option in options]
 
 
-def _without_letters(options: list[str]) -> list[str]:
-    """Options such as "A. red" or "(A) red" without their letters, where all have them."""
-    for style in zip(*(starts(letter) for letter in LETTERS[: len(options)]), strict=True):
-        if all(option.startswith(start) for option, start in zip(options, style, strict=True)):
-            return [option.removeprefix(start) for option, start in zip(options, style, strict=True)]
-    return options
-
-
-def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
-    return tuple(LETTERS[: len(option_texts(row))])
-
-
 CHOICES = Format(
     name="choices",
     keys=Keys(row=frozenset({"question", "hint", "answer", *_COLUMNS})),
     detect=_detect,
     read=_read,
-    options=_options,
     prompt="LLaVA's of MMBench",
     answer_rules=("lmms", "letter"),
 )

@@ -5,9 +5,10 @@ A key whose value is absent (see `values.is_absent`) counts as absent, since tab
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 
 from mars_jax.data.formats.base import FaultError, Keys
-from mars_jax.data.values import is_absent
+from mars_jax.data.values import is_absent, is_blank
 from mars_jax.runtime.text import short
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -37,7 +38,7 @@ _HISTORY = "earlier turns are not read from here. Write them into the conversati
 _NUMBERED = "pictures are read from 'image' and 'images'. Give them there, one <image> for each, or take the key out."
 
 _OPTIONS = "options are read from 'choices' or 'options', as a list, or from columns A, B, ... Give them so."
-
+_SECOND_OPTIONS = "the options of this row are read from elsewhere. Keep those that are asked, and take the others out."
 _ASKED = "only 'question' is asked, with its options. Write it in there."
 
 _ANYWHERE = {
@@ -58,25 +59,31 @@ _ANYWHERE = {
 }
 _IN_TURN = {
     **dict.fromkeys(("reasoning", "thinking", "thought", "thoughts"), _THINKING),
-    **dict.fromkeys(("mask", "masked", "ignore"), _WEIGHT),
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "files", "attachments"), _NUMBERED),
     **dict.fromkeys(("training", "should_train", "is_trainable", "learn", "compute_loss", "no_loss", "skip"), _WEIGHT),
     **dict.fromkeys(("mask", "masked", "is_masked", "ignore", "ignored", "ignore_loss"), _WEIGHT),
 }
 _IN_PART = dict.fromkeys(("source", "file", "file_id", "data", "input_image", "image_file"), _NUMBERED)
 # Texts beside a question.
-_BESIDE = ("context", "passage", "paragraph", "article", "background", "premise", "instruction", "instructions")
+_BESIDE = ("hint", "context", "passage", "paragraph", "article", "background", "premise", "instruction", "instructions")
+_NUMBERED_PICTURE = re.compile(r"(image|img)_*[0-9]+")
 # Where a row has no picture: names of columns with one, and values that are one.
-_PICTURE_NAME = re.compile(
-    r"(image|img|picture|photo|figure)s?_?((file)?_?(id|name|path|url|list|bytes|base64|b64|base64_str)s?|files?)?"
+_PICTURE_FACTS = ("id", "name", "path", "url", "list", "bytes", "base64", "b64", "base64_str")
+_PICTURE_ENDS = ("", "file", "files", *map("".join, product(("", "_", "file", "file_"), _PICTURE_FACTS, ("", "s"))))
+_PICTURE_NAMES = frozenset(
+    map("".join, product(("image", "img", "picture", "photo", "figure"), ("", "s"), ("", "_"), _PICTURE_ENDS))
 )
 _PICTURE_FILE = re.compile(r"[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
+_OPTION_LISTS = ("choices", "options")
 # Options of a question under names that no format reads.
-_OPTION = re.compile(
-    r"(option|choice)s?[_ ]?([a-z]|[0-9]+)|candidates|distractors?_?[0-9]*|(mc|multi(ple)?_choice)s?"
-    r"|(answer|mc|multiple|candidate|wrong|incorrect|negative)_?(answer|option|choice)s"
-)
+_OPTION_WORDS = ("candidates", "distractor", "distractors", "mc", "mcs")
+_CHOICE_WORDS = ("multi_choice", "multi_choices", "multiple_choice", "multiple_choices")
+_OPTION_KINDS = ("answer", "mc", "multiple", "candidate", "wrong", "incorrect", "negative")
+_OPTION_PLURALS = map("".join, product(_OPTION_KINDS, ("", "_"), ("answers", "options", "choices")))
+_OPTION_NAMES = frozenset((*_OPTION_LISTS, *_OPTION_WORDS, *_CHOICE_WORDS, *_OPTION_PLURALS))
+# "optionS" would be "options".
+_NUMBERED_OPTION = re.compile(r"(option|choice)s?[_ ]?([a-rt-z]|[0-9]+)|distractors?_?[0-9]+")
 
 MOST_FAULTS = 3
 """Faults of one kind that a row is given."""
@@ -109,8 +116,10 @@ def _unread(row: Mapping[str, object], keys: Keys) -> Iterator[tuple[str, str, s
             if key not in known and not is_absent(value):
                 yield str(key), value
 
+    turn_keys = keys.turn | {*LEARN}
     for key, value in others(row, keys.row | COMMON | {keys.turns}):
-        yield "", "", key, value
+        if not (_plain(key) in _BESIDE and is_blank(value)):
+            yield "", "", key, value
     for column in ("image", "images"):
         value = row.get(column)
         for picture in value if isinstance(value, list) else [value]:
@@ -118,7 +127,7 @@ def _unread(row: Mapping[str, object], keys: Keys) -> Iterator[tuple[str, str, s
                 yield f"a picture of {column!r}: ", column, key, value
     turns = row.get(keys.turns)
     for number, turn in enumerate(turns if isinstance(turns, list) else ()):
-        for key, value in others(turn, keys.turn | {*LEARN}):
+        for key, value in others(turn, turn_keys):
             yield f"turn {number}: ", keys.turns, key, value
         parts = turn.get(keys.parts) if isinstance(turn, dict) else None
         for part in parts if isinstance(parts, list) else ():
@@ -133,32 +142,38 @@ def _unread(row: Mapping[str, object], keys: Keys) -> Iterator[tuple[str, str, s
 
 def _reason(name: str, key: str) -> str:
     """Why a key of a turn, part or picture can't be left unread, or ""."""
-    key = _plain(key)
-    if key.startswith(("rejected", "chosen")):
-        return _PREFERENCE
-    of_part = _IN_PART.get(key, "") if "." in name else ""
-    return _ANYWHERE.get(key) or _IN_TURN.get(key) or of_part
+    plain = _plain(key)
+    of_part = _IN_PART.get(plain, "") if "." in name else ""
+    return _reason_anywhere(plain) or _IN_TURN.get(plain) or of_part
+
+
+def _reason_anywhere(name: str) -> str:
+    """Why a key of this plain name can't be left unread wherever it stands, or ""."""
+    return _PREFERENCE if name.startswith(("rejected", "chosen")) else _ANYWHERE.get(name, "")
 
 
 def _row_reason(key: str, value: object, row: Mapping[str, object], keys: Keys) -> str:
     """Why a key of a row can't be left unread, or ""."""
     name = _plain(key)
-    if name.startswith(("rejected", "chosen")) or (name == "label" and keys.turns and value in (True, False)):
+    if reason := _reason_anywhere(name):
+        return reason
+    if name == "label" and keys.turns and value in (True, False):
         return _PREFERENCE
-    if name in _ANYWHERE:
-        return _ANYWHERE[name]
     if name in LEARN and isinstance(value, bool | int | float) and value != 1:
         return _WEIGHT
     if name in CONVERSATIONS:
         return "the row has two conversations. Take one of them out."
-    if not keys.turns and _OPTION.fullmatch(name):
-        return _OPTIONS
-    if not keys.turns and name in _BESIDE:
-        return _ASKED
-    if name.rstrip("0123456789").rstrip("_") in ("image", "img") and name[-1].isdigit():
+    if not keys.turns:
+        if key in _OPTION_LISTS:
+            return _SECOND_OPTIONS
+        if name in _OPTION_NAMES or _NUMBERED_OPTION.fullmatch(name):
+            return _OPTIONS
+        if name in _BESIDE:
+            return _ASKED
+    if _NUMBERED_PICTURE.fullmatch(name):
         return _NUMBERED
     has_none = is_absent([row.get("image"), row.get("images")])
-    if _holds_picture(value) or (has_none and (_PICTURE_NAME.fullmatch(name) or _is_picture_file(value))):
+    if _holds_picture(value) or (has_none and (name in _PICTURE_NAMES or _is_picture_file(value))):
         return _NUMBERED
     return ""
 

@@ -34,7 +34,7 @@ def read(row: Mapping[str, object], num_pictures: int) -> Conversation:
     Raises:
         FaultError: `conversations` is no list of turns.
     """
-    if is_absent(row.get("conversations")) and "conversations" not in row:
+    if "conversations" not in row:
         raise FaultError(_no_conversation(row))
     return Conversation(read_turns(row, "conversations", "from", "value"))
 

@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Mapping
 
-from mars_jax.data.formats.base import FaultError, Format, Turn
+from mars_jax.data.formats.base import Conversation, FaultError, Format, Turn, learned
 from mars_jax.data.formats.llava import KEYS, read
 from mars_jax.data.formats.turns import read_turns
 from mars_jax.data.values import is_absent
@@ -22,10 +22,17 @@ def _detect(row: Mapping[str, object]) -> bool:
         last = read_turns({"conversations": conversation[-2:]}, "conversations", "from", "value")
     except FaultError:
         return False
-    return bool(_options(row, last))
+    return bool(_options(last))
 
 
-def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
+def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
+    conversation = read(row, num_pictures)
+    turns = conversation.turns
+    answers = learned(turns)
+    return conversation._replace(options=_options(turns[: answers[-1] + 1]) if answers else ())
+
+
+def _options(turns: tuple[Turn, ...]) -> tuple[str, ...]:
     """The allowed answers of the last question; none if it lists no options or its answer is not one of them."""
     if [turn.role for turn in turns[-2:]] != ["user", "assistant"]:
         return ()
@@ -48,7 +55,6 @@ LLAVA_SCIENCEQA = Format(
     name="llava_scienceqa",
     keys=KEYS,
     detect=_detect,
-    read=read,
-    options=_options,
+    read=_read,
     answer_rules=("llava", "lmms", "letter"),
 )

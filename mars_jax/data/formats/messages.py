@@ -30,7 +30,7 @@ def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
         plain.append(message)
         if isinstance(content, str):
             pictures += [None] * content.count(IMAGE_PLACEHOLDER)
-    turns = read_turns({"messages": plain if plain else messages}, "messages", "role", "content")
+    turns = read_turns({"messages": plain or messages}, "messages", "role", "content")
     return Conversation(
         tuple(replace(turn, parts=parts.get(number, ())) for number, turn in enumerate(turns)), pictures
     )

@@ -5,10 +5,9 @@ The prompt follows LLaVA's script for MMBench: the hint, the question, the optio
 
 from collections.abc import Mapping
 
-from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys, Turn
-from mars_jax.data.formats.options import LETTERS, ask_options, asks, is_unset
-from mars_jax.data.values import kind_of
-from mars_jax.runtime.text import short
+from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys, text_of
+from mars_jax.data.formats.options import LETTERS, ask_options, asks
+from mars_jax.data.values import is_unset
 
 
 def _detect(row: Mapping[str, object]) -> bool:
@@ -27,17 +26,7 @@ def _texts(row: Mapping[str, object]) -> list[str]:
         )
     if not is_unset(row.get("AA")):
         raise FaultError("the row has more than 26 options, A to Z. Ask it with fewer.")
-    for letter in letters:
-        if not isinstance(row[letter], str):
-            raise FaultError(
-                f"option {letter!r} is {short(row[letter])} ({kind_of(row[letter])}); a text is expected. Write it as "
-                "text."
-            )
-    return [str(row[letter]) for letter in letters]
-
-
-def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
-    return tuple(LETTERS[: len(_texts(row))])
+    return [text_of(row, letter) for letter in letters]
 
 
 MMBENCH = Format(
@@ -45,7 +34,6 @@ MMBENCH = Format(
     keys=Keys(row=frozenset({"question", "hint", "answer", *LETTERS})),
     detect=_detect,
     read=_read,
-    options=_options,
     prompt="LLaVA's of MMBench",
     answer_rules=("lmms", "letter"),
 )

@@ -6,7 +6,7 @@ question lists no options are MMStar's only with an `l2_category`; else they are
 
 from collections.abc import Iterator, Mapping
 
-from mars_jax.data.formats.base import OPTION_PROMPT, Conversation, Format, Keys, Turn, ask, text_columns, text_of
+from mars_jax.data.formats.base import OPTION_PROMPT, Conversation, Format, Keys, ask, text_columns, text_of
 from mars_jax.data.formats.options import asks, is_letter, listed_letters
 from mars_jax.data.values import is_absent
 
@@ -23,11 +23,8 @@ def _detect(row: Mapping[str, object]) -> bool:
 
 
 def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
-    return ask([text_of(row, "question"), OPTION_PROMPT], text_of(row, "answer").strip(), num_pictures)
-
-
-def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
-    return tuple(listed_letters(str(row["question"])) or _LETTERS)
+    question, answer = text_of(row, "question"), text_of(row, "answer").strip()
+    return ask([question, OPTION_PROMPT], answer, num_pictures, listed_letters(question) or _LETTERS)
 
 
 def _tags(row: Mapping[str, object], num_pictures: int) -> Iterator[tuple[str, str]]:
@@ -39,7 +36,6 @@ MMSTAR = Format(
     keys=Keys(row=frozenset({"question", "answer", "l2_category"})),
     detect=_detect,
     read=_read,
-    options=_options,
     tags=_tags,
     prompt="lmms-eval's of MMStar",
     answer_rules=("mmstar", "letter"),

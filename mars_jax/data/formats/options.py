@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from mars_jax.data.formats.base import OPTION_PROMPT, Conversation, FaultError, ask, text_of
 from mars_jax.data.formats.keys import CONVERSATIONS
-from mars_jax.data.values import is_absent, kind_of
-from mars_jax.runtime.text import short
+from mars_jax.data.values import is_absent, is_blank
+from mars_jax.runtime.text import json_type, short
 
 LETTERS = string.ascii_uppercase
 
@@ -44,12 +44,15 @@ def answer_letter(answer: object, options: Sequence[str]) -> str:
     """
     allowed = f"a letter A to {LETTERS[len(options) - 1]} or the text of one of the options"
     if not isinstance(answer, str):
-        raise FaultError(f"'answer' is {short(answer)} ({kind_of(answer)}); {allowed} is expected. Write the letter.")
+        raise FaultError(f"'answer' is {short(answer)} ({json_type(answer)}); {allowed} is expected. Write the letter.")
     text = answer.strip()
     as_letter = re.fullmatch(rf"\(?([{LETTERS[: len(options)]}])[).:]{{0,2}}", text)
     letters = {as_letter[1]} if as_letter else set()
     for letter, option in zip(LETTERS, options, strict=False):
-        if text.removeprefix(next((start for start in starts(letter) if text.startswith(start)), "")) == option.strip():
+        if (
+            text.removeprefix(next((start for start in _starts(letter) if text.startswith(start)), ""))
+            == option.strip()
+        ):
             letters.add(letter)
     if len(letters) != 1:
         problem = "more than one of" if letters else "none of"
@@ -57,19 +60,49 @@ def answer_letter(answer: object, options: Sequence[str]) -> str:
     return letters.pop()
 
 
-def starts(letter: str) -> tuple[str, ...]:
+def _starts(letter: str) -> tuple[str, ...]:
     """How an option begins that is written with its letter."""
     return f"{letter}. ", f"{letter}: ", f"{letter}) ", f"({letter}) "
 
 
+def without_letters(options: Sequence[str]) -> list[str]:
+    """Options such as "A. red" or "(A) red" without their letters, where all have them.
+
+    Raises:
+        FaultError: an option is blank.
+    """
+    bare = list(options)
+    for style in zip(*(_starts(letter) for letter in LETTERS[: len(options)]), strict=True):
+        if all(option.startswith(start) for option, start in zip(options, style, strict=True)):
+            bare = [option.removeprefix(start) for option, start in zip(options, style, strict=True)]
+    for letter, option in zip(LETTERS, bare, strict=False):
+        if not option.strip():
+            raise FaultError(f"option {letter} is empty. Write its text, or leave the row out.")
+    return bare
+
+
+def lettered(options: Sequence[str]) -> list[str]:
+    """Options with their letters before them, as they are asked."""
+    return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+
+
+def hint_of(row: Mapping[str, object]) -> list[str]:
+    """The text of a row's `hint`, if it has one."""
+    return [] if is_blank(row.get("hint")) else [text_of(row, "hint").strip()]
+
+
 def ask_options(row: Mapping[str, object], options: Sequence[str], num_pictures: int) -> Conversation:
-    """The question of a row with its hint before it and its options after it, as LLaVA asks MMBench."""
-    hint = [] if is_unset(row.get("hint")) else [text_of(row, "hint").strip()]
-    listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    answer = answer_letter(row.get("answer"), options)
-    return ask([*hint, text_of(row, "question"), *listed, OPTION_PROMPT], answer, num_pictures)
+    """The question of a row with its hint before it and its options after it, as LLaVA asks MMBench.
 
+    Args:
+        row: with the question, the hint and the answer.
+        options: 2 to 26 texts, with or without their letters.
+        num_pictures: pictures of the row.
 
-def is_unset(value: object) -> bool:
-    """Whether a cell of a table is empty; some were written by pandas, as "nan"."""
-    return is_absent(value) or value == "nan"
+    Raises:
+        FaultError: the question, an option or the answer can't be read.
+    """
+    texts = without_letters(options)
+    answer = answer_letter(row.get("answer"), texts)
+    lines = [*hint_of(row), text_of(row, "question"), *lettered(texts), OPTION_PROMPT]
+    return ask(lines, answer, num_pictures, LETTERS[: len(texts)])

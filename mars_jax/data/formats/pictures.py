@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PureWindowsPath
 
 from mars_jax.data.formats.base import FaultError
-from mars_jax.data.values import is_absent, kind_of
-from mars_jax.runtime.text import short
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import json_type, short
 
 # How the base64 texts of JPEG, PNG, WebP and GIF files begin; VLMEvalKit's tables hold pictures like that.
 _PNG = "iVBORw0KGgo"
@@ -43,7 +43,7 @@ def read_picture(source: object) -> str | bytes:
         source = source.get("path")
     if not isinstance(source, str) or not source:
         seen = given if source is None else source
-        kind = "" if seen is None else f" ({kind_of(seen)})"
+        kind = "" if seen is None else f" ({json_type(seen)})"
         hint = " Of an object, 'path' or 'bytes' is read." if isinstance(seen, dict) else ""
         raise FaultError(f"image is {short(seen)}{kind}; a path relative to the image folder is expected.{hint}")
     if source.startswith("data:"):

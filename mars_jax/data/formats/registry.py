@@ -2,7 +2,7 @@
 
 How to add a format:
 
-1. Write `formats/NAME.py` with a `Format`, say `NAME = Format(name="name", keys=..., detect=..., read=...)`. `base`
+1. Write `formats/NAME.py` with a `Format`: `NAME = Format(name="name", keys=..., detect=..., read=...)`. `base`
    describes its fields; `turns`, `pictures` and `options` have helpers.
 2. Add a line for it at the end of `FORMATS`. Code outside this package calls `FORMATS.register(NAME)` instead.
 3. Add a section with an example row to docs/data.md; the tests of `tests/data/formats/test_registry.py` run over them.
@@ -17,8 +17,8 @@ from mars_jax.data.formats.base import Draft, FaultError, Format
 from mars_jax.data.formats.keys import unread_keys
 from mars_jax.data.formats.pictures import column_pictures, read_picture
 from mars_jax.data.formats.turns import with_system
-from mars_jax.data.values import kind_of
 from mars_jax.runtime.registry import Registry
+from mars_jax.runtime.text import json_type
 
 FORMATS: Registry[Format] = Registry(
     "data format",
@@ -50,19 +50,19 @@ def draft(row: object) -> Draft:
         FaultError: the row is malformed; its arguments are all faults. The conversation is checked in `conversations`.
     """
     if not isinstance(row, dict):
-        raise FaultError(f"the record is a JSON {kind_of(row)}; an object with 'conversations' is expected.")
+        raise FaultError(f"the record is a JSON {json_type(row)}; an object with 'conversations' is expected.")
     data_format = detect(row)
     unread = unread_keys(row, data_format.keys)
     faults: list[str] = []
     columns = tuple(column_pictures(row, faults))
     try:
-        turns, pictures = data_format.read(row, len(columns))
-        turns = with_system(row, turns)
+        conversation = data_format.read(row, len(columns))
+        turns = with_system(row, conversation.turns)
     except FaultError as error:
         raise FaultError(*faults, *error.args) from None
     remaining = iter(columns)
     images: list[str | bytes] = []
-    for source in pictures:
+    for source in conversation.pictures:
         try:
             images.append(next(remaining) if source is None else read_picture(source))
         except StopIteration:
@@ -74,6 +74,5 @@ def draft(row: object) -> Draft:
     if faults:
         raise FaultError(*faults)
     images += remaining
-    learnt = turns[: 1 + max((n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.learn), default=0)]
-    options, tags = data_format.options(row, learnt), tuple(data_format.tags(row, len(images)))
-    return Draft(data_format.name, tuple(images), turns, options, tags, unread)
+    tags = tuple(data_format.tags(row, len(images)))
+    return Draft(data_format.name, tuple(images), turns, conversation.options, tags, unread)

@@ -11,14 +11,12 @@ from mars_jax.data.formats.base import (
     FaultError,
     Format,
     Keys,
-    Turn,
     ask,
     text_columns,
     text_of,
 )
 from mars_jax.data.formats.choices import option_texts
-from mars_jax.data.formats.options import LETTERS, asks
-from mars_jax.data.values import is_absent
+from mars_jax.data.formats.options import LETTERS, asks, hint_of, lettered, without_letters
 from mars_jax.runtime.text import short
 
 
@@ -27,29 +25,20 @@ def _detect(row: Mapping[str, object]) -> bool:
 
 
 def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
-    choices, answer = option_texts(row), row["answer"]
+    choices, answer = without_letters(option_texts(row)), row["answer"]
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise FaultError(
             f"'answer' is {short(answer)}; the number of one of the {len(choices)} choices, from 0, is expected."
         )
-    hint = _hint(row)
-    options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    lines = [*([f"Context: {hint}"] if hint else []), text_of(row, "question"), *options, OPTION_PROMPT]
-    return ask(lines, LETTERS[answer], num_pictures)
-
-
-def _hint(row: Mapping[str, object]) -> str:
-    return "" if is_absent(row.get("hint")) or not str(row["hint"]).strip() else text_of(row, "hint").strip()
-
-
-def _options(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[str, ...]:
-    return tuple(LETTERS[: len(option_texts(row))])
+    context = [f"Context: {hint}" for hint in hint_of(row)]
+    lines = [*context, text_of(row, "question"), *lettered(choices), OPTION_PROMPT]
+    return ask(lines, LETTERS[answer], num_pictures, LETTERS[: len(choices)])
 
 
 def _tags(row: Mapping[str, object], num_pictures: int) -> Iterator[tuple[str, str]]:
     """The columns of ScienceQA's tables: a question with a picture and a hint has both contexts."""
     yield from text_columns(row, "subject")
-    contexts = [("text", bool(_hint(row))), ("image", num_pictures > 0)]
+    contexts = [("text", bool(hint_of(row))), ("image", num_pictures > 0)]
     yield from [("context", name) for name, present in contexts if present] or [("context", "none")]
     grade = str(row.get("grade", "")).removeprefix("grade")
     if grade.isdecimal() and len(grade) <= 2:
@@ -61,7 +50,6 @@ SCIENCEQA = Format(
     keys=Keys(row=frozenset({"question", "choices", "answer", "hint", "subject", "grade"})),
     detect=_detect,
     read=_read,
-    options=_options,
     tags=_tags,
     prompt="lmms-eval's of ScienceQA",
     answer_rules=("lmms", "llava", "letter"),

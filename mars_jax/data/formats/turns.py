@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from mars_jax.data.formats.base import ROLES, FaultError, Turn
 from mars_jax.data.formats.keys import LEARN, MOST_FAULTS, SYSTEM
-from mars_jax.data.values import is_absent, kind_of
-from mars_jax.runtime.text import short
+from mars_jax.data.values import is_absent
+from mars_jax.runtime.text import json_type, short
 
 
 def read_turns(row: Mapping[str, object], key: str, speaker: str, text: str) -> tuple[Turn, ...]:
@@ -55,7 +55,7 @@ def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise FaultError(
-                f"turn {number}: {key!r} is {short(value)} ({kind_of(value)}); true or 1 (trained on) and false or 0 "
+                f"turn {number}: {key!r} is {short(value)} ({json_type(value)}); true or 1 (trained on) and false or 0 "
                 "(not) are read, weights between them are not. Write one of these."
             )
         if value and role != "assistant":
@@ -79,7 +79,7 @@ def with_system(row: Mapping[str, object], turns: tuple[Turn, ...]) -> tuple[Tur
     sources = [repr(key) for key in given] + ["a system turn"] * any(turn.role == "system" for turn in turns)
     for key, value in given.items():
         if not isinstance(value, str):
-            raise FaultError(f"{key!r} is {short(value)} ({kind_of(value)}); a text is expected.")
+            raise FaultError(f"{key!r} is {short(value)} ({json_type(value)}); a text is expected.")
     if len(sources) > 1:
         raise FaultError(f"the row has {' and '.join(sources)}; one system text is read. Keep one of them.")
     text = next(iter(given.values()), "")

@@ -1,4 +1,4 @@
-"""JSON files as people have them: told by their content, and refused with the cause and the way out."""
+"""JSON files as people have them: recognised by their content, and refused with the cause and the way out."""
 
 import json
 

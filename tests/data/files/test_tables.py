@@ -8,13 +8,13 @@ import pytest
 from pyarrow import parquet
 
 from mars_jax.data.images import PictureBytes
-from tests.helpers.rows import fault, read
+from tests.helpers.rows import arrow, fault, read, table
 from tests.helpers.tiny_data import save_picture
 
 CHAT = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]
 
 
-def test_csv_and_tsv_were_said_to_be_broken_json(tmp_path):
+def test_csv_and_tsv_were_refused_as_broken_json(tmp_path):
     content = 'id,image,question,answer,note\n7,a.png,"what, and\nwhere?",a cat,\n8,,why?,so,\n'
     records, notes = read(tmp_path, content, "d.csv")
     assert [(record.id, record.turns[0].text, record.turns[1].text) for record in records] == [
@@ -50,21 +50,6 @@ def test_pictures_in_tables_of_vlmevalkit_are_base64_or_another_row_s(tmp_path):
 )
 def test_faults_of_a_table_name_the_line(tmp_path, content, text):
     assert text in fault(tmp_path, content, "d.csv")
-
-
-def arrow(path, table, stream=True):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
-    with new(str(path), table.schema) as writer:
-        writer.write_table(table)
-    return path
-
-
-def table(picture, numbers=(0, 1)):
-    rows = [
-        {"id": str(n), "image": {"bytes": picture, "path": None}, "question": f"{n}?", "answer": "x"} for n in numbers
-    ]
-    return pyarrow.Table.from_pylist(rows)
 
 
 @pytest.mark.parametrize("stream", [True, False])

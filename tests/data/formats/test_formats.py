@@ -124,12 +124,12 @@ def test_scienceqa_parquet_is_asked_by_letters(tmp_path):
     ]
     folder = write_parquet(tmp_path / "ScienceQA" / "data" / "train-00000-of-00001.parquet", rows).parents[1]
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows[1:2])
-    seen, told, again = load_records(folder.with_name("ScienceQA#train"))
+    seen, hinted, again = load_records(folder.with_name("ScienceQA#train"))
     options = "A. granite\nB. quartz\nC. limestone"
     assert seen.turns[0].text == f"<image>\nWhich is a mineral?\n{options}\n{LETTER}"
     assert seen.turns[1].text == "B"
-    assert told.turns[0].text == f"Context: Rocks are made of minerals.\nWhich is a mineral?\nA. a\nB. b\n{LETTER}"
-    assert (told.images, told.turns[1].text, told.group) == ((), "A", "text:item-1")
+    assert hinted.turns[0].text == f"Context: Rocks are made of minerals.\nWhich is a mineral?\nA. a\nB. b\n{LETTER}"
+    assert (hinted.images, hinted.turns[1].text, hinted.group) == ((), "A", "text:item-1")
     assert isinstance(seen.images[0], PictureBytes)
     assert load_rgb(seen.images[0]).size == (11, 9)
     assert seen.group == again.group  # the same bytes
@@ -226,7 +226,7 @@ def test_llava_bench_joins_questions_and_answers(tmp_path, questions, answers):
 
 
 ASKED = {"role": "user", "content": "what?"}
-TOLD = {"role": "assistant", "content": "that"}
+ANSWERED = {"role": "assistant", "content": "that"}
 
 
 @pytest.mark.parametrize(
@@ -235,32 +235,32 @@ TOLD = {"role": "assistant", "content": "that"}
         ({"messages": "hello"}, "'messages' is 'hello'; a list of {'role', 'content'} turns is expected"),
         ({"messages": [ASKED, {"role": "tool", "content": "x"}]}, "turn 1 is from 'tool'; allowed: human, user"),
         (
-            {"messages": [{"role": "user", "content": None}, TOLD]},
+            {"messages": [{"role": "user", "content": None}, ANSWERED]},
             "turn 0 is {'content': None, 'role': 'user'}; an obj",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, TOLD]},
+            {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, ANSWERED]},
             "turn 0, a part: 'video' is 'a.mp4': video is not read.",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "an <image>"}]}, TOLD]},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "an <image>"}]}, ANSWERED]},
             "turn 0: <image> in the text of a typed part",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}, TOLD]},
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWERED]},
             "more pictures in 'messages' than the 0 of 'images'",
         ),
         (
-            {"messages": [ASKED, TOLD], "images": ["https://x.org/0.png"]},
+            {"messages": [ASKED, ANSWERED], "images": ["https://x.org/0.png"]},
             "'https://x.org/0.png' is an address. Download",
         ),
-        ({"messages": [ASKED, TOLD], "images": ["data:image/png;base64,?"]}, "is no base64"),
+        ({"messages": [ASKED, ANSWERED], "images": ["data:image/png;base64,?"]}, "is no base64"),
         (
-            {"messages": [ASKED, TOLD], "images": [{"bytes": None, "path": "../a.png"}]},
+            {"messages": [ASKED, ANSWERED], "images": [{"bytes": None, "path": "../a.png"}]},
             "points outside the image folder",
         ),
         (
-            {"messages": [{"role": "user", "content": "<image>"}, TOLD], "images": ["data:;base64,aGVsbG8="]},
+            {"messages": [{"role": "user", "content": "<image>"}, ANSWERED], "images": ["data:;base64,aGVsbG8="]},
             "image in the file cannot be decoded",
         ),
         (science(0, None, choices=["one"]), "'choices' is ['one']; a list of 2 to 26 texts is expected"),

@@ -43,7 +43,7 @@ def test_open_questions_were_taken_for_mmstar(row):
         ("Which part of the picture?", " D", {"l2_category": "image scene"}, "ABCD"),
     ],
 )
-def test_mmstar_is_told_by_its_letter_and_its_options(question, answer, more, options):
+def test_mmstar_is_recognised_by_its_letter_and_its_options(question, answer, more, options):
     row = {"image": "a.png", "question": question, "answer": answer, **more}
     assert asked(row) == ("mmstar", f"<image>\n{question}\n{LETTER}", answer.strip(), options)
 
@@ -93,8 +93,8 @@ def test_a_list_of_options_was_dropped(column, options, answer):
         ({"answer": "A", "question": ["what?"]}, r"'question' is \['what\?'\] \(list\); a text is expected"),
         ({"answers": ["red", "dark red"]}, r"'answers' is \['red', 'dark red'\], and there is no 'answer': one answer"),
         ({"answer": None, "answers": ["red"]}, r"'answers' is \['red'\], and there is no 'answer'"),
-        ({"answer": "red", "hint": "It is warm."}, "'hint' is 'It is warm.', and only 'question' is asked"),
-        ({"answer": "red", "context": "A painting."}, "'context' is 'A painting.', and only 'question' is asked"),
+        ({"answer": "red", "hint": "It is warm."}, "'hint' is 'It is warm.': only 'question' is asked"),
+        ({"answer": "red", "context": "A painting."}, "'context' is 'A painting.': only 'question' is asked"),
         ({"answer": "red", "option_a": "red"}, "'option_a' is 'red': options are read from 'choices' or 'options'"),
         ({"answer": "red", "choice1": "red"}, "'choice1' is 'red': options are read from"),
         ({"answer": "red", "candidates": ["red"]}, r"'candidates' is \['red'\]: options are read from"),
@@ -115,7 +115,12 @@ def test_a_list_of_options_was_dropped(column, options, answer):
         ({"answer": "AB", "A": "red", "B": "blue"}, "'answer' is 'AB', none of the 2 options"),
         ({"answer": "A", "A": "red", "C": "blue"}, "the row has the options A, C; two or more from A on without a gap"),
         ({"answer": "A", "A": "red"}, "the row has the options A; two or more from A on without a gap"),
-        ({"answer": "A", "A": 1, "B": 2}, r"option 'A' is 1 \(number\); a text is expected"),
+        ({"answer": "A", "A": 1, "B": 2}, r"^'A' is 1 \(number\); a text is expected"),
+        ({"answer": "A", "A": "red", "B": " "}, "'B' is empty; a text is expected"),
+        ({"answer": "A", "A": "A. red", "B": "B.  "}, "option B is empty. Write its text"),
+        ({"answer": "A", "options": ["red", " "]}, r"'options' is \['red', ' '\]; every option must be a text"),
+        ({"answer": "A", "options": ["A. red", "B.  "]}, "option B is empty. Write its text"),
+        ({"answer": 0, "choices": ["A. red", "B.  "]}, "option B is empty. Write its text"),
         (
             {"answer": "A", "AA": "x", **dict.fromkeys("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "x")},
             "more than 26 options, A to Z",
@@ -135,7 +140,7 @@ def test_a_question_that_places_its_picture_gets_no_second_placeholder():
     assert asked(row) == ("vqa", "Is <image> a cat?", "yes", "")
 
 
-def test_a_listed_question_of_a_million_characters_is_told_at_once():
+def test_a_listed_question_of_a_million_characters_is_recognised_at_once():
     row = {"image": "a.png", "question": "A: x " * 200_000, "answer": "A"}
     assert draft(row).format == "vqa"
 
@@ -155,7 +160,7 @@ def test_a_listed_question_of_a_million_characters_is_told_at_once():
         ({"prompt": "what?", "chosen": "red", "rejected": "blue"}, "'chosen' is 'red': pairs and labels of preference"),
     ],
 )
-def test_rows_of_other_tools_were_told_that_conversations_is_none(row, text):
+def test_rows_of_other_tools_were_refused_because_conversations_is_none(row, text):
     with pytest.raises(FaultError, match=text):
         draft({"images": ["a.png"], **row})
 
@@ -183,3 +188,61 @@ def test_a_text_beside_the_question_was_not_asked(key, more):
 def test_options_under_another_name_were_not_asked(key):
     with pytest.raises(FaultError, match="options are read from 'choices' or 'options', as a list"):
         draft({"image": "a.png", "question": "what?", "answer": "red", key: ["blue", "green"]})
+
+
+@pytest.mark.parametrize("answer", ["B", "(B)", "blue", "B. blue", "B) blue"])
+@pytest.mark.parametrize("style", ["{}. {}", "{}: {}", "{}) {}", "({}) {}", "{1}"])
+def test_letters_of_options_in_columns_were_asked_twice_and_their_answers_refused(style, answer):
+    texts = {letter: style.format(letter, colour) for letter, colour in (("A", "red"), ("B", "blue"))}
+    question = f"<image>\nWhat is it?\nA. red\nB. blue\n{LETTER}"
+    assert asked(ASKED | texts | {"answer": answer}) == ("mmbench", question, "B", "AB")
+    assert asked(ASKED | {"options": [*texts.values()], "answer": answer}) == ("choices", question, "B", "AB")
+    assert asked(ASKED | {"choices": [*texts.values()], "answer": 1}) == ("scienceqa", question, "B", "AB")
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"choices": ["red", "blue"], "answer": 1}, "options"),
+        ({"A": "red", "B": "blue", "answer": "A"}, "options"),
+        ({"A": "red", "B": "blue", "answer": "A"}, "choices"),
+        ({"question": LISTED, "answer": "B"}, "options"),
+        ({"question": LISTED, "answer": "B"}, "choices"),
+    ],
+)
+def test_a_second_list_of_options_was_refused_with_the_advice_to_give_one(row, key):
+    row = ASKED | row | {key: ["green", "grey"]}
+    with pytest.raises(
+        FaultError, match=rf"^{key!r} is \['green', 'grey'\]: the options of this row are read from else"
+    ):
+        draft(row)
+
+
+@pytest.mark.parametrize("key", ["Options", "CHOICES", "optionA", "option_b", "choice 3", "options_1", "distractor_2"])
+def test_options_under_a_name_like_the_right_one_are_refused_with_it(key):
+    with pytest.raises(FaultError, match=rf"^'{key}' is 'x': options are read from 'choices' or 'options', as a list"):
+        draft(ASKED | {"answer": "red", key: "x"})
+
+
+def test_a_hint_of_mmstar_was_not_asked():
+    with pytest.raises(
+        FaultError, match=r"^'hint' is 'It barks\.': only 'question' is asked, with its options\. Write"
+    ):
+        draft({"image": "a.png", "question": LISTED, "answer": "B", "hint": "It barks."})
+
+
+@pytest.mark.parametrize("nothing", ["nan", " ", "", None, float("nan")])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": "red"},
+        {"answer": "B", "question": LISTED},
+        {"answer": "A", "A": "red", "B": "blue"},
+        {"answer": "red", "options": ["red", "blue"]},
+        {"answer": 0, "choices": ["red", "blue"]},
+    ],
+)
+def test_an_empty_hint_was_asked_or_refused(row, nothing):
+    made = draft(ASKED | row | {"hint": nothing})
+    assert made == draft(ASKED | row)
+    assert ("context", "text") not in made.tags

@@ -44,7 +44,6 @@ def test_a_format_is_registered_under_its_own_name(name):
     assert FORMATS[name].name == name
 
 
-@every_format
 def places(name, row):
     """The objects of a row whose keys a format lists, with what messages and notes call them: row, turn and part."""
     keys = FORMATS[name].keys

@@ -98,7 +98,7 @@ def test_the_last_answer_alone_is_trained_on_where_the_setting_asks_for_it(tmp_p
 
 
 @each_shape
-def test_a_system_column_beside_a_system_turn_was_said_to_start_with_system(tmp_path, column):
+def test_a_system_column_beside_a_system_turn_was_refused_as_a_start_with_system(tmp_path, column):
     row = chat(column, {})
     turn = (
         {"from": "system", "value": "Be kind."}
@@ -167,7 +167,7 @@ def test_parts_that_hold_more_than_is_read_are_refused(part, text):
 
 
 @each_shape
-def test_turns_in_the_column_of_others_are_told_where_they_are_read(column):
+def test_turns_in_the_column_of_others_are_refused_with_where_they_are_read(column):
     other = "messages" if column == "conversations" else "conversations"
     with pytest.raises(FaultError, match=f"are read from '{column}': rename '{other}'") as caught:
         draft({other: chat(column, {})[column]})
