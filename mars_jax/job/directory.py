@@ -119,7 +119,7 @@ class RunDirectory:
         """Refuses to write between the files of something else, and to read what is no file."""
         names = {entry.name for entry in self.path.iterdir()}
         # A first opening that was killed leaves a lock, and perhaps a config half written under another name.
-        own = (lock.LOCK, lock.OWNER)
+        own = (lock.LOCK, lock.OWNER, lock.CLAIM)
         foreign = [name for name in names if name not in own and not name.startswith(RESOLVED_CONFIG)]
         if RESOLVED_CONFIG not in names and foreign:
             raise ConfigError(

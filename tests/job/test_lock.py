@@ -12,7 +12,7 @@ import pytest
 from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError
 from mars_jax.job.directory import RunDirectory
-from mars_jax.job.lock import OWNER
+from mars_jax.job.lock import CLAIM, OWNER
 
 
 @pytest.fixture
@@ -22,14 +22,17 @@ def config(tmp_path):
     return load_config(path)
 
 
+def without_flock(monkeypatch, number: int = errno.ENOLCK) -> None:
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSYS], ids=errno.errorcode.get)
 def without_locks(request, monkeypatch):
     """A file system whose `flock` fails, as on NFS without its lock daemon."""
-
-    def flock(file, operation):
-        raise OSError(request.param, os.strerror(request.param))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    without_flock(monkeypatch, request.param)
 
 
 def gone() -> int:
@@ -68,6 +71,44 @@ def test_a_process_of_another_machine_is_believed_without_locks(config, without_
         ConfigError, match=r"in use by process 123 on elsewhere\. Wait .* is gone, delete .*lock\.owner"
     ):
         RunDirectory.open(config).__enter__()
+
+
+def test_two_processes_that_took_over_at_once_both_held_the_directory(config, without_locks, monkeypatch):
+    with RunDirectory.open(config) as run:
+        pass
+    (run.path / OWNER).write_text(f"{gone()} {socket.gethostname()}")
+    first = RunDirectory.open(config)
+
+    def kill(process, signal):
+        # The second has read who is gone; before it goes on, the first takes the directory over.
+        monkeypatch.undo()
+        without_flock(monkeypatch)
+        first.__enter__()
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()}\. Wait for it, stop it, or"):
+        RunDirectory.open(config).__enter__()
+    assert (run.path / OWNER).read_text() == f"{os.getpid()} {socket.gethostname()}"
+    first.__exit__(None, None, None)
+    assert not any((run.path / name).exists() for name in (OWNER, CLAIM))
+
+
+def test_one_that_takes_over_is_waited_for(config, without_locks):
+    with RunDirectory.open(config) as run:
+        pass
+    (run.path / OWNER).write_text(f"{gone()} {socket.gethostname()}")
+    (run.path / CLAIM).write_text("123 elsewhere")
+    with pytest.raises(
+        ConfigError, match=r"in use by process 123 on elsewhere\. .* is gone, delete .*lock\.owner\.claim"
+    ):
+        RunDirectory.open(config).__enter__()
+
+
+def test_the_end_of_a_run_removed_the_file_of_another_owner(config, without_locks):
+    with RunDirectory.open(config) as run:
+        (run.path / OWNER).write_text("123 elsewhere")
+    assert (run.path / OWNER).read_text() == "123 elsewhere"
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff\xfe", b"9" * 6000, b"-1 here"])
