@@ -19,6 +19,7 @@ from mars_jax.errors import ConfigError, DataError, DoesNotFitError, NoValidResu
 from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
 from mars_jax.runtime.jsonfiles import append_jsonl
+from tests.helpers.lane_record import LANE
 
 MARS = [sys.executable, "-c", "from mars_jax.cli import main; main()"]
 
@@ -104,7 +105,7 @@ def test_a_config_error_as_json(config_file):
 
 def test_status_of_a_run_from_its_config_or_its_directory(config_file):
     with RunDirectory.open(load_config(config_file)) as run, run.book.phase("probe", "h"):
-        append_jsonl((run / files.LANES), {"lane": "vision1-D8-s0"})
+        append_jsonl((run / files.LANES), LANE)
         with (run / files.LANES).open("a") as file:
             file.write('{"lane": ')
     by_config, by_directory = mars("status", config_file, "--json"), mars("status", run.path, "--json")

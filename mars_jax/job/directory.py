@@ -44,31 +44,26 @@ class RunDirectory:
         """Its phases and events."""
         return Book(self.path)
 
-    def read(self, file: Path, *, whole: bool = True) -> Document:
+    def read(self, file: Path) -> Document:
         """The document of a JSON file of the run, such as `files.LAWS`.
-
-        Args:
-            file: which.
-            whole: whether it must have all keys that are read.
 
         Raises:
             DataError: it can't be read, isn't JSON, or a key that is read is missing or of another type.
         """
-        document: Document = read_json(self / file, SHAPES[file], whole=whole)
+        document: Document = read_json(self / file, SHAPES[file])
         return document
 
-    def lines(self, file: Path, warn: Callable[[str], None], *, whole: bool = True) -> list[Document]:
+    def lines(self, file: Path, warn: Callable[[str], None]) -> list[Document]:
         """The records of a JSON Lines file of the run, such as `files.LANES`; none if it is absent.
 
         Args:
             file: which.
             warn: called with a message where the last line is incomplete.
-            whole: as in `read`.
 
         Raises:
             DataError: as `read`, of a line.
         """
-        return read_jsonl(self / file, warn, SHAPES[file], whole=whole)
+        return read_jsonl(self / file, warn, SHAPES[file])
 
     @classmethod
     @contextmanager

@@ -85,8 +85,8 @@ def holder(directory: Path) -> Holder | None:
                     raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
         pass
-    text = _text(directory / OWNER)
-    return None if text is None else _owner(text)
+    owner = _text(directory / OWNER)
+    return None if owner is None else _owner(owner)
 
 
 @contextmanager

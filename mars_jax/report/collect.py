@@ -102,12 +102,12 @@ def read_run(directory: Path) -> RunRecord:
         state=_document(run, files.STATE),
         plan=_document(run, files.PLAN),
         data=_document(run, files.DATA),
-        lanes=tuple(run.lines(files.LANES, notes.append, whole=False)),
-        curves=tuple(run.lines(files.CURVES, notes.append, whole=False)),
+        lanes=tuple(_lane(record) for record in run.lines(files.LANES, notes.append)),
+        curves=tuple(run.lines(files.CURVES, notes.append)),
         laws=_document(run, files.LAWS),
         selection=_document(run, files.SELECTION),
         sweep=_document(run, files.SWEEP),
-        metrics=tuple(run.lines(files.METRICS, notes.append, whole=False)),
+        metrics=tuple(run.lines(files.METRICS, notes.append)),
         summary=_document(run, files.SUMMARY),
         evaluation=_document(run, files.EVALUATION),
         adapter=_mapping(adapter_file, read_json(adapter_file)) if adapter_file.is_file() else {},
@@ -117,8 +117,14 @@ def read_run(directory: Path) -> RunRecord:
     )
 
 
+def _lane(record: Record) -> Record:
+    """A record of a lane that names the modules that were trained, which it need not."""
+    trained = [module for module, rank in record["ranks"].items() if rank > 0]
+    return {**record, "adapted": record.get("adapted") or trained}
+
+
 def _document(run: RunDirectory, file: Path) -> Record:
-    return run.read(file, whole=False) if (run / file).exists() else {}
+    return run.read(file) if (run / file).exists() else {}
 
 
 def _config(path: Path, text: str) -> Record:

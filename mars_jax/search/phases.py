@@ -17,7 +17,7 @@ from mars_jax.lanes.lane import Ranks
 from mars_jax.lanes.stopping import Patience
 from mars_jax.laws.convergence.registry import RULES
 from mars_jax.runtime.devices import physical_memory_bytes
-from mars_jax.runtime.jsonfiles import Document, write_json
+from mars_jax.runtime.jsonfiles import Document, load_json, write_json
 from mars_jax.search.compare import compare_run
 from mars_jax.search.cost import lane_costs
 from mars_jax.search.finals import (
@@ -279,7 +279,7 @@ def _compare_inputs(job: Job) -> Inputs:
 
 
 def _compare(job: Job) -> Document:
-    selection = Selection.from_json(job.directory.read(files.SELECTION))
+    selection = load_json(job.directory / files.SELECTION, Selection)
     return compare_run(job, programs_of(job), selection)
 
 

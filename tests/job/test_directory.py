@@ -15,6 +15,7 @@ from mars_jax.job.book import hash_inputs
 from mars_jax.job.directory import RunDirectory
 from mars_jax.job.status import run_status
 from mars_jax.runtime.jsonfiles import append_jsonl, read_jsonl, write_json
+from tests.helpers.lane_record import LANE
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_status_counts_lanes(config):
     with RunDirectory.open(config) as run:
         assert run_status(run, pytest.fail)["lanes_planned"] is None
         write_json((run / files.PLAN), {"lanes": 3})
-        append_jsonl((run / files.LANES), {"lane": "vision1-D8-s0"})
+        append_jsonl((run / files.LANES), LANE)
         for number in range(9):
             run.book.append_event("look", number=number)
     status = run_status(run, pytest.fail)

@@ -13,7 +13,7 @@ from mars_jax.job import files
 from mars_jax.job.job import Job
 from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Lane
-from mars_jax.laws.records import LaneRecord
+from mars_jax.laws.records import LaneRecord, read_records
 from mars_jax.runtime.jsonfiles import append_jsonl, dump_json, write_text
 from mars_jax.search.probes.design import planned_lanes, prefixes, run_of
 from mars_jax.search.probes.records import convergence_rule, lane_records
@@ -66,7 +66,7 @@ def check_lanes(job: Job) -> None:
         DataError: a lane is missing, recorded twice or not planned, or its record differs from its curve.
     """
     path = job.directory / files.LANES
-    records = [LaneRecord.from_json(document) for document in job.directory.lines(files.LANES, job.reporter.warn)]
+    records = read_records(job.directory.lines(files.LANES, job.reporter.warn))
     planned = [prefix.name for lane in planned_lanes(job.config) for prefix, _ in prefixes(job.config, lane)]
     count = Counter(record.lane for record in records)
     remedy = f"Delete {path}: the same command writes it again from {files.CURVES}."
@@ -109,13 +109,13 @@ def _derived(job: Job) -> list[LaneRecord]:
     eval_steps = probe_schedule(config, job.base.model_config.text.vocab_size).eval_steps
     records: dict[str, LaneRecord] = {}
     for event in directory.lines(files.EVENTS, lambda text: None):
-        names = event.get("lanes") or []
+        names = event.get("lanes", [])
         if event["event"] != "group" or any(name not in planned for name in names):
             continue
         lanes: list[Lane] = []
         points: list[list[EvalPoint]] = []
         whole = True
-        for name, last in zip(names, event.get("steps") or [], strict=True):
+        for name, last in zip(names, event["steps"], strict=True):
             for prefix, steps in prefixes(config, planned[name]):
                 found = curves.get(prefix.name, [])
                 expected = [step for step in eval_steps if step <= min(steps, last)]
