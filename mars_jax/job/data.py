@@ -22,6 +22,7 @@ from mars_jax.data.records import Record, load_records
 from mars_jax.data.shapes import ShapePlan, Shapes, plan_shapes
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.data.summary import data_summary
+from mars_jax.data.template import prompt_text
 from mars_jax.job.base import JobBase
 from mars_jax.job.sample_notes import sample_notes
 from mars_jax.lanes.lane import Lane
@@ -101,6 +102,11 @@ class JobData:
             for picture, digest in zip(record.images, record.digests, strict=True)
             if isinstance(picture, Path)
         }
+
+    def prompt(self) -> str:
+        """A prompt as it is trained and asked: of the first test sample, or of the first training sample."""
+        record = (*self.test_records[:1], *self.search.train[:1])[0]
+        return prompt_text(record, self.preprocessor.tokenizer, self.preprocessor.image_token_id)
 
     # What data.json says.
 

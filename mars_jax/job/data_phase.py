@@ -19,7 +19,8 @@ def _inputs(job: Job) -> Inputs:
 def _work(job: Job) -> Document:
     check_model(job.config, job.base)
     job.reporter.notice("data: reading and checking every sample")
-    summary = {**job.data.summary(), "files": job.sources.listed(), "sources": job.sources.digest}
+    made_from = {"files": job.sources.listed(), "sources": job.sources.digest}
+    summary = {**job.data.summary(), "prompt": job.data.prompt(), **made_from}
     check_data(job.config, job.base, job.data)
     write_json(job.directory / files.DATA, summary)
     sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))

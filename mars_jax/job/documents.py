@@ -84,6 +84,7 @@ class Data:
 
     files: dict[str, str] = field(default_factory=dict)
     sources: str | None = None
+    prompt: str | None = None
     train: int | None = None
     validation: int | None = None
     test: int | None = None

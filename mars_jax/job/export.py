@@ -12,7 +12,6 @@ from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
-from mars_jax.data.template import prompt_text
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.paths import repository, revision
 from mars_jax.hub.read import read_checkpoint
@@ -38,8 +37,12 @@ def _inputs(job: Job) -> Inputs:
     return {**made, "base": job.sources.of_base(), **sections(job.config, "model", "lora", "adapter")}
 
 
+def _adapter_inputs(job: Job) -> Inputs:
+    return {**_inputs(job), **files_of(job, files.DATA)}  # whose prompt the card shows
+
+
 def _write_adapter(job: Job) -> Document:
-    directory, preprocessor = job.directory, job.data.preprocessor
+    directory = job.directory
     selection = directory.read(files.SELECTION)
     with filling(directory / files.ADAPTER) as folder:
         write_adapter(
@@ -50,7 +53,7 @@ def _write_adapter(job: Job) -> Document:
             base_name=repository(job.config.model.checkpoint),
             base_revision=revision(job.config.model.checkpoint, job.base.checkpoint),
             provenance={
-                "prompt": prompt_text(job.data.test_records[0], preprocessor.tokenizer, preprocessor.image_token_id),
+                "prompt": _prompt(job),
                 "selection": {name: value for name, value in selection.items() if name != "candidates"},
                 "finetune": directory.read(files.SUMMARY),
                 "alpha": asdict(job.base.alpha),
@@ -59,6 +62,13 @@ def _write_adapter(job: Job) -> Document:
             method=job.base.method,
         )
     return {"adapter": directory / files.ADAPTER}
+
+
+def _prompt(job: Job) -> str:
+    """A prompt for the card; the data are read for it only where no phase has noted one."""
+    there = (job.directory / files.DATA).exists()
+    noted: str | None = job.directory.read(files.DATA).get("prompt") if there else None
+    return job.data.prompt() if noted is None else noted
 
 
 def _merge(job: Job) -> Document:
@@ -75,7 +85,7 @@ def _merge(job: Job) -> Document:
 
 EXPORT = Phase(
     "export",
-    _inputs,
+    _adapter_inputs,
     (files.ADAPTER,),
     _write_adapter,
     lambda job: {"adapter": job.directory / files.ADAPTER},

@@ -81,6 +81,27 @@ def test_touched_and_lost_files_are_no_change(job, tmp_path):
     assert err.count("done before, skipped") == len(given_job.PHASES)
 
 
+def test_an_export_read_the_data_again_for_one_prompt(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    hidden = shutil.move(job.folder / "images", tmp_path / "images")
+    code, _, err = mars("export", run)
+    shutil.move(hidden, job.folder / "images")
+    assert code == 0, err
+    assert json.loads((run / "data.json").read_text())["prompt"] in (run / "adapter" / "README.md").read_text()
+    assert contents(run) == contents(job.run)
+
+
+def test_a_run_of_before_prompts_were_noted_has_its_prompt_from_the_data(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    (run / "data.json").unlink()
+    (run / "state.json").unlink()
+    shutil.rmtree(run / "adapter")
+    code, _, err = mars("export", run)
+    assert code == 0, err
+    assert (run / "adapter" / "README.md").read_bytes() == (job.run / "adapter" / "README.md").read_bytes()
+
+
 def test_before_anything_is_trained_changed_data_are_read_again(job, tmp_path):
     run = tmp_path / "run"
     train = Path(shutil.copy(job.train, tmp_path / "train.json"))
