@@ -104,7 +104,7 @@ def test_a_config_error_as_json(config_file):
 
 
 def test_status_of_a_run_from_its_config_or_its_directory(config_file):
-    with RunDirectory.open(load_config(config_file)) as run, run.book.phase("probe", "h"):
+    with RunDirectory.open(load_config(config_file)) as run, run.book.phase("probe", {"data": "h"}):
         append_jsonl((run / files.LANES), LANE)
         with (run / files.LANES).open("a") as file:
             file.write('{"lane": ')

@@ -2,7 +2,8 @@
 
 A file of another shape is refused by `RunDirectory.read` or `RunDirectory.lines`, at the key. Other keys may be there
 too; what the report may lack has a default. None stands for NaN and infinities, which JSON lacks, or for what older
-runs didn't write. The pick and the trials have classes of their own, which `load_json` and `load_jsonl` read.
+runs didn't write. The pick, the trials and the sources have classes of their own, which `load_json` and
+`load_jsonl` read.
 """
 
 from dataclasses import dataclass, field
@@ -11,18 +12,11 @@ from typing import Any, Literal
 
 from mars_jax.job import files
 from mars_jax.laws.records import LaneRecord
+from mars_jax.runtime.durable import Content
 
 Number = float | None
 Numbers = dict[str, float | None]
 Counts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a finished phase left in a file."""
-
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -31,23 +25,21 @@ class PhaseRecord:
 
     Attributes:
         status: how far it is.
-        inputs_hash: of all its inputs.
         started: when this attempt began.
         finished: when it ended.
         seconds: that all attempts at these inputs took.
         error: what ended it.
-        inputs: name -> hash of each input, so that a change can be named.
+        inputs: name -> hash of each input; older runs wrote none.
         outputs: file, relative to the run directory -> what the finished phase left in it.
     """
 
     status: Literal["running", "done", "failed", "interrupted"]
-    inputs_hash: str = ""
     started: str = ""
     finished: str | None = None
     seconds: float = 0.0
     error: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, FileRecord] | None = None
+    outputs: dict[str, Content] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,24 +50,6 @@ class State:
     versions: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     config: str | None = None
-
-
-@dataclass(frozen=True)
-class SourceRecord:
-    """What a file that the run is made from holds, and size and times by which a change is noticed."""
-
-    sha256: str
-    stamp: list[int] | None
-
-
-@dataclass(frozen=True)
-class SourcesRecord:
-    """sources.json."""
-
-    digest: str
-    data: dict[str, SourceRecord]
-    pictures: dict[str, SourceRecord]
-    base: dict[str, SourceRecord]
 
 
 @dataclass(frozen=True)
@@ -348,7 +322,6 @@ class Sample:
 
 SHAPES: dict[Path, type] = {
     files.STATE: State,
-    files.SOURCES: SourcesRecord,
     files.DATA: Data,
     files.PLAN: Plan,
     files.PROGRESS: Progress,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mars_jax.errors import ConfigError
-from mars_jax.runtime.jsonfiles import refuse_special
+from mars_jax.runtime.durable import refuse_special
 
 LOCK, OWNER = "lock", "lock.owner"
 CLAIM = "lock.owner.claim"  # while a process takes over from one that is gone
@@ -46,8 +46,10 @@ def holding(directory: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds it.
+        DataError: a pipe, a socket or a device lies in the place of a file.
         OSError: the lock can't be written.
     """
+    _refuse_special(directory)
     with (directory / LOCK).open("a+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,8 +73,7 @@ def holder(directory: Path) -> Holder | None:
     Raises:
         DataError: a pipe, a socket or a device lies in the place of a file.
     """
-    for name in (LOCK, OWNER, CLAIM):
-        refuse_special(directory / name)
+    _refuse_special(directory)
     try:
         with (directory / LOCK).open("rb") as lock:
             try:
@@ -87,6 +88,11 @@ def holder(directory: Path) -> Holder | None:
         pass
     owner = _text(directory / OWNER)
     return None if owner is None else _owner(owner)
+
+
+def _refuse_special(directory: Path) -> None:
+    for name in (LOCK, OWNER, CLAIM):
+        refuse_special(directory / name)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from mars_jax.errors import DataError
-from mars_jax.runtime.durable import make_folder, naming, replacing
+from mars_jax.runtime.durable import make_folder, naming, refuse_special, replacing
 from mars_jax.runtime.faults import location_of
 from mars_jax.runtime.text import short
 
@@ -167,18 +167,6 @@ def _lines(path: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, bytes
             warn(f"{where}: incomplete, as after a kill, and left out")
         else:
             raise DataError(f"{where}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line.")
-
-
-def refuse_special(path: Path) -> None:
-    """Refuses a pipe, a socket, a device or a link to one in the place of a file: reading it may never end.
-
-    Raises:
-        DataError: it is one.
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DataError(
-            f"{path} is a pipe, a socket or a device where a file belongs. Move it away, and run the command again."
-        )
 
 
 def _read_bytes(path: Path) -> bytes:

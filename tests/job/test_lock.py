@@ -12,7 +12,8 @@ import pytest
 from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError
 from mars_jax.job.directory import RunDirectory
-from mars_jax.job.lock import CLAIM, OWNER
+from mars_jax.job.lock import CLAIM, OWNER, Holder, holder
+from mars_jax.job.status import run_status
 
 
 @pytest.fixture
@@ -44,14 +45,14 @@ def gone() -> int:
 
 def test_a_file_system_without_locks_ended_in_a_traceback(config, without_locks):
     with RunDirectory.open(config) as run:
-        assert run.holder() == os.getpid()
+        assert holder(run.path) == Holder(os.getpid())
         with pytest.raises(ConfigError) as error:
             RunDirectory.open(config).__enter__()
         assert str(error.value) == (
             f"run directory {run.path} is in use by process {os.getpid()}. Wait for it, stop it, or set another "
             f"run_dir. If that process is gone, delete {run.path / OWNER}."
         )
-    assert run.holder() is None
+    assert holder(run.path) is None
     assert not (run.path / OWNER).exists()
 
 
@@ -60,7 +61,7 @@ def test_what_a_killed_process_left_is_taken_over_without_locks(config, without_
         pass
     (run.path / OWNER).write_text(f"{gone()} {socket.gethostname()}")
     with RunDirectory.open(config):
-        assert run.holder() == os.getpid()
+        assert holder(run.path) == Holder(os.getpid())
 
 
 def test_a_process_of_another_machine_is_believed_without_locks(config, without_locks):
@@ -71,6 +72,8 @@ def test_a_process_of_another_machine_is_believed_without_locks(config, without_
         ConfigError, match=r"in use by process 123 on elsewhere\. Wait .* is gone, delete .*lock\.owner"
     ):
         RunDirectory.open(config).__enter__()
+    status = run_status(run, pytest.fail)
+    assert (status["process"], status["machine"]) == (123, "elsewhere")
 
 
 def test_two_processes_that_took_over_at_once_both_held_the_directory(config, without_locks, monkeypatch):

@@ -139,13 +139,35 @@ def test_a_stopped_final_run_went_on_with_other_answers(job, tmp_path):
     assert err.endswith(refusal(run, job.train))
 
 
+def test_a_key_more_in_the_sources_ended_in_a_traceback(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    document = json.loads((run / "sources.json").read_text())
+    document["base"][str(job.base / "config.json")]["checked"] = True
+    (run / "sources.json").write_text(json.dumps({**document, "schema": 1}))
+    code, _, err = mars("run", run)
+    assert code == 0, err
+    assert err.count("done before, skipped") == len(given_job.PHASES)
+    assert "warning" not in err
+
+
+def test_sources_that_were_changed_are_reported_once(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    document = json.loads((run / "sources.json").read_text())
+    (run / "sources.json").write_text(json.dumps({**document, "digest": "0"}))
+    code, _, err = mars("run", run)
+    assert code == 0, err
+    assert err.count("sources.json was damaged or changed by hand; it is written again") == 1
+    assert json.loads((run / "sources.json").read_text())["digest"] == document["digest"]
+
+
 def test_sources_that_were_lost_are_found_again_and_compared(job, tmp_path):
     run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    whole = json.loads((run / "sources.json").read_text())
     (run / "sources.json").write_text("[]")
     code, _, err = mars("run", run)
     assert code == 0, err
-    assert "sources.json holds a list where a mapping of names is expected" in err
-    assert json.loads((run / "sources.json").read_text())["digest"]
+    assert err.count("sources.json holds a list where a mapping of names is expected") == 1
+    assert json.loads((run / "sources.json").read_text())["digest"] == whole["digest"]
     (run / "sources.json").unlink()
     with changed(job.train, job.train.read_bytes().replace(b'"red"', b'"rot"')):
         code, _, err = mars("run", run)

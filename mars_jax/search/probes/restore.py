@@ -15,11 +15,10 @@ from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Lane
 from mars_jax.laws.records import LaneRecord, read_records
 from mars_jax.runtime.jsonfiles import append_jsonl, dump_json, write_text
+from mars_jax.runtime.text import first_of
 from mars_jax.search.probes.design import planned_lanes, prefixes, run_of
 from mars_jax.search.probes.records import convergence_rule, lane_records
 from mars_jax.search.probes.run import probe_schedule
-
-_SHOWN = 5
 
 
 def recover_lanes(job: Job) -> None:
@@ -48,11 +47,11 @@ def restore_lanes(job: Job, damaged: Sequence[Path]) -> bool:
         return False
     if list(damaged) == [files.LANES]:
         text = "".join(dump_json(record.to_json()) + "\n" for record in _derived(job))
-        left = directory.book.record("probe")["outputs"][files.LANES.as_posix()]
+        left = directory.book.phases()["probe"]["outputs"][files.LANES.as_posix()]
         if hashlib.sha256(text.encode()).hexdigest() == left["sha256"]:
             write_text(directory / files.LANES, text)
             return True
-    names = ", ".join(str(directory / file) for file in damaged[:_SHOWN])
+    names = first_of([str(directory / file) for file in damaged])
     raise DataError(
         f"the probes are finished, but {names} isn't what they left: damaged, deleted or changed by hand. Put it back "
         f"from a copy; or delete {directory / files.LANES} and {directory / files.CURVES}, and all lanes run again."
@@ -76,7 +75,7 @@ def check_lanes(job: Job) -> None:
         ("has more than one record of", [name for name, number in count.items() if number > 1]),
     ):
         if names:
-            raise DataError(f"{path} {what} lanes: {_listing(names)}. {remedy}")
+            raise DataError(f"{path} {what} lanes: {first_of(names)}. {remedy}")
     derived = {record.lane: record.to_json() for record in _derived(job)}
     for record in records:
         expected = derived.get(record.lane)
@@ -128,7 +127,3 @@ def _derived(job: Job) -> list[LaneRecord]:
             records.update((record.lane, record) for record in made)
     order = {name: place for place, name in enumerate(curves)}
     return sorted(records.values(), key=lambda record: order[record.lane])
-
-
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -89,7 +89,7 @@ def unfinished(run: Path) -> None:
     """Has the probes as they are before their phase ends."""
     state = run / "state.json"
     document = json.loads(state.read_text())
-    document["phases"]["probe"] = {"status": "interrupted", "inputs_hash": "", "started": ""}
+    document["phases"]["probe"] = {"status": "interrupted", "started": ""}
     state.write_text(json.dumps(document))
 
 
