@@ -16,6 +16,13 @@ from mars_jax.runtime.jsonfiles import read_json
 Record = Mapping[str, Any]
 """A JSON object that is only read."""
 
+_ADAPTER_CONFIG = files.ADAPTER / "adapter_config.json"
+READ = (
+    *(files.PLAN, files.DATA, files.LANES, files.CURVES, files.LAWS, files.SELECTION, files.SWEEP),
+    *(files.METRICS, files.SUMMARY, files.EVALUATION, _ADAPTER_CONFIG),
+)
+"""Files of phases that a report is made from."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -73,27 +80,13 @@ def read_run(directory: Path) -> RunRecord:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such run directory. {advice}")
     run, notes = RunDirectory(directory), list[str]()
-    adapter_file = run / files.ADAPTER / "adapter_config.json"
-    documents = (
-        run / RESOLVED_CONFIG,
-        run / files.STATE,
-        run / files.PLAN,
-        run / files.DATA,
-        run / files.LANES,
-        run / files.CURVES,
-        run / files.LAWS,
-        run / files.SELECTION,
-        # Only some strategies write it.
-        *([run / files.SWEEP] if (run / files.SWEEP).is_file() else []),
-        run / files.METRICS,
-        run / files.SUMMARY,
-        run / files.EVALUATION,
-        adapter_file,
-    )
-    names = {path.relative_to(directory).as_posix(): path.is_file() for path in documents}
+    read: list[str | Path] = [RESOLVED_CONFIG, files.STATE, *READ]
+    if not (run / files.SWEEP).is_file():
+        read.remove(files.SWEEP)  # only some strategies write it
+    names = {str(file): (run / file).is_file() for file in read}
     if not any(names.values()):
         raise ConfigError(f"{directory}: not a run directory: it holds none of {', '.join(names)}. {advice}")
-    config_file = run / RESOLVED_CONFIG
+    config_file, adapter_file = run / RESOLVED_CONFIG, run / _ADAPTER_CONFIG
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     return RunRecord(
         directory=directory,
