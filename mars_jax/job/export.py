@@ -21,7 +21,6 @@ from mars_jax.job import files
 from mars_jax.job.checks import check_there
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, files_of, sections
-from mars_jax.job.pick import picked_ranks
 from mars_jax.runtime.durable import filling
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.trees import Tree
@@ -43,19 +42,20 @@ def _adapter_inputs(job: Job) -> Inputs:
 
 def _write_adapter(job: Job) -> Document:
     directory = job.directory
-    selection = directory.read(files.SELECTION)
+    check_there(directory / files.SELECTION, "select")
+    selection, summary = directory.read(files.SELECTION), directory.read(files.SUMMARY)
     with filling(directory / files.ADAPTER) as folder:
         write_adapter(
             folder,
             read_adapters(directory / files.ADAPTERS),
-            picked_ranks(job),
+            summary["ranks"],
             job.base.model_config,
             base_name=repository(job.config.model.checkpoint),
             base_revision=revision(job.config.model.checkpoint, job.base.checkpoint),
             provenance={
                 "prompt": _prompt(job),
                 "selection": {name: value for name, value in selection.items() if name != "candidates"},
-                "finetune": directory.read(files.SUMMARY),
+                "finetune": summary,
                 "alpha": asdict(job.base.alpha),
                 "versions": directory.book.state()["versions"],
             },
