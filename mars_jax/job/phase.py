@@ -79,7 +79,7 @@ def _is_finished(phase: Phase, job: Job, hashes: Mapping[str, str], record: Docu
         return False
     before = record.get("inputs") or {}  # older runs didn't write it
     if before != hashes:
-        changed = [name for name in hashes if before and before.get(name) != hashes[name]]
+        changed = [name for name in {**before, **hashes} if before and before.get(name) != hashes.get(name)]
         if changed:
             job.reporter.notice(f"{phase.name}: {', '.join(changed)} changed, done again")
         return False

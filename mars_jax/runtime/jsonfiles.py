@@ -6,7 +6,7 @@ Floats keep all their digits; NaN and infinities, which JSON lacks, become null.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[bytes, Any]:
 def append_jsonl(path: Path, *records: Mapping[str, object]) -> None:
     """Appends records as lines, all by one call, after cutting off an incomplete last line of a killed writer."""
     make_folder(path.parent)
-    lines = b"".join(dump_json(record).encode() + b"\n" for record in records)
+    lines = _jsonl(records).encode()
     with naming(path), path.open("a+b") as file:
         end = file.tell()
         if end:
@@ -115,11 +115,16 @@ def append_jsonl(path: Path, *records: Mapping[str, object]) -> None:
                 file.seek(0)
                 content = file.read()
                 start = content.rfind(b"\n") + 1
-                if _record(content[start:]) is None:
+                if not _is_record(content[start:]):
                     file.truncate(start)
                 else:
                     lines = b"\n" + lines
         file.write(lines)
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Writes a JSON Lines file atomically, as one that is written whole."""
+    write_text(path, _jsonl(records))
 
 
 def read_jsonl(path: Path, warn: Callable[[str], None], schema: type | None = None) -> list[Document]:
@@ -159,14 +164,17 @@ def _lines(path: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, bytes
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        record = _record(line)
         where = f"{path}, line {number}"
-        if record is not None:
-            yield where, line, record
-        elif number == len(lines) and not _is_json(line):
-            warn(f"{where}: incomplete, as after a kill, and left out")
-        else:
+        try:
+            record = _parsed(line)
+        except ValueError:
+            if number == len(lines):
+                warn(f"{where}: incomplete, as after a kill, and left out")
+                return
+            record = None
+        if not isinstance(record, dict):
             raise DataError(f"{where}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line.")
+        yield where, line, record
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -208,17 +216,27 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _record(line: bytes) -> Document | None:
-    record = json.loads(line) if _is_json(line) else None
-    return record if isinstance(record, dict) else None
-
-
-def _is_json(line: bytes) -> bool:
+def _is_record(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        return isinstance(_parsed(line), dict)
+    except ValueError:
         return False
-    return True
+
+
+def _parsed(line: bytes) -> object:
+    """The value that a line is the JSON of.
+
+    Raises:
+        ValueError: it isn't JSON.
+    """
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _jsonl(records: Iterable[Mapping[str, object]]) -> str:
+    return "".join(dump_json(record) + "\n" for record in records)
 
 
 def _plain(value: object) -> object:

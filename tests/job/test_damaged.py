@@ -83,6 +83,28 @@ def test_a_command_on_a_damaged_file_of_an_earlier_phase_is_refused(run, command
     assert f"left: it was damaged, or changed by hand. Run `mars {phase} {run}` to make it again. To go on" in err
 
 
+def test_settings_that_changed_had_no_name(job, run):
+    # As in a run whose config was edited before its state.json noted what it was made with.
+    state = json.loads((run / "state.json").read_text())
+    state["phases"]["finetune"]["inputs"] |= {"optimizer": "another", "schedule": "of old"}
+    (run / "state.json").write_text(json.dumps(state))
+    done = given_job.process("finetune", run)
+    assert done.returncode == 0, done.stderr
+    assert "finetune: optimizer, schedule changed, done again" in done.stderr
+    assert contents(run) == contents(job.run)
+
+
+def test_an_export_without_a_pick_names_the_phase_that_makes_one(job, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(job.run / "finetune", run / "finetune")
+    shutil.copy(job.run / "config.resolved.yaml", run)
+    code, _, err = mars("export", run)
+    assert code == 2
+    assert err.endswith(
+        f"mars: {run / 'selection.json'} is missing: run `mars select` first, or `mars run` for every phase.\n"
+    )
+
+
 def test_samples_that_were_changed_were_compared(job, run):
     (run / "samples.jsonl").write_bytes(flipped((run / "samples.jsonl").read_bytes()))
     code, _, err = mars("diff", run, job.run)
