@@ -177,8 +177,8 @@ NO_CONFIG = {
     "device": "the config {} is no regular file. Give a YAML file or a run directory.",
     "binary": "{}: the text is not YAML: 'utf-8' codec can't decode byte 0x80 in position 128: invalid start byte. "
     "Save it as UTF-8.",
-    "empty": "{0}: run_dir is missing (folder that the run writes to, from the current directory)\n{0}: model is missing\n"
-    "{0}: data is missing",
+    "empty": "{0}: run_dir is missing (folder that the run writes to, from the current directory)\n"
+    "{0}: model is missing\n{0}: data is missing",
     "absent": "can't read the config {}: No such file or directory. Give a YAML file or a run directory.",
     "file/below": "can't read the config {}: Not a directory. Give a YAML file or a run directory.",
 }

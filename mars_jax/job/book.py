@@ -52,9 +52,7 @@ class Book:
 
     def note(self, **values: object) -> None:
         """Notes what concerns no single phase, such as the versions that the run is continued with."""
-        state = self.state()
-        if state | values != state:
-            write_json(self.path / files.STATE, state | values)
+        write_json(self.path / files.STATE, {**self.state(), **values})
 
     # What finished phases left.
 

@@ -232,8 +232,8 @@ def test_a_key_of_another_type_ended_in_a_traceback(run, name):
 
 
 IN_THE_WAY = (
-    "mars: can't use {} in the run directory: {}. Something else lies where a file or a folder of the run belongs: move "
-    "it away, and run the same command again."
+    "mars: can't use {} in the run directory: {}. Something else lies where a file or a folder of the run belongs: "
+    "move it away, and run the same command again."
 )
 
 
