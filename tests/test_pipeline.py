@@ -230,6 +230,7 @@ def test_a_second_run_skips_every_phase_and_reads_neither_weights_nor_pictures(j
     # sources.json gets the times of files that were still new when the first run began.
     watched = [p for p in watched if p.name not in ("state.json", "events.jsonl", "lock", "sources.json")]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in watched}
+    digest = json.loads((job.run / "sources.json").read_text())["digest"]
     hidden = {job.base / "model.safetensors": tmp_path / "weights", job.train.parent / "images": tmp_path / "images"}
     for path, elsewhere in hidden.items():
         shutil.move(path, elsewhere)
@@ -246,6 +247,7 @@ def test_a_second_run_skips_every_phase_and_reads_neither_weights_nor_pictures(j
         f"{phase}: done before, skipped" for phase in PHASES
     ]
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in watched} == before
+    assert json.loads((job.run / "sources.json").read_text())["digest"] == digest
     assert seconds < 30
 
 

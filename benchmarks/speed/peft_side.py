@@ -59,7 +59,7 @@ class TorchBatch(NamedTuple):
     """One batch for the Hugging Face model; T is the length of its longest sample."""
 
     inputs: dict[str, torch.Tensor]  # input_ids and attention_mask [B, T]; pixel_values, image_sizes of the pictures
-    labels: torch.Tensor  # int64 [B, T], -100 where nothing is learnt
+    labels: torch.Tensor  # int64 [B, T], -100 where nothing is learned
     rows: torch.Tensor  # int64 [M], the M supervised positions as rows of hidden states [B * T, D]
     targets: torch.Tensor  # int64 [M]
     tokens: int  # those that are not padding

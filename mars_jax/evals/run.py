@@ -16,7 +16,7 @@ from mars_jax.job.checks import check_there
 from mars_jax.job.data import JobData
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, files_of, sections, sources_of
-from mars_jax.runtime.jsonfiles import Document, append_jsonl, write_json
+from mars_jax.runtime.jsonfiles import Document, write_json, write_jsonl
 from mars_jax.runtime.progress import Reporter
 from mars_jax.runtime.sharding import row_sharding
 
@@ -48,10 +48,7 @@ def _work(job: Job) -> Document:
     with job.reporter.progress("evaluate", evaluator.num_reads, "samples") as advance:
         outcomes = evaluator.evaluate(models, advance)
     document = summary(records, outcomes, evaluator.candidates)
-    file = job.directory / files.SAMPLES
-    file.unlink(missing_ok=True)
-    for line in samples(records, outcomes, evaluator.candidates):
-        append_jsonl(file, line)
+    write_jsonl(job.directory / files.SAMPLES, samples(records, outcomes, evaluator.candidates))
     write_json(job.directory / files.EVALUATION, document)
     return document
 

@@ -5,9 +5,9 @@ It is kept in state.json and events.jsonl. What a phase does is not its business
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,18 +19,8 @@ from mars_jax.runtime.durable import content_of, sync
 from mars_jax.runtime.jsonfiles import Document, append_jsonl, read_json, write_json
 from mars_jax.runtime.process import peak_memory_bytes
 
-
-@dataclass(frozen=True)
-class Made:
-    """What a phase is made from and what it leaves.
-
-    Attributes:
-        inputs: name -> hash of each input.
-        outputs: files and folders that it leaves, relative to the run directory; those that are there are noted.
-    """
-
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    outputs: Sequence[Path] = ()
+Phases = Mapping[str, Document]
+"""Phase -> its record in state.json: see `documents.PhaseRecord`."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +41,24 @@ class Book:
         file = self.path / files.STATE
         return read_json(file, State) if file.exists() else {"phases": {}}
 
-    def record(self, phase: str) -> Document:
-        """The record of a phase; empty for one that never ran."""
-        found: Document = self.state()["phases"].get(phase, {})
+    def phases(self) -> Phases:
+        """The records of all phases that ever ran."""
+        found: Phases = self.state()["phases"]
         return found
 
     def seconds(self, phase: str) -> float:
         """Seconds that a phase took; 0 for one that never ran."""
-        return self.record(phase).get("seconds", 0.0)
+        return self.phases().get(phase, {}).get("seconds", 0.0)
 
     def note(self, **values: object) -> None:
-        """Writes what concerns no single phase, such as the versions that the run is continued with."""
+        """Notes what concerns no single phase, such as the versions that the run is continued with."""
         write_json(self.path / files.STATE, {**self.state(), **values})
-
-    def is_done(self, phase: str, inputs_hash: str) -> bool:
-        """Whether the phase was finished from these very inputs (see `hash_inputs`)."""
-        record = self.record(phase)
-        return record.get("status") == "done" and record.get("inputs_hash") == inputs_hash
 
     # What finished phases left.
 
-    def damaged(self, phase: str) -> list[Path]:
-        """Files that a finished phase left and that are gone, or hold something else by now."""
-        outputs = self.record(phase).get("outputs") or {}
+    def damaged(self, record: Document) -> list[Path]:
+        """Files that a finished phase left, by its record, and that are gone, or hold something else by now."""
+        outputs = record.get("outputs") or {}
         return [Path(file) for file, left in outputs.items() if not self._is_intact(file, left)]
 
     def check(self, file: Path) -> None:
@@ -85,12 +70,17 @@ class Book:
         Raises:
             DataError: it is gone or holds something else.
         """
-        if fault := self.fault(file):
-            raise DataError(fault)
+        self.check_all([file], self.phases())
 
-    def fault(self, file: Path) -> str | None:
+    def check_all(self, paths: Iterable[Path], phases: Phases) -> None:
+        """Checks several files at one state of the book."""
+        for path in paths:
+            if fault := self.fault(path, phases):
+                raise DataError(fault)
+
+    def fault(self, file: Path, phases: Phases) -> str | None:
         """What `check` refuses a file for."""
-        for phase, record in self.state()["phases"].items():
+        for phase, record in phases.items():
             outputs = (record.get("outputs") or {}) if record["status"] == "done" else {}
             for name in (name for name in outputs if Path(name).is_relative_to(file)):
                 if not self._is_intact(name, outputs[name]):
@@ -111,7 +101,7 @@ class Book:
 
     def _seal(self, outputs: Sequence[Path]) -> dict[str, object]:
         """Has files on the disk, with all folders on their way, and returns what they hold."""
-        paths = [path for output in outputs for path in _files_of(self.path / output)]
+        paths = [path for output in outputs for path in files_in(self.path / output)]
         folders = {folder for path in paths for folder in path.parents if folder.is_relative_to(self.path)}
         for path in (*paths, *folders):
             sync(path)
@@ -120,17 +110,20 @@ class Book:
     # What happens.
 
     @contextmanager
-    def phase(self, name: str, inputs_hash: str, made: Made | None = None) -> Iterator[None]:
+    def phase(self, name: str, inputs: Mapping[str, str], outputs: Sequence[Path] = ()) -> Iterator[None]:
         """Notes a phase while the block runs: running, then done, failed or interrupted.
 
         What it leaves is on the disk before it is called done.
+
+        Args:
+            name: of the phase.
+            inputs: name -> hash of all that it is made from (see `hash_inputs`).
+            outputs: files and folders that it leaves, relative to the run directory; those that are there are noted.
         """
-        made = made or Made()
-        earlier = self.record(name)
-        resumed = earlier.get("inputs_hash") == inputs_hash and earlier.get("status") != "done"
+        earlier = self.phases().get(name, {})
+        resumed = earlier.get("inputs") == inputs and earlier.get("status") != "done"
         earlier_seconds = earlier.get("seconds", 0.0) if resumed else 0.0
-        record = {"status": "running", "inputs_hash": inputs_hash, "started": _now(), "seconds": earlier_seconds}
-        record |= {"inputs": dict(made.inputs)} if made.inputs else {}
+        record = {"status": "running", "inputs": dict(inputs), "started": _now(), "seconds": earlier_seconds}
         self._write_phase(name, record)
         start = time.monotonic()
 
@@ -140,7 +133,7 @@ class Book:
 
         try:
             yield
-            outputs = self._seal(made.outputs)
+            left = self._seal(outputs)
         except KeyboardInterrupt:
             close("interrupted")
             raise
@@ -149,7 +142,7 @@ class Book:
             with suppress(OSError):
                 close("failed", error=f"{type(error).__name__}: {error}")
             raise
-        close("done", **({"outputs": outputs} if made.outputs else {}))
+        close("done", outputs=left)
 
     def append_event(self, event: str, **fields: object) -> None:
         """Adds a line `{"time", "event", ...fields}` to events.jsonl."""
@@ -168,7 +161,8 @@ class Book:
 _COMMANDS = {"data": "run", "merge": "export --merged"}
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_in(path: Path) -> list[Path]:
+    """The files in a folder and below it, in order; or the file itself."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
 
 
@@ -180,8 +174,8 @@ def hash_inputs(*inputs: Path | str) -> str:
     digest = hashlib.sha256()
     for item in inputs:
         if isinstance(item, Path) and item.is_dir():
-            item = "".join(f"{file.relative_to(item)} {content_of(file).sha256}\n" for file in _files_of(item))
-        content = item.read_bytes() if isinstance(item, Path) else item.encode()
+            item = "".join(f"{file.relative_to(item)} {content_of(file).sha256}\n" for file in files_in(item))
+        content = (content_of(item).sha256 if isinstance(item, Path) else item).encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()
 

@@ -22,14 +22,13 @@ from mars_jax.data.records import Record, load_records
 from mars_jax.data.shapes import ShapePlan, Shapes, plan_shapes
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.data.summary import data_summary
+from mars_jax.data.template import prompt_text
 from mars_jax.job.base import JobBase
 from mars_jax.job.sample_notes import sample_notes
 from mars_jax.lanes.lane import Lane
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.progress import Reporter
 from mars_jax.runtime.sharding import batch_parts
-
-_UNLIMITED = 2**31
 
 
 class JobData:
@@ -90,7 +89,7 @@ class JobData:
 
     @cached_property
     def _plans(self) -> "_Plans":
-        return _Plans(self._splits, self.preprocessor, self._config.data.max_tokens or _UNLIMITED)
+        return _Plans(self._splits, self.preprocessor, self._config.data.max_tokens)
 
     def pictures(self) -> dict[Path, str]:
         """Picture file -> SHA-256 of its bytes, of the samples of all splits."""
@@ -101,6 +100,11 @@ class JobData:
             for picture, digest in zip(record.images, record.digests, strict=True)
             if isinstance(picture, Path)
         }
+
+    def prompt(self) -> str:
+        """A prompt as it is trained and asked: of the first test sample, or of the first training sample."""
+        record = (*self.test_records[:1], *self.search.train[:1])[0]
+        return prompt_text(record, self.preprocessor.chat)
 
     # What data.json says.
 
@@ -224,7 +228,7 @@ class JobData:
 class _Plans:
     """Shape plans of the splits, each made when first asked for: a search never reads a test picture."""
 
-    def __init__(self, splits: Splits, preprocessor: Preprocessor, max_tokens: int) -> None:
+    def __init__(self, splits: Splits, preprocessor: Preprocessor, max_tokens: int | None) -> None:
         self._splits, self._preprocessor, self._max_tokens = splits, preprocessor, max_tokens
         self._made: dict[str, ShapePlan] = {}
 

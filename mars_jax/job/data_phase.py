@@ -9,17 +9,19 @@ from mars_jax.runtime.jsonfiles import Document, write_json
 
 
 def _inputs(job: Job) -> Inputs:
+    job.sources.check()
     if not (job.directory / files.DATA).exists():
         check_model(job.config, job.base)  # first, since reading the data may take long
-    job.sources.check()
     base = {"base": job.sources.of_base()}
     return {**job.sources.listed(), **base, **sections(job.config, "data", "model")}
 
 
 def _work(job: Job) -> Document:
-    check_model(job.config, job.base)
+    if (job.directory / files.DATA).exists():  # otherwise it was checked for the inputs
+        check_model(job.config, job.base)
     job.reporter.notice("data: reading and checking every sample")
-    summary = {**job.data.summary(), "files": job.sources.listed(), "sources": job.sources.digest}
+    made_from = {"files": job.sources.listed(), "sources": job.sources.digest}
+    summary = {**job.data.summary(), "prompt": job.data.prompt(), **made_from}
     check_data(job.config, job.base, job.data)
     write_json(job.directory / files.DATA, summary)
     sizes = ", ".join(f"{summary[name]} {name}" for name in ("train", "validation", "test"))

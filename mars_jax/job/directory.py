@@ -19,7 +19,7 @@ from mars_jax.job import lock
 from mars_jax.job.book import Book, hash_inputs
 from mars_jax.job.documents import SHAPES
 from mars_jax.runtime.durable import make_folder, remove_leftovers
-from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl, refuse_special, write_text
+from mars_jax.runtime.jsonfiles import Document, read_json, read_jsonl, write_text
 
 _PACKAGES = ("mars_jax", "jax", "flax", "optax", "transformers")
 # What a full or read-only device raises is for the command to report.
@@ -44,31 +44,26 @@ class RunDirectory:
         """Its phases and events."""
         return Book(self.path)
 
-    def read(self, file: Path, *, whole: bool = True) -> Document:
+    def read(self, file: Path) -> Document:
         """The document of a JSON file of the run, such as `files.LAWS`.
-
-        Args:
-            file: which.
-            whole: whether it must have all keys that are read.
 
         Raises:
             DataError: it can't be read, isn't JSON, or a key that is read is missing or of another type.
         """
-        document: Document = read_json(self / file, SHAPES[file], whole=whole)
+        document: Document = read_json(self / file, SHAPES[file])
         return document
 
-    def lines(self, file: Path, warn: Callable[[str], None], *, whole: bool = True) -> list[Document]:
+    def lines(self, file: Path, warn: Callable[[str], None]) -> list[Document]:
         """The records of a JSON Lines file of the run, such as `files.LANES`; none if it is absent.
 
         Args:
             file: which.
             warn: called with a message where the last line is incomplete.
-            whole: as in `read`.
 
         Raises:
             DataError: as `read`, of a line.
         """
-        return read_jsonl(self / file, warn, SHAPES[file], whole=whole)
+        return read_jsonl(self / file, warn, SHAPES[file])
 
     @classmethod
     @contextmanager
@@ -85,15 +80,11 @@ class RunDirectory:
             run._check_ours()
             with lock.holding(run.path):
                 remove_leftovers(run.path)
-                run._check_config(config)
-                run.book.note(versions=_versions(), config=_hash(_flatten(yaml.safe_load(config.resolved_yaml()))))
+                settings = _flatten(yaml.safe_load(text := config.resolved_yaml()))
+                run._check_config(text, settings)
+                run.book.note(versions=_versions(), config=_hash(settings))
                 run.book.append_event("opened")
                 yield run
-
-    def holder(self) -> int | None:
-        """The id of the process that holds the directory open, if one does and its id is known."""
-        found = lock.holder(self.path)
-        return found.process if found else None
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
@@ -116,31 +107,30 @@ class RunDirectory:
             ) from None
 
     def _check_ours(self) -> None:
-        """Refuses to write between the files of something else, and to read what is no file."""
+        """Refuses to write between the files of something else."""
         names = {entry.name for entry in self.path.iterdir()}
         # A first opening that was killed leaves a lock, and perhaps a config half written under another name.
-        own = (lock.LOCK, lock.OWNER)
+        own = (lock.LOCK, lock.OWNER, lock.CLAIM)
         foreign = [name for name in names if name not in own and not name.startswith(RESOLVED_CONFIG)]
         if RESOLVED_CONFIG not in names and foreign:
             raise ConfigError(
                 f"{self.path} holds files but no {RESOLVED_CONFIG}, so it isn't a run directory. "
                 "Set run_dir to a new folder."
             )
-        for path in self.path.rglob("*"):
-            refuse_special(path)
 
-    def _check_config(self, config: Config) -> None:
+    def _check_config(self, text: str, here: Mapping[str, object]) -> None:
+        """Writes the settings of the config, by their text, or compares them with those that the run was made with."""
         file = self.path / RESOLVED_CONFIG
         if not file.exists():
-            write_text(file, config.resolved_yaml())
+            write_text(file, text)
             return
         damage, settings = _settings(file)
-        there, here = _flatten(settings), _flatten(yaml.safe_load(config.resolved_yaml()))
+        there = _flatten(settings)
         known = self.book.state().get("config")
         if damage or known not in (None, _hash(there)):
             # What it held is known by its hash alone.
             if known == _hash(here):
-                write_text(file, config.resolved_yaml())
+                write_text(file, text)
                 return
             if damage or _hash(there) == _hash(here):
                 raise DataError(

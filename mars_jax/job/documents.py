@@ -1,7 +1,9 @@
-"""Shapes of the JSON files of a run directory: the keys that are read, and their types.
+"""Shapes of the JSON files of a run directory that are read as they are: the keys that are read, and their types.
 
 A file of another shape is refused by `RunDirectory.read` or `RunDirectory.lines`, at the key. Other keys may be there
-too. None stands for NaN and infinities, which JSON lacks, or for what older runs didn't write.
+too; what the report may lack has a default. None stands for NaN and infinities, which JSON lacks, or for what older
+runs didn't write. The pick, the trials and the sources have classes of their own, which `load_json` and
+`load_jsonl` read.
 """
 
 from dataclasses import dataclass, field
@@ -9,18 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mars_jax.job import files
+from mars_jax.laws.records import LaneRecord
+from mars_jax.runtime.durable import Content
 
 Number = float | None
 Numbers = dict[str, float | None]
 Counts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a finished phase left in a file."""
-
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -29,23 +25,21 @@ class PhaseRecord:
 
     Attributes:
         status: how far it is.
-        inputs_hash: of all its inputs.
         started: when this attempt began.
         finished: when it ended.
         seconds: that all attempts at these inputs took.
         error: what ended it.
-        inputs: name -> hash of each input, so that a change can be named.
+        inputs: name -> hash of each input; older runs wrote none.
         outputs: file, relative to the run directory -> what the finished phase left in it.
     """
 
     status: Literal["running", "done", "failed", "interrupted"]
-    inputs_hash: str
     started: str = ""
     finished: str | None = None
     seconds: float = 0.0
     error: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, FileRecord] | None = None
+    outputs: dict[str, Content] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,29 +53,12 @@ class State:
 
 
 @dataclass(frozen=True)
-class SourceRecord:
-    """What a file that the run is made from holds, and size and times by which a change is noticed."""
-
-    sha256: str
-    stamp: list[int] | None
-
-
-@dataclass(frozen=True)
-class SourcesRecord:
-    """sources.json."""
-
-    digest: str
-    data: dict[str, SourceRecord]
-    pictures: dict[str, SourceRecord]
-    base: dict[str, SourceRecord]
-
-
-@dataclass(frozen=True)
 class Data:
     """data.json."""
 
-    files: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
     sources: str | None = None
+    prompt: str | None = None
     train: int | None = None
     validation: int | None = None
     test: int | None = None
@@ -115,57 +92,46 @@ class Progress:
 
 @dataclass(frozen=True)
 class Event:
-    """A line of events.jsonl; `lanes` and `steps` are those of a group."""
+    """A line of events.jsonl; `lanes` and `steps`, one of each lane, are those of a group."""
 
     event: str
-    lanes: list[str] | None = None
-    steps: list[int] | None = None
+    lanes: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Lane:
-    """A line of probes/lanes.jsonl; `LaneRecord.from_json` says which keys a line needs."""
-
-    lane: str = ""
-    run: str | None = None
-    ranks: Counts = field(default_factory=dict)
-    num_samples: float = 1
-    seed: int = 0
-    learning_rate: Numbers | float | None = None
-    adapted: list[str] | None = None
-    steps: int = 1
-    convergence_steps: Numbers = field(default_factory=dict)
-    censored: dict[str, bool] = field(default_factory=dict)
-    best_loss: Number = None
-    best_step: int | None = None
-    update_norm: Numbers = field(default_factory=dict)
-    interaction: Number = None
-    eval_interval: Number = None
-    status: str = ""
-    reason: str | None = None
+    def __post_init__(self) -> None:
+        """Refuses a group without lanes, or without the last step of each."""
+        if self.event == "group" and not 0 < len(self.lanes) == len(self.steps):
+            raise ValueError(
+                f"a group has {len(self.lanes)} lanes and {len(self.steps)} steps; it has as many of each, 1 or more"
+            )
 
 
 @dataclass(frozen=True)
 class Point:
-    """An eval point."""
+    """An eval point; `remaining`, `interaction` and `hybrids` are those of module swaps (see `EvalPoint`)."""
 
     step: int
     validation_loss: Number
-    train_loss: Number = None
-    update_norm: Numbers = field(default_factory=dict)
-    drift: Numbers = field(default_factory=dict)
-    alive: bool = True
-    reason: str | None = None
-    remaining: Numbers | None = None
+    train_loss: Number
+    update_norm: Numbers
+    drift: Numbers
+    alive: bool
+    reason: str | None
+    remaining: Numbers = field(default_factory=dict)
     interaction: Number = None
-    hybrids: Numbers | None = None
+    hybrids: Numbers = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses one part of the module swaps without the other."""
+        if bool(self.remaining) != bool(self.hybrids):
+            raise ValueError("has one of remaining and hybrids, which belong together")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CurvePoint(Point):
     """A line of probes/curves.jsonl."""
 
-    lane: str = ""
+    lane: str
 
 
 @dataclass(frozen=True)
@@ -227,10 +193,10 @@ class Laws:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A rank vector in selection.json."""
+    """A rank vector in selection.json, as the report shows it."""
 
     ranks: Counts
-    parameters: int
+    parameters: int = 0
     predicted_loss: Number = None
     predicted_ci: list[float | None] = field(default_factory=list)
     convergence_steps: Numbers = field(default_factory=dict)
@@ -243,16 +209,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """selection.json."""
+    """selection.json, as the report shows it."""
 
-    target_num_samples: int
     pick: Counts
-    method: str
-    explanation: str
-    candidates: list[Candidate]
-    p_best: Number
-    fallback: str | None
-    tau: Number
+    target_num_samples: int | None = None
+    method: str = ""
+    explanation: str = ""
+    candidates: list[Candidate] = field(default_factory=list)
+    p_best: Number = None
+    fallback: str | None = None
+    tau: Number = None
 
 
 @dataclass(frozen=True)
@@ -294,7 +260,7 @@ class Metric:
     """A line of finetune/metrics.jsonl."""
 
     step: int
-    validation_loss: Number
+    validation_loss: Number = None
     train_loss: Number = None
 
 
@@ -311,21 +277,6 @@ class Summary:
     parameters: int | None = None
     warm_start: str | None = None
     from_sweep: bool | None = None
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A line of compare/trials.jsonl."""
-
-    trial: str
-    ranks: Counts
-    factors: dict[str, float]
-    looks: list[list[float | None]]
-    validation_loss: Number = None
-    reason: str | None = None
-    test_losses: list[float] = field(default_factory=list)
-    test_tokens: list[float] = field(default_factory=list)
-    test_correct: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -371,12 +322,11 @@ class Sample:
 
 SHAPES: dict[Path, type] = {
     files.STATE: State,
-    files.SOURCES: SourcesRecord,
     files.DATA: Data,
     files.PLAN: Plan,
     files.PROGRESS: Progress,
     files.EVENTS: Event,
-    files.LANES: Lane,
+    files.LANES: LaneRecord,
     files.CURVES: CurvePoint,
     files.LANE_BLOCK: LaneBlock,
     files.LAWS: Laws,
@@ -385,7 +335,6 @@ SHAPES: dict[Path, type] = {
     files.FINAL_RUN: Kept,
     files.METRICS: Metric,
     files.SUMMARY: Summary,
-    files.TRIALS: Trial,
     files.COMPARISON: Comparison,
     files.EVALUATION: Evaluation,
     files.SAMPLES: Sample,

@@ -12,7 +12,6 @@ from mars_jax.data.images import load_rgb
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import plan_shapes
-from mars_jax.data.template import prompt_text
 from mars_jax.hub.adapter import write_adapter
 from mars_jax.hub.paths import repository, revision
 from mars_jax.hub.read import read_checkpoint
@@ -22,7 +21,6 @@ from mars_jax.job import files
 from mars_jax.job.checks import check_there
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, files_of, sections
-from mars_jax.job.pick import picked_ranks
 from mars_jax.runtime.durable import filling
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.trees import Tree
@@ -38,27 +36,39 @@ def _inputs(job: Job) -> Inputs:
     return {**made, "base": job.sources.of_base(), **sections(job.config, "model", "lora", "adapter")}
 
 
+def _adapter_inputs(job: Job) -> Inputs:
+    return {**_inputs(job), **files_of(job, files.DATA)}  # whose prompt the card shows
+
+
 def _write_adapter(job: Job) -> Document:
-    directory, preprocessor = job.directory, job.data.preprocessor
-    selection = directory.read(files.SELECTION)
+    directory = job.directory
+    check_there(directory / files.SELECTION, "select")
+    selection, summary = directory.read(files.SELECTION), directory.read(files.SUMMARY)
     with filling(directory / files.ADAPTER) as folder:
         write_adapter(
             folder,
             read_adapters(directory / files.ADAPTERS),
-            picked_ranks(job),
+            summary["ranks"],
             job.base.model_config,
             base_name=repository(job.config.model.checkpoint),
             base_revision=revision(job.config.model.checkpoint, job.base.checkpoint),
             provenance={
-                "prompt": prompt_text(job.data.test_records[0], preprocessor.chat),
+                "prompt": _prompt(job),
                 "selection": {name: value for name, value in selection.items() if name != "candidates"},
-                "finetune": directory.read(files.SUMMARY),
+                "finetune": summary,
                 "alpha": asdict(job.base.alpha),
                 "versions": directory.book.state()["versions"],
             },
             method=job.base.method,
         )
     return {"adapter": directory / files.ADAPTER}
+
+
+def _prompt(job: Job) -> str:
+    """A prompt for the card; the data are read for it only where no phase has noted one."""
+    there = (job.directory / files.DATA).exists()
+    noted: str | None = job.directory.read(files.DATA).get("prompt") if there else None
+    return job.data.prompt() if noted is None else noted
 
 
 def _merge(job: Job) -> Document:
@@ -75,7 +85,7 @@ def _merge(job: Job) -> Document:
 
 EXPORT = Phase(
     "export",
-    _inputs,
+    _adapter_inputs,
     (files.ADAPTER,),
     _write_adapter,
     lambda job: {"adapter": job.directory / files.ADAPTER},

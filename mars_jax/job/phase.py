@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mars_jax.config.load import Config
-from mars_jax.job.book import Made, hash_inputs
+from mars_jax.job.book import hash_inputs
 from mars_jax.job.job import Job
 from mars_jax.runtime.jsonfiles import Document
+from mars_jax.runtime.text import first_of
 
 Inputs = Mapping[str, Path | str]
 """Name -> file relative to the run directory, by its content, or text: all that the result of a phase depends on."""
@@ -30,8 +31,8 @@ class Phase:
         result: that document of finished work; by default the first output, read as JSON.
         applies: whether a pipeline with this config has the phase.
         again: whether it is cheap and always runs.
-        repair: writes damaged outputs anew where that needs less than the work; True where it could, and raises where
-            doing the work again would be dear or would not mend them.
+        repair: given the damaged outputs, writes them anew where that needs less than the work. Returns whether it
+            could: if not, the work is done again. Raises where that would be dear, or would not mend them.
         scratch: folders that nothing needs once it is finished.
     """
 
@@ -55,45 +56,37 @@ def run_phase(phase: Phase, job: Job) -> Document:
     Raises:
         DataError: an input isn't what the phase that made it left.
     """
-    hashes = _hashes(phase.inputs(job), job)
-    inputs = hash_inputs(*(text for pair in sorted(hashes.items()) for text in pair))
-    if not phase.again and _is_finished(phase, job, hashes, inputs):
+    book = job.directory.book
+    inputs, phases = phase.inputs(job), book.phases()
+    book.check_all((item for item in inputs.values() if isinstance(item, Path)), phases)
+    hashes = {
+        name: hash_inputs(job.directory / item if isinstance(item, Path) else item) for name, item in inputs.items()
+    }
+    if not phase.again and _is_finished(phase, job, hashes, phases.get(phase.name, {})):
         job.reporter.notice(f"{phase.name}: done before, skipped")
         document = phase.result(job) if phase.result else job.directory.read(phase.outputs[0])
     else:
-        with job.directory.book.phase(phase.name, inputs, Made(hashes, phase.outputs)):
+        with book.phase(phase.name, hashes, phase.outputs):
             document = phase.work(job)
     for folder in phase.scratch:
         shutil.rmtree(job.directory / folder, ignore_errors=True)
     return document
 
 
-def _hashes(inputs: Inputs, job: Job) -> dict[str, str]:
-    """Name -> hash of each input; files are compared with what their phases left."""
-    for item in inputs.values():
-        if isinstance(item, Path):
-            job.directory.book.check(item)
-    return {
-        name: hash_inputs(job.directory / item if isinstance(item, Path) else item) for name, item in inputs.items()
-    }
-
-
-def _is_finished(phase: Phase, job: Job, hashes: Mapping[str, str], inputs: str) -> bool:
+def _is_finished(phase: Phase, job: Job, hashes: Mapping[str, str], record: Document) -> bool:
     """Whether a phase need not run; otherwise, if it had been finished, reports why it runs again."""
-    book = job.directory.book
-    record = book.record(phase.name)
     if record.get("status") != "done":
         return False
-    if record["inputs_hash"] != inputs:
-        before = record.get("inputs")
-        changed = [name for name in hashes if before and before.get(name) != hashes[name]]
+    before = record.get("inputs") or {}  # older runs didn't write it
+    if before != hashes:
+        changed = [name for name in {**before, **hashes} if before and before.get(name) != hashes.get(name)]
         if changed:
             job.reporter.notice(f"{phase.name}: {', '.join(changed)} changed, done again")
         return False
-    damaged = book.damaged(phase.name)
+    damaged = job.directory.book.damaged(record)
     if not damaged and (job.directory / phase.outputs[0]).exists():
         return True
-    names = ", ".join(file.as_posix() for file in damaged[:5] or phase.outputs[:1])
+    names = first_of([file.as_posix() for file in damaged or phase.outputs[:1]])
     repaired = phase.repair(job, damaged)
     how = "written again" if repaired else "done again"
     job.reporter.warn(f"{phase.name}: {names} isn't there as the phase left it (damaged, deleted or edited); {how}")
@@ -106,7 +99,11 @@ def files_of(job: Job, *paths: Path) -> dict[str, Path]:
 
 
 def sections(config: Config, *names: str) -> dict[str, str]:
-    """Sections of a config as text, for the inputs of a phase."""
+    """Sections of a config as text, for the inputs of a phase.
+
+    A run directory takes one config alone. They are inputs all the same, each by its name: so the record of a phase
+    shows what it depends on, and no edit of the config that passes unnoticed can leave old results in place.
+    """
     return {name: repr(getattr(config, name)) for name in names}
 
 

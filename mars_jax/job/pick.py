@@ -20,6 +20,6 @@ def picked_ranks(job: Job) -> dict[str, int]:
     if wrong or not any(pick.values()):
         raise ConfigError(
             f"{file}: pick has {', '.join(wrong) or 'no rank above 0'}; the modules are {', '.join(modules)}, and "
-            "ranks are 0 (frozen) or more. Mend it there, or run `mars select` again."
+            "ranks are 0 (frozen) or more. Run `mars select` for a pick, or give a whole one of your own."
         )
     return dict.fromkeys(modules, 0) | pick

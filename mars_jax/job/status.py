@@ -25,18 +25,19 @@ def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
     if not (run / files.STATE).exists():
         raise ConfigError(f"there is no run in {run.path}. Start one with `mars run CONFIG`, or give its directory.")
     holder = lock.holder(run.path)
-    phases = {}
-    for name, record in run.book.state()["phases"].items():
+    phases, records = {}, run.book.phases()
+    for name, record in records.items():
         # A killed process can't close its phase.
         killed = record["status"] == "running" and holder is None
         shown = {key: value for key, value in record.items() if key not in _FOR_THE_BOOK}
         phases[name] = {**shown, "status": "interrupted"} if killed else shown
-    for fault in (run.book.fault(file) for file in (files.PLAN, files.LANES)):
+    for fault in (run.book.fault(file, records) for file in (files.PLAN, files.LANES)):
         if fault:
             warn(fault)
     return {
         "run_dir": run.path,
         "process": holder.process if holder else None,
+        **({"machine": holder.machine} if holder and holder.machine else {}),
         "phases": phases,
         "lanes_done": len(run.lines(files.LANES, warn)),
         "progress": run.read(files.PROGRESS) if holder and (run / files.PROGRESS).exists() else None,

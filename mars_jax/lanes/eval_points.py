@@ -82,7 +82,11 @@ class EvalPoint:
             drift={module: number_or_nan(drift) for module, drift in document["drift"].items()},
             alive=document["alive"],
             reason=document["reason"],
-            swaps=ModuleSwaps(document["remaining"], document["interaction"], document["hybrids"])
+            swaps=ModuleSwaps(
+                {module: number_or_nan(loss) for module, loss in document["remaining"].items()},
+                document.get("interaction"),
+                {modules: number_or_nan(loss) for modules, loss in document.get("hybrids", {}).items()},
+            )
             if "remaining" in document
             else None,
         )

@@ -30,7 +30,7 @@ class LaneRecord:
         learning_rate: module -> learning rate.
         adapted: trained modules; None where the record does not name them.
         best_step: the step of `best_loss`.
-        update_norm: module -> Frobenius norm of its update at the last step.
+        update_norm: module -> Frobenius norm of its update at the last step; None where it wasn't finite.
         interaction: share of the lane's fall in loss that needs all modules together, where module swaps were measured.
         eval_interval: steps between eval points near the convergence times, where they are not log-spaced.
         run: name of the training run that the lane was read off; lanes of one run are not independent. None: not known.
@@ -49,7 +49,7 @@ class LaneRecord:
     learning_rate: Mapping[str, float] = field(default_factory=dict)
     adapted: Sequence[str] | None = None
     best_step: int | None = None
-    update_norm: Mapping[str, float] = field(default_factory=dict)
+    update_norm: Mapping[str, float | None] = field(default_factory=dict)
     interaction: float | None = None
     eval_interval: float | None = None
     run: str | None = None

@@ -12,9 +12,17 @@ from mars_jax.errors import ConfigError, DataError
 from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
 from mars_jax.runtime.jsonfiles import read_json
+from mars_jax.runtime.text import json_type
 
 Record = Mapping[str, Any]
 """A JSON object that is only read."""
+
+_ADAPTER_CONFIG = files.ADAPTER / "adapter_config.json"
+READ = (
+    *(files.PLAN, files.DATA, files.LANES, files.CURVES, files.LAWS, files.SELECTION, files.SWEEP),
+    *(files.METRICS, files.SUMMARY, files.EVALUATION, _ADAPTER_CONFIG),
+)
+"""Files of phases that a report is made from."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +81,13 @@ def read_run(directory: Path) -> RunRecord:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such run directory. {advice}")
     run, notes = RunDirectory(directory), list[str]()
-    adapter_file = run / files.ADAPTER / "adapter_config.json"
-    documents = (
-        run / RESOLVED_CONFIG,
-        run / files.STATE,
-        run / files.PLAN,
-        run / files.DATA,
-        run / files.LANES,
-        run / files.CURVES,
-        run / files.LAWS,
-        run / files.SELECTION,
-        # Only some strategies write it.
-        *([run / files.SWEEP] if (run / files.SWEEP).is_file() else []),
-        run / files.METRICS,
-        run / files.SUMMARY,
-        run / files.EVALUATION,
-        adapter_file,
-    )
-    names = {path.relative_to(directory).as_posix(): path.is_file() for path in documents}
+    read: list[str | Path] = [RESOLVED_CONFIG, files.STATE, *READ]
+    if not (run / files.SWEEP).is_file():
+        read.remove(files.SWEEP)  # only some strategies write it
+    names = {str(file): (run / file).is_file() for file in read}
     if not any(names.values()):
         raise ConfigError(f"{directory}: not a run directory: it holds none of {', '.join(names)}. {advice}")
-    config_file = run / RESOLVED_CONFIG
+    config_file, adapter_file = run / RESOLVED_CONFIG, run / _ADAPTER_CONFIG
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     return RunRecord(
         directory=directory,
@@ -102,12 +96,12 @@ def read_run(directory: Path) -> RunRecord:
         state=_document(run, files.STATE),
         plan=_document(run, files.PLAN),
         data=_document(run, files.DATA),
-        lanes=tuple(run.lines(files.LANES, notes.append, whole=False)),
-        curves=tuple(run.lines(files.CURVES, notes.append, whole=False)),
+        lanes=tuple(_lane(record) for record in run.lines(files.LANES, notes.append)),
+        curves=tuple(run.lines(files.CURVES, notes.append)),
         laws=_document(run, files.LAWS),
         selection=_document(run, files.SELECTION),
         sweep=_document(run, files.SWEEP),
-        metrics=tuple(run.lines(files.METRICS, notes.append, whole=False)),
+        metrics=tuple(run.lines(files.METRICS, notes.append)),
         summary=_document(run, files.SUMMARY),
         evaluation=_document(run, files.EVALUATION),
         adapter=_mapping(adapter_file, read_json(adapter_file)) if adapter_file.is_file() else {},
@@ -117,8 +111,14 @@ def read_run(directory: Path) -> RunRecord:
     )
 
 
+def _lane(record: Record) -> Record:
+    """A record of a lane that names the modules that were trained, which it need not."""
+    trained = [module for module, rank in record["ranks"].items() if rank > 0]
+    return {**record, "adapted": record.get("adapted") or trained}
+
+
 def _document(run: RunDirectory, file: Path) -> Record:
-    return run.read(file, whole=False) if (run / file).exists() else {}
+    return run.read(file) if (run / file).exists() else {}
 
 
 def _config(path: Path, text: str) -> Record:
@@ -131,7 +131,7 @@ def _config(path: Path, text: str) -> Record:
 def _mapping(path: Path, value: object) -> Record:
     if not isinstance(value, dict):
         raise DataError(
-            f"{path} holds a {type(value).__name__} where a mapping of names is expected. "
+            f"{path} holds a {json_type(value)} where a mapping of names is expected. "
             "Delete it, and run the command that writes it again."
         )
     return value

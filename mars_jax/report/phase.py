@@ -3,17 +3,13 @@
 from mars_jax.job import files
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, files_of
+from mars_jax.report.collect import READ
 from mars_jax.report.page import write_report
 from mars_jax.runtime.jsonfiles import Document
 
-_READ = (
-    *(files.DATA, files.PLAN, files.LANES, files.CURVES, files.LAWS, files.SELECTION, files.SWEEP),
-    *(files.METRICS, files.SUMMARY, files.EVALUATION, files.ADAPTER / "adapter_config.json"),
-)
-
 
 def _inputs(job: Job) -> Inputs:
-    return files_of(job, *_READ)
+    return files_of(job, *READ)
 
 
 def _work(job: Job) -> Document:

@@ -9,15 +9,24 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from mars_jax.errors import DataError
 
 _TEMPORARY = re.compile(r".+\.\d+\.tmp")
 _CHECKPOINT_TEMPORARY = ".orbax-checkpoint-tmp"
 # A folder can't be synced on some network file systems, which have no such operation.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+# File systems tell times apart by some milliseconds, network file systems by up to two seconds.
+_GRAIN_NS = 2 * 10**9
+
+Stamp = tuple[int, int, int, int]
+"""Size, times of the last write and the last change, and inode: what changes with a file's content."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,26 @@ class Content:
 
 
 def content_of(path: Path) -> Content:
-    """Reads a file for its checksum."""
+    """Reads a file for its checksum, unless this process has read it and nothing was written to it since."""
+    with naming(path):
+        stamp = stamp_of(path, time.time_ns())
+    return _content_at(path, stamp) if stamp else _content(path)
+
+
+def stamp_of(path: Path, before_ns: int) -> Stamp | None:
+    """The stamp of a file; None where a change after `before_ns` could come within the same tick of the clock."""
+    status = path.stat()
+    if max(status.st_mtime_ns, status.st_ctime_ns) > before_ns - _GRAIN_NS:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+@cache
+def _content_at(path: Path, stamp: Stamp) -> Content:
+    return _content(path)
+
+
+def _content(path: Path) -> Content:
     with naming(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Content(digest, file.tell())
@@ -116,16 +144,33 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files and folders that killed writers left in a folder or below."""
+    """Removes the temporary files and folders that killed writers left in a folder or below; refuses what is no file.
+
+    Raises:
+        DataError: as `refuse_special`.
+    """
     for parent, folders, names in os.walk(folder):
         for name in [*folders, *names]:
-            if _TEMPORARY.fullmatch(name) or _CHECKPOINT_TEMPORARY in name:
-                path = Path(parent, name)
-                if name in folders:
-                    folders.remove(name)
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+            path = Path(parent, name)
+            if not (_TEMPORARY.fullmatch(name) or _CHECKPOINT_TEMPORARY in name):
+                refuse_special(path)
+            elif name in folders:
+                folders.remove(name)
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuses a pipe, a socket, a device or a link to one in the place of a file: reading it may never end.
+
+    Raises:
+        DataError: it is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{path} is a pipe, a socket or a device where a file belongs. Move it away, and run the command again."
+        )
 
 
 @contextmanager

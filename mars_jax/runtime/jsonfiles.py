@@ -6,27 +6,34 @@ Floats keep all their digits; NaN and infinities, which JSON lacks, become null.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from mars_jax.errors import DataError
-from mars_jax.runtime.durable import make_folder, naming, replacing
+from mars_jax.runtime.durable import make_folder, naming, refuse_special, replacing
 from mars_jax.runtime.faults import location_of
 from mars_jax.runtime.text import json_type, short
+
+T = TypeVar("T")
 
 Document = dict[str, Any]
 """A JSON object."""
 
 _WRITE_AGAIN = "Delete it, and run the command that writes it again."
+_MEND = "Mend or delete the line."
 
 
 def number_or_nan(value: float | None) -> float:
     """A number as `dump_json` wrote it: null stands for NaN and infinities."""
     return math.nan if value is None else value
+
+
+FloatOrNan = Annotated[float, BeforeValidator(number_or_nan)]
+"""A number of a dataclass that `load_json` reads by `number_or_nan`."""
 
 
 def dump_json(value: object, indent: int | None = None, ascii: bool = False) -> str:
@@ -57,17 +64,34 @@ def write_json(path: Path, value: object, *, synced: bool = True) -> None:
     write_text(path, dump_json(value, indent=2) + "\n", synced=synced)
 
 
-def read_json(path: Path, schema: type | None = None, *, whole: bool = True) -> Any:
-    """Reads a JSON document.
+def read_json(path: Path, schema: type | None = None) -> Any:
+    """Reads a JSON document as it is.
 
     Args:
         path: of the file.
         schema: a dataclass with the keys that the caller reads and their types; other keys may be there.
-        whole: whether keys of the schema must be there.
 
     Raises:
         DataError: the file can't be read, isn't JSON, or isn't of the schema.
     """
+    content, value = _read(path)
+    if schema:
+        _checked(content, value, schema, str(path), _WRITE_AGAIN)
+    return value
+
+
+def load_json(path: Path, kind: type[T]) -> T:
+    """Reads a JSON document as an object of a dataclass.
+
+    Raises:
+        DataError: as `read_json`.
+    """
+    found: T = _checked(*_read(path), kind, str(path), _WRITE_AGAIN)
+    return found
+
+
+def _read(path: Path) -> tuple[bytes, Any]:
+    """The content of a file, and the value that it is the JSON of."""
     content = _read_bytes(path)
     try:
         value = json.loads(content)
@@ -75,15 +99,13 @@ def read_json(path: Path, schema: type | None = None, *, whole: bool = True) -> 
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         what = "is empty, not JSON" if not content.strip() else f"is not JSON: {reason}"
         raise DataError(f"{path} {what}. {_WRITE_AGAIN}") from None
-    if schema:
-        _check(content, value, schema, (str(path), _WRITE_AGAIN), whole)
-    return value
+    return content, value
 
 
 def append_jsonl(path: Path, *records: Mapping[str, object]) -> None:
     """Appends records as lines, all by one call, after cutting off an incomplete last line of a killed writer."""
     make_folder(path.parent)
-    lines = b"".join(dump_json(record).encode() + b"\n" for record in records)
+    lines = _jsonl(records).encode()
     with naming(path), path.open("a+b") as file:
         end = file.tell()
         if end:
@@ -92,58 +114,66 @@ def append_jsonl(path: Path, *records: Mapping[str, object]) -> None:
                 file.seek(0)
                 content = file.read()
                 start = content.rfind(b"\n") + 1
-                if _record(content[start:]) is None:
+                if not _is_record(content[start:]):
                     file.truncate(start)
                 else:
                     lines = b"\n" + lines
         file.write(lines)
 
 
-def read_jsonl(
-    path: Path, warn: Callable[[str], None], schema: type | None = None, *, whole: bool = True
-) -> list[Document]:
-    """Reads the records of a JSON Lines file; none if the file is absent.
+def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Writes a JSON Lines file atomically, as one that is written whole."""
+    write_text(path, _jsonl(records))
+
+
+def read_jsonl(path: Path, warn: Callable[[str], None], schema: type | None = None) -> list[Document]:
+    """Reads the records of a JSON Lines file as they are; none if the file is absent.
 
     Args:
         path: the file.
         warn: called with a message where the last line is incomplete, as after a kill, and is left out.
         schema: a dataclass as in `read_json`, of every line.
-        whole: as in `read_json`.
 
     Raises:
         DataError: the file can't be read, or another line isn't a JSON object or isn't of the schema.
     """
-    # A file in the place of its folder is no absent file.
-    if not path.exists() and (path.parent.is_dir() or not path.parent.exists()):
-        return []
-    lines = _read_bytes(path).split(b"\n")
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _record(line)
-        where = f"{path}, line {number}"
-        if record is not None:
-            if schema:
-                _check(line, record, schema, (where, "Mend or delete the line."), whole)
-            records.append(record)
-        elif number == len(lines) and not _is_json(line):
-            warn(f"{where}: incomplete, as after a kill, and left out")
-        else:
-            raise DataError(f"{where}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line.")
+    for where, line, record in _lines(path, warn):
+        if schema:
+            _checked(line, record, schema, where, _MEND)
+        records.append(record)
     return records
 
 
-def refuse_special(path: Path) -> None:
-    """Refuses a pipe, a socket, a device or a link to one in the place of a file: reading it may never end.
+def load_jsonl(path: Path, warn: Callable[[str], None], kind: type[T]) -> list[T]:
+    """Reads the lines of a JSON Lines file as objects of a dataclass; none if the file is absent.
 
     Raises:
-        DataError: it is one.
+        DataError: as `read_jsonl`.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DataError(
-            f"{path} is a pipe, a socket or a device where a file belongs. Move it away, and run the command again."
-        )
+    return [_checked(line, record, kind, where, _MEND) for where, line, record in _lines(path, warn)]
+
+
+def _lines(path: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, bytes, Document]]:
+    """The place of each line, the line, and its record."""
+    # A file in the place of its folder is no absent file.
+    if not path.exists() and (path.parent.is_dir() or not path.parent.exists()):
+        return
+    lines = _read_bytes(path).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = _parsed(line)
+        except ValueError:
+            if number == len(lines):
+                warn(f"{where}: incomplete, as after a kill, and left out")
+                return
+            record = None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: not a JSON object: {line[:80].decode(errors='replace')!r}. Delete the line.")
+        yield where, line, record
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -158,44 +188,52 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"can't read {path}: {error.strerror}. Run the command that writes it.") from None
 
 
-def _check(content: bytes, value: object, schema: type, words: tuple[str, str], whole: bool) -> None:
-    """Refuses a value, read from some JSON, that isn't of a schema: by the first key that is wrong.
+def _checked(content: bytes, value: object, kind: type, where: str, remedy: str) -> Any:
+    """The object of a dataclass that a value, read from some JSON, stands for; refused by the first key that is wrong.
 
     The words of the message are where it was read, and what to do.
     """
-    where, remedy = words
     if not isinstance(value, dict):
         raise DataError(f"{where} holds a {json_type(value)} where a mapping of names is expected. {remedy}")
     try:
-        _adapter(schema).validate_json(content, strict=True)
+        return _adapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
-        faults = [fault for fault in error.errors(include_url=False) if whole or fault["type"] != "missing"]
-        if not faults:
-            return
-        fault = faults[0]
+        fault = error.errors(include_url=False)[0]
         key = ".".join(map(str, location_of(fault, value)))
         if fault["type"] == "missing":
             raise DataError(f"{where}: {key} is missing. {remedy}") from None
+        if fault["type"] == "value_error":
+            raise DataError(f"{where}: {key and f'{key}: '}{fault['ctx']['error']}. {remedy}") from None
         must = fault["msg"].removeprefix("Input should be ")
         raise DataError(f"{where}: {key} is {short(fault['input'])} but must be {must}. {remedy}") from None
 
 
 @cache
-def _adapter(schema: type) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
-def _record(line: bytes) -> Document | None:
-    record = json.loads(line) if _is_json(line) else None
-    return record if isinstance(record, dict) else None
-
-
-def _is_json(line: bytes) -> bool:
+def _is_record(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        return isinstance(_parsed(line), dict)
+    except ValueError:
         return False
-    return True
+
+
+def _parsed(line: bytes) -> object:
+    """The value that a line is the JSON of.
+
+    Raises:
+        ValueError: it isn't JSON.
+    """
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _jsonl(records: Iterable[Mapping[str, object]]) -> str:
+    return "".join(dump_json(record) + "\n" for record in records)
 
 
 def _plain(value: object) -> object:

@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Sequence
 
 # C0 without tab and newline, DEL and C1; marks that turn the direction of a text; line separators; lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -21,6 +22,16 @@ def visible(text: str) -> str:
     ('red\\x1b[2J\n', '\\u202etxt')
     """
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def first_of(names: Sequence[str], number: int = 5) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> first_of(["a", "b", "c"], number=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(names[:number]) + more
 
 
 def short(value: object) -> str:

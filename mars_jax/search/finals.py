@@ -21,9 +21,12 @@ from mars_jax.lanes.inputs import Rates
 from mars_jax.lanes.lane import Lane, Ranks
 from mars_jax.lanes.schedule import Schedule, warmup_multipliers
 from mars_jax.lanes.stopping import Patience, StoppingRule, loss_ceiling
-from mars_jax.runtime.jsonfiles import Document, append_jsonl, write_json
+from mars_jax.runtime.jsonfiles import Document, write_json, write_jsonl
 from mars_jax.runtime.trees import Tree
 from mars_jax.search.trainer import Configuration, Curve
+
+FINAL_SETTINGS = ("seed", "finetune", "optimizer", "data", "model", "lora", "adapter")
+"""Sections of the config that a final run of given ranks depends on."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ def left_final_run(job: Job, ranks: Ranks) -> tuple[FinalRun, Tree] | None:
 
 
 def settings_of(config: Config) -> str:
-    """The settings that a final run of given ranks depends on."""
-    return repr(sections(config, "seed", "finetune", "optimizer", "data", "model", "lora", "adapter"))
+    """The text of `FINAL_SETTINGS`, by which a final run that was kept is known."""
+    return repr(sections(config, *FINAL_SETTINGS))
 
 
 def adapters_of(curve: Curve) -> Tree:
@@ -193,13 +196,13 @@ def _probe_to_start_from(job: Job, ranks: Ranks) -> str | None:
 def _write_metrics(
     file: Path, points: Sequence[EvalPoint], multipliers: np.ndarray, rates: Mapping[str, float]
 ) -> None:
-    file.unlink(missing_ok=True)
-    for point in points:
-        learning_rate = {m: rate * float(multipliers[max(point.step, 1) - 1]) for m, rate in rates.items()}
-        metric = {
+    def metric(point: EvalPoint) -> Document:
+        return {
             "step": point.step,
             "train_loss": point.train_loss,
             "validation_loss": point.validation_loss,
             "update_norm": dict(point.update_norm),
+            "learning_rate": {m: rate * float(multipliers[max(point.step, 1) - 1]) for m, rate in rates.items()},
         }
-        append_jsonl(file, metric | {"learning_rate": learning_rate})
+
+    write_jsonl(file, map(metric, points))

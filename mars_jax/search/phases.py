@@ -17,16 +17,16 @@ from mars_jax.lanes.lane import Ranks
 from mars_jax.lanes.stopping import Patience
 from mars_jax.laws.convergence.registry import RULES
 from mars_jax.runtime.devices import physical_memory_bytes
-from mars_jax.runtime.jsonfiles import Document, write_json
+from mars_jax.runtime.jsonfiles import Document, load_json, write_json
 from mars_jax.search.compare import compare_run
 from mars_jax.search.cost import lane_costs
 from mars_jax.search.finals import (
+    FINAL_SETTINGS,
     adapters_of,
     final_run,
     leave_final_run,
     left_final_run,
     rates_of,
-    settings_of,
     write_final,
 )
 from mars_jax.search.lane_trainer import LaneTrainer
@@ -122,10 +122,10 @@ def _probe_inputs(job: Job) -> Inputs:
 
 def _probe(job: Job) -> Document:
     lanes = planned_lanes(job.config)
-    recover_lanes(job)
+    derived = recover_lanes(job)
     measure_lane_block(job, lanes)
     run_probes(job, lanes, programs_of(job))
-    check_lanes(job)
+    check_lanes(job, derived)
     return _lane_counts(job)
 
 
@@ -235,12 +235,7 @@ SELECT = Phase(
 def _finetune_inputs(job: Job) -> Inputs:
     check_there(job.directory / files.SELECTION, "select")
     made = files_of(job, files.SELECTION, files.FINAL_RUN, files.FINAL_ADAPTERS, files.PROBE_ADAPTERS)
-    return {
-        **made,
-        **sources_of(job),
-        "settings": settings_of(job.config),
-        **sections(job.config, "selection", "probe"),
-    }
+    return {**made, **sources_of(job), **sections(job.config, *FINAL_SETTINGS, "selection", "probe")}
 
 
 def _finetune(job: Job) -> Document:
@@ -279,7 +274,7 @@ def _compare_inputs(job: Job) -> Inputs:
 
 
 def _compare(job: Job) -> Document:
-    selection = Selection.from_json(job.directory.read(files.SELECTION))
+    selection = load_json(job.directory / files.SELECTION, Selection)
     return compare_run(job, programs_of(job), selection)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mars_jax.lanes.lane import Ranks
-from mars_jax.runtime.jsonfiles import Document
+from mars_jax.runtime.jsonfiles import Document, FloatOrNan
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Candidate:
     """
 
     ranks: Ranks
-    convergence_steps: Mapping[str, float]
+    convergence_steps: Mapping[str, FloatOrNan]
     imbalance: float | None
     kept: bool
     reason: str
-    predicted_loss: float
-    predicted_ci: tuple[float, float]
+    predicted_loss: FloatOrNan
+    predicted_ci: tuple[FloatOrNan, FloatOrNan]
     parameters: int
     p_best: float
     probed_loss: float | None = None
@@ -64,25 +64,12 @@ class Selection:
     explanation: str
 
     def to_json(self) -> Document:
-        """The document selection.json."""
+        """The document selection.json, of which `load_json` is the inverse."""
         document = dataclasses.asdict(self)
         for candidate in document["candidates"]:
             candidate["predicted_ci"] = list(candidate["predicted_ci"])
         document["candidates"] = list(document["candidates"])
         return document
-
-    @classmethod
-    def from_json(cls, document: Document) -> "Selection":
-        """The inverse of `to_json`; other keys are not read."""
-        candidates = tuple(
-            Candidate(**_known(Candidate, entry) | {"predicted_ci": tuple(entry["predicted_ci"])})
-            for entry in document["candidates"]
-        )
-        return cls(**_known(cls, document) | {"candidates": candidates})
-
-
-def _known(kind: type, document: Document) -> Document:
-    return {field.name: document[field.name] for field in dataclasses.fields(kind) if field.name in document}
 
 
 def without_laws(method: str, ranks: Ranks, target_num_samples: int, explanation: str) -> Selection:

@@ -15,7 +15,7 @@ from mars_jax.lanes.lane import Ranks
 from mars_jax.lanes.stopping import AskEach, StoppingRule, replay
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.durable import sync_tree
-from mars_jax.runtime.jsonfiles import Document, append_jsonl, number_or_nan
+from mars_jax.runtime.jsonfiles import Document, FloatOrNan, append_jsonl, load_jsonl, number_or_nan
 from mars_jax.search.finals import adapters_of
 from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.trainer import Configuration, Curve
@@ -46,8 +46,8 @@ class TrialRecord:
     looks: Sequence[tuple[int, float | None]]
     validation_loss: float | None = None
     reason: str | None = None
-    test_losses: Sequence[float] = field(default_factory=tuple)
-    test_tokens: Sequence[int] = field(default_factory=tuple)
+    test_losses: Sequence[FloatOrNan] = field(default_factory=tuple)
+    test_tokens: Sequence[float] = field(default_factory=tuple)
     test_correct: Sequence[bool] = field(default_factory=tuple)
 
     @property
@@ -67,17 +67,11 @@ class TrialRecord:
         return Curve(Configuration(self.ranks, self.factors), points)
 
     def to_json(self) -> Document:
-        """A record of trials.jsonl."""
+        """A record of trials.jsonl, of which `load_jsonl` is the inverse."""
         document = asdict(self)
         if not self.is_whole:
             return {name: document[name] for name in ("trial", "ranks", "factors", "looks")}
         return document
-
-    @classmethod
-    def from_json(cls, document: Document) -> "TrialRecord":
-        """The inverse of `to_json`."""
-        known = {name: document[name] for name in cls.__dataclass_fields__ if name in document}
-        return cls(**known | {"looks": [(step, loss) for step, loss in document["looks"]]})
 
 
 class TrialTrainer:
@@ -92,8 +86,7 @@ class TrialTrainer:
 
     def records(self) -> dict[str, TrialRecord]:
         """All trials so far, by name."""
-        documents = self._job.directory.lines(files.TRIALS, self._job.reporter.warn)
-        return {document["trial"]: TrialRecord.from_json(document) for document in documents}
+        return {record.trial: record for record in load_jsonl(self._file, self._job.reporter.warn, TrialRecord)}
 
     def probe(self, configurations: Sequence[Ranks], sizes: Sequence[int]) -> list[LaneRecord]:
         """See `Trainer`."""

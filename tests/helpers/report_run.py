@@ -57,7 +57,7 @@ def make_lanes(rng: np.random.Generator) -> list[dict[str, Any]]:
                 "ranks": ranks,
                 "num_samples": size,
                 "seed": 0,
-                "learning_rate": 1e-3,
+                "learning_rate": dict.fromkeys(adapted, 1e-3),
                 "adapted": adapted,
                 "steps": LOOKS[-1],
                 "convergence_steps": {m: min(t, LOOKS[-1]) for m, t in times.items()},
@@ -113,7 +113,8 @@ def make_run(run: Path, dropped_id: str = "easy-000017") -> Path:
             loss = final + (3.6 - final) * 0.1 ** (step / slowest)
             loss = loss * (1.05 ** (step - 100)) if diverging else loss + 0.01 * rng.normal()
             look = {"lane": lane["lane"], "step": step, "train_loss": loss - 0.05, "validation_loss": loss}
-            append_jsonl(run / "probes/curves.jsonl", look | {"drift": {}, "update_norm": lane["update_norm"]})
+            ended = {"alive": True, "reason": None, "drift": {}, "update_norm": lane["update_norm"]}
+            append_jsonl(run / "probes/curves.jsonl", look | ended)
     candidates = make_candidates()
     pick = next(c for c in candidates if c["p_best"])
     write_json(run / "laws.json", make_laws(rng))

@@ -83,6 +83,28 @@ def test_a_command_on_a_damaged_file_of_an_earlier_phase_is_refused(run, command
     assert f"left: it was damaged, or changed by hand. Run `mars {phase} {run}` to make it again. To go on" in err
 
 
+def test_settings_that_changed_had_no_name(job, run):
+    # As in a run whose config was edited before its state.json noted what it was made with.
+    state = json.loads((run / "state.json").read_text())
+    state["phases"]["finetune"]["inputs"] |= {"optimizer": "another", "schedule": "of old"}
+    (run / "state.json").write_text(json.dumps(state))
+    done = given_job.process("finetune", run)
+    assert done.returncode == 0, done.stderr
+    assert "finetune: optimizer, schedule changed, done again" in done.stderr
+    assert contents(run) == contents(job.run)
+
+
+def test_an_export_without_a_pick_names_the_phase_that_makes_one(job, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(job.run / "finetune", run / "finetune")
+    shutil.copy(job.run / "config.resolved.yaml", run)
+    code, _, err = mars("export", run)
+    assert code == 2
+    assert err.endswith(
+        f"mars: {run / 'selection.json'} is missing: run `mars select` first, or `mars run` for every phase.\n"
+    )
+
+
 def test_samples_that_were_changed_were_compared(job, run):
     (run / "samples.jsonl").write_bytes(flipped((run / "samples.jsonl").read_bytes()))
     code, _, err = mars("diff", run, job.run)
@@ -155,24 +177,32 @@ def test_a_changed_digit_of_the_settings_was_followed(run):
     assert f"mars: {file} holds other settings than the run was made with: it was damaged, or changed by hand." in err
 
 
-DOCUMENTS = ("state.json", "data.json", "selection.json", "finetune/summary.json", "evaluation.json")
+WRITTEN_AGAIN = "Delete it, and run the command that writes it again."
 OTHER_TYPES = {
-    "null": b"null",
-    "a list": b"[1]",
-    "a text": b'"x"',
-    "a number": b"3",
-    "nothing": b"",
-    "bytes": bytes(range(256)),
-    "depth": b"[" * 10**5,
-    "a long number": b'{"phases": ' + b"9" * 5000 + b"}",
-    "other keys": b'{"phases": {"data": [1]}, "pick": {"projector": "3"}, "ranks": null, "files": 3, "conditions": []}',
-    "a folder": None,
+    "null": (b"null", f" holds null where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "a list": (b"[1]", f" holds a list where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "a text": (b'"x"', f" holds a text where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "a number": (b"3", f" holds a number where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "nothing": (b"", f" is empty, not JSON. {WRITTEN_AGAIN}"),
+    "bytes": (bytes(range(256)), f" is not JSON: Expecting value: line 1 column 1 (char 0). {WRITTEN_AGAIN}"),
+    "depth": (b"[" * 10**5, f" is not JSON: it is nested too deeply. {WRITTEN_AGAIN}"),
+    "a long number": (
+        b'{"phases": ' + b"9" * 5000 + b"}",
+        " is not JSON: Exceeds the limit (4300 digits) for integer ",
+    ),
+    "a folder": (None, " is a folder where a file belongs. Move it away, and run the command again."),
+}
+OTHER_KEYS = {
+    "state.json": '{"phases": {"data": [1]}} phases.data is [1] but must be an object',
+    "data.json": '{"files": 3} files is 3 but must be an object',
+    "selection.json": """{"pick": {"projector": "3"}} pick.projector is '3' but must be a valid integer""",
+    "finetune/summary.json": '{"ranks": null} ranks is None but must be an object',
+    "evaluation.json": '{"conditions": []} conditions is [] but must be an object',
 }
 
 
-@pytest.mark.parametrize("content", OTHER_TYPES.values(), ids=OTHER_TYPES.keys())
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_a_file_of_another_type_ended_in_a_traceback(run, name, content):
+def refused(run: Path, name: str, content: bytes | None, text: str) -> None:
+    """Puts another content, or a folder, in the place of a file, and sees that commands name it."""
     # Without checksums, as in runs that were made before there were any.
     state = json.loads((run / "state.json").read_text())
     for record in state["phases"].values():
@@ -183,15 +213,41 @@ def test_a_file_of_another_type_ended_in_a_traceback(run, name, content):
         (run / name).mkdir()
     else:
         (run / name).write_bytes(content)
-    commands = ("status", "report", "export") if name == "state.json" else ("report",)
-    for command in commands:
+    for command in ("status", "report", "export") if name == "state.json" else ("report",):
         code, _, err = mars(command, run)
-        assert code in (2, 3), err
-        assert str(run / name) in err.splitlines()[-1]
+        assert code == 3, err
+        assert err.splitlines()[-1].startswith(f"mars: {run / name}{text}")
 
 
-@pytest.mark.parametrize("name", ["lock", "events.jsonl", "finetune", "report", "adapter"])
-def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(job, run, name):
+@pytest.mark.parametrize(("content", "text"), OTHER_TYPES.values(), ids=OTHER_TYPES.keys())
+@pytest.mark.parametrize("name", OTHER_KEYS)
+def test_a_file_of_another_type_ended_in_a_traceback(run, name, content, text):
+    refused(run, name, content, text)
+
+
+@pytest.mark.parametrize("name", OTHER_KEYS)
+def test_a_key_of_another_type_ended_in_a_traceback(run, name):
+    content, _, text = OTHER_KEYS[name].partition("} ")
+    refused(run, name, f"{content}}}".encode(), f": {text}. {WRITTEN_AGAIN}")
+
+
+IN_THE_WAY = (
+    "mars: can't use {} in the run directory: {}. Something else lies where a file or a folder of the run belongs: "
+    "move it away, and run the same command again."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        ("lock", 2, IN_THE_WAY.format("{}", "Is a directory")),
+        ("events.jsonl", 2, IN_THE_WAY.format("{}", "Is a directory")),
+        ("report", 2, IN_THE_WAY.format("{}", "File exists")),
+        ("adapter", 2, IN_THE_WAY.format("{}", "File exists")),
+        ("finetune", 4, "mars: can't write checkpoints to {}/checkpoints/"),
+    ],
+)
+def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(run, name, code, text):
     path = run / name
     if path.is_dir():
         shutil.rmtree(path)
@@ -199,12 +255,9 @@ def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(job, run, name):
     else:
         path.unlink()
         path.mkdir()
-    code, _, err = mars("run", run)
-    if name == "report":  # of which nothing needs to be kept
-        assert code in (0, 2), err
-    else:
-        assert code in (2, 3, 4), err
-        assert name in err.splitlines()[-1]
+    found, _, err = mars("run", run)
+    assert found == code, err
+    assert err.splitlines()[-1].startswith(text.format(path))
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "state.json", "lock", "samples.jsonl", "finetune/metrics.jsonl"])

@@ -59,7 +59,7 @@ def test_notes_on_data_are_warnings_in_data_json_and_in_mars_check(tmp_path):
 
 
 @pytest.mark.parametrize("learn", ["all", "last"])
-def test_the_last_answers_alone_are_learnt_where_the_config_asks_for_it(tmp_path, learn):
+def test_the_last_answers_alone_are_learned_where_the_config_asks_for_it(tmp_path, learn):
     train = tiny_job.records(tmp_path, 60)
     base = tiny_job.checkpoint(tmp_path / "base")
     path = tiny_job.config(tmp_path / "a.yaml", base, train, tmp_path / "run", data={"learn": learn})

@@ -13,8 +13,10 @@ from mars_jax.errors import ConfigError
 from mars_jax.job import files
 from mars_jax.job.book import hash_inputs
 from mars_jax.job.directory import RunDirectory
+from mars_jax.job.lock import Holder, holder
 from mars_jax.job.status import run_status
 from mars_jax.runtime.jsonfiles import append_jsonl, read_jsonl, write_json
+from tests.helpers.lane_record import LANE
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def run_and_hold(config_file: Path) -> subprocess.Popen[str]:
     code = (
         "import sys, time; from mars_jax.config.load import load_config\n"
         "from mars_jax.job.directory import RunDirectory\n"
-        "with RunDirectory.open(load_config(sys.argv[1])) as run, run.book.phase('probe', 'h'):\n"
+        "with RunDirectory.open(load_config(sys.argv[1])) as run, run.book.phase('probe', {'data': 'h'}):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(config_file)], stdout=subprocess.PIPE, text=True)
@@ -47,20 +49,20 @@ def test_opening_writes_the_config_the_versions_and_an_event(config):
     with RunDirectory.open(config) as run:
         assert load_config(run.path) == config
         assert {"python", "mars_jax", "jax", "flax", "optax", "transformers"} == set(run.book.state()["versions"])
-        assert run.holder() == os.getpid()
-    assert run.holder() is None
+        assert holder(run.path) == Holder(os.getpid())
+    assert holder(run.path) is None
     assert [event["event"] for event in read_jsonl((run / files.EVENTS), pytest.fail)] == ["opened"]
 
 
-def test_a_phase_is_done_only_for_its_own_inputs(config):
+def test_a_phase_is_noted_with_its_inputs_and_outputs(config):
     with RunDirectory.open(config) as run:
-        assert not run.book.is_done("probe", "h1")
-        with run.book.phase("probe", "h1"):
-            assert run.book.state()["phases"]["probe"]["status"] == "running"
-            assert not run.book.is_done("probe", "h1")
-        assert run.book.is_done("probe", "h1")
-        assert not run.book.is_done("probe", "h2")
-        assert not run.book.is_done("fit", "h1")
+        assert run.book.phases() == {}
+        with run.book.phase("probe", {"data": "h1"}, [files.LANES, files.CURVES]):
+            assert run.book.phases()["probe"]["status"] == "running"
+            append_jsonl(run / files.LANES, LANE)
+        record = run.book.phases()["probe"]
+        assert (record["status"], record["inputs"]) == ("done", {"data": "h1"})
+        assert [*record["outputs"]] == ["probes/lanes.jsonl"]
     record = run.book.state()["phases"]["probe"]
     assert record["seconds"] >= 0
     assert record["started"] <= record["finished"]
@@ -70,17 +72,17 @@ def test_a_phase_is_done_only_for_its_own_inputs(config):
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("odd"), "failed")])
 def test_a_broken_phase_is_recorded_and_its_seconds_are_kept(config, error, status):
     with RunDirectory.open(config) as run:
-        with pytest.raises(type(error)), run.book.phase("probe", "h"):
+        with pytest.raises(type(error)), run.book.phase("probe", {"data": "h"}):
             raise error
         record = run.book.state()["phases"]["probe"]
         assert record["status"] == status
         assert record.get("error") == ("ValueError: odd" if status == "failed" else None)
         write_json((run / files.STATE), {**run.book.state(), "phases": {"probe": {**record, "seconds": 100.0}}})
-        with run.book.phase("probe", "h"):
+        with run.book.phase("probe", {"data": "h"}):
             pass
         assert 100 <= run.book.state()["phases"]["probe"]["seconds"] < 110
         assert "error" not in run.book.state()["phases"]["probe"]
-        with run.book.phase("probe", "h"):
+        with run.book.phase("probe", {"data": "h"}):
             pass
         assert run.book.state()["phases"]["probe"]["seconds"] < 10
     events = [event.get("status") for event in read_jsonl((run / files.EVENTS), pytest.fail)]
@@ -103,12 +105,12 @@ def test_another_config_is_refused_with_the_difference(config_file, config):
 
 
 def test_a_moved_run_directory_opens(config, tmp_path):
-    with RunDirectory.open(config) as run, run.book.phase("probe", "h"):
+    with RunDirectory.open(config) as run, run.book.phase("probe", {"data": "h"}):
         pass
     moved = run.path.rename(tmp_path / "moved")
     with RunDirectory.open(load_config(moved)) as run:
         assert run.path == moved
-        assert run.book.is_done("probe", "h")
+        assert run.book.phases()["probe"]["status"] == "done"
 
 
 def test_a_folder_that_is_no_run_is_left_alone(config):
@@ -148,16 +150,16 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_an_interrupted_phase(conf
     status = run_status(run, pytest.fail)
     assert status["process"] is None
     assert status["phases"]["probe"]["status"] == "interrupted"
-    with RunDirectory.open(config), run.book.phase("probe", "h"):
+    with RunDirectory.open(config), run.book.phase("probe", {"data": "h"}):
         pass
-    assert run.book.is_done("probe", "h")
+    assert run.book.phases()["probe"]["status"] == "done"
 
 
 def test_status_counts_lanes(config):
     with RunDirectory.open(config) as run:
         assert run_status(run, pytest.fail)["lanes_planned"] is None
         write_json((run / files.PLAN), {"lanes": 3})
-        append_jsonl((run / files.LANES), {"lane": "vision1-D8-s0"})
+        append_jsonl((run / files.LANES), LANE)
         for number in range(9):
             run.book.append_event("look", number=number)
     status = run_status(run, pytest.fail)

@@ -12,7 +12,8 @@ import pytest
 from mars_jax.config.load import load_config
 from mars_jax.errors import ConfigError
 from mars_jax.job.directory import RunDirectory
-from mars_jax.job.lock import OWNER
+from mars_jax.job.lock import CLAIM, OWNER, Holder, holder
+from mars_jax.job.status import run_status
 
 
 @pytest.fixture
@@ -22,14 +23,17 @@ def config(tmp_path):
     return load_config(path)
 
 
+def without_flock(monkeypatch, number: int = errno.ENOLCK) -> None:
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSYS], ids=errno.errorcode.get)
 def without_locks(request, monkeypatch):
     """A file system whose `flock` fails, as on NFS without its lock daemon."""
-
-    def flock(file, operation):
-        raise OSError(request.param, os.strerror(request.param))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    without_flock(monkeypatch, request.param)
 
 
 def gone() -> int:
@@ -41,14 +45,14 @@ def gone() -> int:
 
 def test_a_file_system_without_locks_ended_in_a_traceback(config, without_locks):
     with RunDirectory.open(config) as run:
-        assert run.holder() == os.getpid()
+        assert holder(run.path) == Holder(os.getpid())
         with pytest.raises(ConfigError) as error:
             RunDirectory.open(config).__enter__()
         assert str(error.value) == (
             f"run directory {run.path} is in use by process {os.getpid()}. Wait for it, stop it, or set another "
             f"run_dir. If that process is gone, delete {run.path / OWNER}."
         )
-    assert run.holder() is None
+    assert holder(run.path) is None
     assert not (run.path / OWNER).exists()
 
 
@@ -57,7 +61,7 @@ def test_what_a_killed_process_left_is_taken_over_without_locks(config, without_
         pass
     (run.path / OWNER).write_text(f"{gone()} {socket.gethostname()}")
     with RunDirectory.open(config):
-        assert run.holder() == os.getpid()
+        assert holder(run.path) == Holder(os.getpid())
 
 
 def test_a_process_of_another_machine_is_believed_without_locks(config, without_locks):
@@ -68,6 +72,46 @@ def test_a_process_of_another_machine_is_believed_without_locks(config, without_
         ConfigError, match=r"in use by process 123 on elsewhere\. Wait .* is gone, delete .*lock\.owner"
     ):
         RunDirectory.open(config).__enter__()
+    status = run_status(run, pytest.fail)
+    assert (status["process"], status["machine"]) == (123, "elsewhere")
+
+
+def test_two_processes_that_took_over_at_once_both_held_the_directory(config, without_locks, monkeypatch):
+    with RunDirectory.open(config) as run:
+        pass
+    (run.path / OWNER).write_text(f"{gone()} {socket.gethostname()}")
+    first = RunDirectory.open(config)
+
+    def kill(process, signal):
+        # The second has read who is gone; before it goes on, the first takes the directory over.
+        monkeypatch.undo()
+        without_flock(monkeypatch)
+        first.__enter__()
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()}\. Wait for it, stop it, or"):
+        RunDirectory.open(config).__enter__()
+    assert (run.path / OWNER).read_text() == f"{os.getpid()} {socket.gethostname()}"
+    first.__exit__(None, None, None)
+    assert not any((run.path / name).exists() for name in (OWNER, CLAIM))
+
+
+def test_one_that_takes_over_is_waited_for(config, without_locks):
+    with RunDirectory.open(config) as run:
+        pass
+    (run.path / OWNER).write_text(f"{gone()} {socket.gethostname()}")
+    (run.path / CLAIM).write_text("123 elsewhere")
+    with pytest.raises(
+        ConfigError, match=r"in use by process 123 on elsewhere\. .* is gone, delete .*lock\.owner\.claim"
+    ):
+        RunDirectory.open(config).__enter__()
+
+
+def test_the_end_of_a_run_removed_the_file_of_another_owner(config, without_locks):
+    with RunDirectory.open(config) as run:
+        (run.path / OWNER).write_text("123 elsewhere")
+    assert (run.path / OWNER).read_text() == "123 elsewhere"
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff\xfe", b"9" * 6000, b"-1 here"])

@@ -81,6 +81,27 @@ def test_touched_and_lost_files_are_no_change(job, tmp_path):
     assert err.count("done before, skipped") == len(given_job.PHASES)
 
 
+def test_an_export_read_the_data_again_for_one_prompt(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    hidden = shutil.move(job.folder / "images", tmp_path / "images")
+    code, _, err = mars("export", run)
+    shutil.move(hidden, job.folder / "images")
+    assert code == 0, err
+    assert json.loads((run / "data.json").read_text())["prompt"] in (run / "adapter" / "README.md").read_text()
+    assert contents(run) == contents(job.run)
+
+
+def test_a_run_of_before_prompts_were_noted_has_its_prompt_from_the_data(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    (run / "data.json").unlink()
+    (run / "state.json").unlink()
+    shutil.rmtree(run / "adapter")
+    code, _, err = mars("export", run)
+    assert code == 0, err
+    assert (run / "adapter" / "README.md").read_bytes() == (job.run / "adapter" / "README.md").read_bytes()
+
+
 def test_before_anything_is_trained_changed_data_are_read_again(job, tmp_path):
     run = tmp_path / "run"
     train = Path(shutil.copy(job.train, tmp_path / "train.json"))
@@ -118,13 +139,35 @@ def test_a_stopped_final_run_went_on_with_other_answers(job, tmp_path):
     assert err.endswith(refusal(run, job.train))
 
 
+def test_a_key_more_in_the_sources_ended_in_a_traceback(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    document = json.loads((run / "sources.json").read_text())
+    document["base"][str(job.base / "config.json")]["checked"] = True
+    (run / "sources.json").write_text(json.dumps({**document, "schema": 1}))
+    code, _, err = mars("run", run)
+    assert code == 0, err
+    assert err.count("done before, skipped") == len(given_job.PHASES)
+    assert "warning" not in err
+
+
+def test_sources_that_were_changed_are_reported_once(job, tmp_path):
+    run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    document = json.loads((run / "sources.json").read_text())
+    (run / "sources.json").write_text(json.dumps({**document, "digest": "0"}))
+    code, _, err = mars("run", run)
+    assert code == 0, err
+    assert err.count("sources.json was damaged or changed by hand; it is written again") == 1
+    assert json.loads((run / "sources.json").read_text())["digest"] == document["digest"]
+
+
 def test_sources_that_were_lost_are_found_again_and_compared(job, tmp_path):
     run = Path(shutil.copytree(job.run, tmp_path / "run"))
+    whole = json.loads((run / "sources.json").read_text())
     (run / "sources.json").write_text("[]")
     code, _, err = mars("run", run)
     assert code == 0, err
-    assert "sources.json holds a list where a mapping of names is expected" in err
-    assert json.loads((run / "sources.json").read_text())["digest"]
+    assert err.count("sources.json holds a list where a mapping of names is expected") == 1
+    assert json.loads((run / "sources.json").read_text())["digest"] == whole["digest"]
     (run / "sources.json").unlink()
     with changed(job.train, job.train.read_bytes().replace(b'"red"', b'"rot"')):
         code, _, err = mars("run", run)

@@ -317,6 +317,25 @@ def test_a_file_of_other_values_is_refused_and_the_old_report_stays(whole, tmp_p
     assert (run / "report/index.html").read_bytes() == before
 
 
+def test_a_lane_that_is_but_a_name_ended_in_a_traceback(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path / "part", "probes/lanes.jsonl")
+    append_jsonl(run / "probes/lanes.jsonl", {"lane": "a"})
+    with pytest.raises(DataError) as error:
+        write_report(run)
+    assert str(error.value) == f"{run / 'probes/lanes.jsonl'}, line 45: ranks is missing. Mend or delete the line."
+
+
+def test_lanes_that_do_not_name_their_modules_ended_in_a_traceback(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path / "part", "probes/lanes.jsonl", "probes/curves.jsonl")
+    lines = [json.loads(line) for line in (run / "probes/lanes.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({k: v for k, v in line.items() if k != "adapted"}) + "\n" for line in lines)
+    (run / "probes/lanes.jsonl").write_text(text)
+    _, report = report_of(run)
+    _, expected = report_of(copy_of(whole, tmp_path / "same", "probes/lanes.jsonl", "probes/curves.jsonl"))
+    assert report["probes"] == expected["probes"]
+    assert report["figures"] == expected["figures"]
+
+
 def test_a_torn_last_line_is_left_out_and_said(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path / "part", "probes/lanes.jsonl")
     with (run / "probes/lanes.jsonl").open("a") as file:
@@ -396,7 +415,7 @@ def merged(document: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def test_warnings_about_lanes(whole: Path, tmp_path: Path) -> None:
     for lane in make_lanes(np.random.default_rng(0)):
-        short = {"num_samples": lane["num_samples"] / 4, "censored": dict.fromkeys(lane["censored"], True)}
+        short = {"num_samples": lane["num_samples"] // 4, "censored": dict.fromkeys(lane["censored"], True)}
         append_jsonl(tmp_path / "part/probes/lanes.jsonl", lane | short)
     warnings = report_of(copy_of(whole, tmp_path / "part", "selection.json"))[1]["verdict"]["warnings"]
     assert any("at 4096 samples reaches 16 times beyond the largest probe (256 samples)" in text for text in warnings)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,25 @@ def test_a_file_is_known_by_its_content(tmp_path):
     path.write_bytes(b"abc" * 10**5)
     content = content_of(path)
     assert (content.sha256, content.bytes) == (hashlib.sha256(b"abc" * 10**5).hexdigest(), 3 * 10**5)
+
+
+def test_a_file_was_read_for_its_checksum_again_and_again(tmp_path, monkeypatch):
+    path = tmp_path / "tensors"
+    path.write_bytes(b"one")
+    reads = []
+    file_digest, now = hashlib.file_digest, time.time_ns()
+
+    def counted(file, name):
+        reads.append(file.name)
+        return file_digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    # A change within the same tick of the file system's clock could pass unnoticed, so not at once.
+    assert [content_of(path), content_of(path)] == [content_of(path)] * 2
+    assert len(reads) == 3
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10 * 10**9)
+    assert [content_of(path), content_of(path)] == [content_of(path)] * 2
+    assert len(reads) == 4
+    path.write_bytes(b"two")
+    assert content_of(path).sha256 == hashlib.sha256(b"two").hexdigest()
+    assert len(reads) == 5

@@ -149,6 +149,6 @@ def test_the_run_directory_books_it_as_interrupted(tmp_path):
     config = tmp_path / "a.yaml"
     config.write_text(f"run_dir: {tmp_path / 'run'}\nmodel: {{checkpoint: base}}\ndata: {{train: t.json}}\n")
     with RunDirectory.open(load_config(config)) as run:
-        with pytest.raises(Interrupted), run.book.phase("probe", "h"):
+        with pytest.raises(Interrupted), run.book.phase("probe", {"data": "h"}):
             raise Interrupted("saved")
         assert run.book.state()["phases"]["probe"]["status"] == "interrupted"

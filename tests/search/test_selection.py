@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mars_jax.errors import ConfigError, NoValidResultError
+from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.lanes.halving import halving_schedule, survivors
 from mars_jax.laws.balance import balanced_rank, balanced_rank_continuous
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.law_c import ConvergenceLaw
 from mars_jax.laws.law_p import Overfit
+from mars_jax.runtime.jsonfiles import load_json, write_json
 from mars_jax.search.selection import Selection
 from mars_jax.search.strategies.best_probes import best_probed, decided_by_final_runs
 from mars_jax.search.strategies.laws import pick_by_laws
@@ -173,14 +174,27 @@ def test_a_gain_below_half_a_percent_does_not_pay_for_more_parameters():
     assert pick(steep).pick["vision"] == 64
 
 
-def test_json_has_the_documented_keys_and_comes_back():
+def test_json_has_the_documented_keys_and_comes_back(tmp_path):
     found = pick(laws())
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     keys = {"target_num_samples", "pick", "p_best", "fallback", "method", "candidates", "tau", "explanation"}
     assert set(document) == keys
     candidate_keys = {"ranks", "convergence_steps", "imbalance", "kept", "reason", "predicted_loss", "predicted_ci"}
     assert set(document["candidates"][0]) == candidate_keys | {"parameters", "p_best", "probed_loss"}
-    assert Selection.from_json(document) == found
+    write_json(tmp_path / "selection.json", found.to_json())
+    assert load_json(tmp_path / "selection.json", Selection) == found
+
+
+def test_a_candidate_without_its_interval_ended_in_a_traceback(tmp_path):
+    file = tmp_path / "selection.json"
+    document = pick(laws()).to_json()
+    del document["candidates"][3]["predicted_ci"]
+    write_json(file, document)
+    with pytest.raises(DataError) as error:
+        load_json(file, Selection)
+    assert str(error.value) == (
+        f"{file}: candidates.3.predicted_ci is missing. Delete it, and run the command that writes it again."
+    )
 
 
 # The sweep

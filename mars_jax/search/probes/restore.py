@@ -4,8 +4,7 @@ events.jsonl has the groups that ran to their end, curves.jsonl their eval point
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mars_jax.errors import DataError
@@ -15,19 +14,24 @@ from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Lane
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import append_jsonl, dump_json, write_text
+from mars_jax.runtime.text import first_of
 from mars_jax.search.probes.design import planned_lanes, prefixes, run_of
 from mars_jax.search.probes.records import convergence_rule, lane_records
-from mars_jax.search.probes.run import probe_schedule
-
-_SHOWN = 5
+from mars_jax.search.probes.run import probe_schedule, recorded_probes
 
 
-def recover_lanes(job: Job) -> None:
-    """Adds the records of groups whose curves are whole: a run may have ended before it wrote them."""
+def recover_lanes(job: Job) -> Mapping[str, LaneRecord]:
+    """Adds the records of groups whose curves are whole: a run may have ended before it wrote them.
+
+    Returns:
+        Lane -> the record that follows from its curve, of all these groups.
+    """
     there = {record["lane"] for record in job.directory.lines(files.LANES, job.reporter.warn)}
-    for record in _derived(job):
-        if record.lane not in there:
-            append_jsonl(job.directory / files.LANES, record.to_json())
+    derived = {record.lane: record for record in _derived(job)}
+    missing = [record.to_json() for name, record in derived.items() if name not in there]
+    if missing:
+        append_jsonl(job.directory / files.LANES, *missing)
+    return derived
 
 
 def restore_lanes(job: Job, damaged: Sequence[Path]) -> bool:
@@ -48,44 +52,44 @@ def restore_lanes(job: Job, damaged: Sequence[Path]) -> bool:
         return False
     if list(damaged) == [files.LANES]:
         text = "".join(dump_json(record.to_json()) + "\n" for record in _derived(job))
-        left = directory.book.record("probe")["outputs"][files.LANES.as_posix()]
+        left = directory.book.phases()["probe"]["outputs"][files.LANES.as_posix()]
         if hashlib.sha256(text.encode()).hexdigest() == left["sha256"]:
             write_text(directory / files.LANES, text)
             return True
-    names = ", ".join(str(directory / file) for file in damaged[:_SHOWN])
+    names = first_of([str(directory / file) for file in damaged])
     raise DataError(
         f"the probes are finished, but {names} isn't what they left: damaged, deleted or changed by hand. Put it back "
         f"from a copy; or delete {directory / files.LANES} and {directory / files.CURVES}, and all lanes run again."
     )
 
 
-def check_lanes(job: Job) -> None:
+def check_lanes(job: Job, derived: Mapping[str, LaneRecord]) -> None:
     """Refuses records that aren't those of the planned lanes and of their curves.
+
+    Args:
+        job: of the run.
+        derived: lane -> record by `recover_lanes`; others were written since, as they were made.
 
     Raises:
         DataError: a lane is missing, recorded twice or not planned, or its record differs from its curve.
     """
     path = job.directory / files.LANES
-    records = [LaneRecord.from_json(document) for document in job.directory.lines(files.LANES, job.reporter.warn)]
+    records = {record.lane: record for record in recorded_probes(job)}
     planned = [prefix.name for lane in planned_lanes(job.config) for prefix, _ in prefixes(job.config, lane)]
-    count = Counter(record.lane for record in records)
     remedy = f"Delete {path}: the same command writes it again from {files.CURVES}."
     for what, names in (
-        ("lacks the planned", [name for name in planned if not count[name]]),
-        ("has records of unplanned", [name for name in count if name not in planned]),
-        ("has more than one record of", [name for name, number in count.items() if number > 1]),
+        ("lacks the planned", [name for name in planned if name not in records]),
+        ("has records of unplanned", [name for name in records if name not in planned]),
     ):
         if names:
-            raise DataError(f"{path} {what} lanes: {_listing(names)}. {remedy}")
-    derived = {record.lane: record.to_json() for record in _derived(job)}
-    for record in records:
-        expected = derived.get(record.lane)
-        found = record.to_json()
-        if expected and dump_json(expected) != dump_json(found):
-            keys = [key for key in expected if dump_json(expected[key]) != dump_json(found.get(key))]
+            raise DataError(f"{path} {what} lanes: {first_of(names)}. {remedy}")
+    for name, record in derived.items():
+        expected, found = record.to_json(), records[name].to_json()
+        keys = [key for key in expected if dump_json(expected[key]) != dump_json(found.get(key))]
+        if keys:
             raise DataError(
-                f"{path}: the {keys[0]} of lane {record.lane} is {found.get(keys[0])}, but its curve in {files.CURVES} "
-                f"gives {expected[keys[0]]}. {remedy}"
+                f"{path}: the {keys[0]} of lane {name} is {found.get(keys[0])}, but its curve in {files.CURVES} gives "
+                f"{expected[keys[0]]}. {remedy}"
             )
 
 
@@ -101,28 +105,17 @@ def warn_of_missing_lanes(job: Job) -> None:
 
 def _derived(job: Job) -> list[LaneRecord]:
     """Records of the lanes of finished groups, in the order of their curves, as they were first made."""
-    config, directory = job.config, job.directory
-    planned = {lane.name: lane for lane in planned_lanes(config)}
+    config = job.config
     curves: dict[str, list[EvalPoint]] = {}
-    for document in directory.lines(files.CURVES, lambda text: None):
+    for document in job.directory.lines(files.CURVES, lambda text: None):
         curves.setdefault(document["lane"], []).append(EvalPoint.from_json(document))
     eval_steps = probe_schedule(config, job.base.model_config.text.vocab_size).eval_steps
     records: dict[str, LaneRecord] = {}
-    for event in directory.lines(files.EVENTS, lambda text: None):
-        names = event.get("lanes") or []
-        if event["event"] != "group" or any(name not in planned for name in names):
-            continue
-        lanes: list[Lane] = []
-        points: list[list[EvalPoint]] = []
-        whole = True
-        for name, last in zip(names, event.get("steps") or [], strict=True):
-            for prefix, steps in prefixes(config, planned[name]):
-                found = curves.get(prefix.name, [])
-                expected = [step for step in eval_steps if step <= min(steps, last)]
-                whole &= [point.step for point in found] == expected
-                lanes.append(prefix)
-                points.append(found)
-        if whole and lanes:
+    for group in _finished_groups(job):
+        lanes = [lane for lane, _ in group]
+        points = [curves.get(lane.name, []) for lane in lanes]
+        expected = [[step for step in eval_steps if step <= last] for _, last in group]
+        if [[point.step for point in of_lane] for of_lane in points] == expected:
             runs = [run_of(config, lane) for lane in lanes]
             made = lane_records(lanes, points, convergence_rule(config), config.learning_rates(), runs)
             records.update((record.lane, record) for record in made)
@@ -130,5 +123,13 @@ def _derived(job: Job) -> list[LaneRecord]:
     return sorted(records.values(), key=lambda record: order[record.lane])
 
 
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def _finished_groups(job: Job) -> Iterator[list[tuple[Lane, int]]]:
+    """What was read off each finished group of planned lanes: the lanes, and the last step of each."""
+    planned = {lane.name: lane for lane in planned_lanes(job.config)}
+    for event in job.directory.lines(files.EVENTS, lambda text: None):
+        if event["event"] == "group" and all(name in planned for name in event["lanes"]):
+            yield [
+                (prefix, min(steps, last))
+                for name, last in zip(event["lanes"], event["steps"], strict=True)
+                for prefix, steps in prefixes(job.config, planned[name])
+            ]

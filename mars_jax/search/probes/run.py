@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from mars_jax.runtime.checkpoint import Checkpoints
 from mars_jax.runtime.durable import sync_tree
 from mars_jax.runtime.interrupts import Interrupts
 from mars_jax.runtime.jsonfiles import append_jsonl
+from mars_jax.runtime.text import first_of
 from mars_jax.search.probes.design import prefixes, run_of
 from mars_jax.search.probes.progress import ProbeProgress
 from mars_jax.search.probes.records import convergence_rule, lane_records
@@ -74,8 +75,8 @@ def recorded_probes(job: Job) -> list[LaneRecord]:
     twice = [name for name, number in Counter(record.lane for record in records).items() if number > 1]
     if twice:
         raise DataError(
-            f"{job.directory / files.LANES} has more than one record of the lane {twice[0]!r}"
-            f"{f' and of {len(twice) - 1} more' if twice[1:] else ''}. Keep one line of each."
+            f"{job.directory / files.LANES} has more than one record of lanes: {first_of(twice)}. Keep one line of "
+            "each."
         )
     return records
 
@@ -86,6 +87,7 @@ def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> 
     check_sizes(config, len(job.data.search.train))
     schedule = probe_schedule(config, job.base.model_config.text.vocab_size)
     recorded = {record["lane"] for record in directory.lines(files.LANES, job.reporter.warn)}
+    num_points = recorded_points(directory)
     checkpoint_folder = directory / files.PROBE_CHECKPOINTS
     remaining = []
     for program in programs:
@@ -109,7 +111,7 @@ def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> 
                 inputs = job.inputs.probes(group[0], program.engine)
                 hooks = Hooks(checkpoints, snapshots, interrupts, partial(progress.report, len(group)))
                 result = run_group(group, program.engine, inputs, schedule, hooks)
-                _record_group(job, program.engine, group, result, snapshots, recorded)
+                _record_group(job, program.engine, group, result, snapshots, recorded, num_points)
             shutil.rmtree(folder)
 
 
@@ -169,8 +171,19 @@ def _record_group(
     result: GroupResult,
     snapshots: Snapshots | None,
     recorded: set[str],
+    num_points: Mapping[str, int],
 ) -> None:
-    """Writes what a finished group leaves; what a killed run had written already stays as it is."""
+    """Writes what a finished group leaves; what a killed run had written already stays as it is.
+
+    Args:
+        job: of the run.
+        engine: that ran the group.
+        group: its lanes.
+        result: what it left.
+        snapshots: the adapters of its eval points, where module swaps are measured.
+        recorded: names of lanes with a record; those of the group are added.
+        num_points: lane -> eval points that a killed run had written of it.
+    """
     config, directory = job.config, job.directory
     lanes, curves = read_prefixes(config, group, result)
     if config.finetune.warm_start:
@@ -188,7 +201,7 @@ def _record_group(
         useful_lane_steps=result.useful_steps,
         executed_lane_steps=result.executed_steps,
     )
-    append_curves(directory, lanes, curves)
+    append_curves(directory, lanes, curves, num_points)
     runs = [run_of(config, lane) for lane in lanes]
     for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates(), runs):
         if record.lane not in recorded:
@@ -201,10 +214,18 @@ def _record_group(
         sync_tree(directory / written)
 
 
-def append_curves(directory: RunDirectory, lanes: Sequence[Lane], curves: Sequence[Points]) -> None:
-    """Adds the eval points of lanes, but for those that a killed run had written."""
-    file = directory / files.CURVES
-    known = Counter(record["lane"] for record in directory.lines(files.CURVES, lambda text: None))
-    for lane, points in zip(lanes, curves, strict=True):
-        for point in points[known[lane.name] :]:
-            append_jsonl(file, {"lane": lane.name, **point.to_json()})
+def recorded_points(directory: RunDirectory) -> Mapping[str, int]:
+    """Lane -> number of its eval points in curves.jsonl."""
+    return Counter(point["lane"] for point in directory.lines(files.CURVES, lambda text: None))
+
+
+def append_curves(
+    directory: RunDirectory, lanes: Sequence[Lane], curves: Sequence[Points], num_points: Mapping[str, int]
+) -> None:
+    """Adds the eval points of lanes, but for those that a killed run had written: so many of each lane."""
+    lines = [
+        {"lane": lane.name, **point.to_json()}
+        for lane, points in zip(lanes, curves, strict=True)
+        for point in points[num_points.get(lane.name, 0) :]
+    ]
+    append_jsonl(directory / files.CURVES, *lines)

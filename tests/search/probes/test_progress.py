@@ -22,7 +22,7 @@ def job(tmp_path_factory) -> Job:
 
 def test_progress_of_a_process_that_is_gone_is_not_shown(tmp_path):
     run = RunDirectory(tmp_path)
-    write_json((run / files.STATE), {"phases": {"probe": {"status": "running", "inputs_hash": "h", "started": "now"}}})
+    write_json((run / files.STATE), {"phases": {"probe": {"status": "running", "started": "now"}}})
     write_json((run / files.PROGRESS), {"phase": "probe", "lanes": {"done": 0, "running": 6, "queued": 12}})
     status = run_status(run, json.loads)
     assert status["progress"] is None

@@ -16,7 +16,7 @@ from mars_jax.laws.convergence.base import ConvergenceRule
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import append_jsonl, dump_json, read_jsonl
 from mars_jax.search.probes.records import lane_records
-from mars_jax.search.probes.run import append_curves
+from mars_jax.search.probes.run import append_curves, recorded_points
 from tests.helpers import tiny_lanes
 from tests.helpers.tiny_lanes import LANES, RATES, assert_same_points, schedule
 
@@ -128,7 +128,7 @@ def test_a_curve_cut_short_by_a_kill_stayed_short(tmp_path):
     directory, points = RunDirectory(tmp_path), points_of([4.0, 3.0, 2.0])
     for point in points[:2]:
         append_jsonl(directory / files.CURVES, {"lane": ALONE.name, **point.to_json()})
-    append_curves(directory, (ALONE,), [points])
+    append_curves(directory, (ALONE,), [points], recorded_points(directory))
     found = read_jsonl(directory / files.CURVES, pytest.fail)
     assert [(row["lane"], row["step"]) for row in found] == [(ALONE.name, step) for step in (0, 10, 20)]
 

@@ -66,25 +66,79 @@ def test_changed_curves_are_refused_with_the_way_out(run):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fault", "remedy"),
     [
-        (doubled, "has more than one record of lanes: "),
-        (altered, ": the best_loss of lane "),
+        (doubled, "has more than one record of lanes: ", "Keep one line of each."),
+        (
+            altered,
+            ": the best_loss of lane ",
+            "Delete {}: the same command writes it again from probes/curves.jsonl.",
+        ),
     ],
 )
-def test_lanes_that_change_before_the_probes_are_finished_are_found_at_their_end(run, change, said):
-    file, state = run / "probes" / "lanes.jsonl", run / "state.json"
-    document = json.loads(state.read_text())
-    document["phases"]["probe"] = {"status": "interrupted", "inputs_hash": "", "started": ""}
-    state.write_text(json.dumps(document))
+def test_lanes_that_change_before_the_probes_are_finished_are_found_at_their_end(run, change, fault, remedy):
+    file = run / "probes" / "lanes.jsonl"
+    unfinished(run)
     file.write_text("".join(line + "\n" for line in change(file.read_text().splitlines())))
     code, _, err = mars("probe", run)
     assert code == 3
     assert f"mars: {file}" in err
-    assert said in err
-    assert f"Delete {file}: the same command writes it again from probes/curves.jsonl." in err
+    assert fault in err
+    assert err.endswith(f"{remedy.format(file)}\n")
     file.unlink()
     assert mars("probe", run)[0] == 0
+
+
+def unfinished(run: Path) -> None:
+    """Has the probes as they are before their phase ends."""
+    state = run / "state.json"
+    document = json.loads(state.read_text())
+    document["phases"]["probe"] = {"status": "interrupted", "started": ""}
+    state.write_text(json.dumps(document))
+
+
+def without(*names: str):
+    return lambda record: {name: value for name, value in record.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (without("train_loss"), "train_loss is missing"),
+        (without("drift"), "drift is missing"),
+        (without("alive", "reason"), "alive is missing"),
+        (lambda record: {**record, "remaining": None}, "remaining is None but must be an object"),
+        (
+            lambda record: {**record, "remaining": {"vision": 0.5}},
+            "has one of remaining and hybrids, which belong together",
+        ),
+    ],
+)
+def test_a_line_of_a_curve_without_a_key_ended_in_a_traceback(run, change, fault):
+    unfinished(run)
+    curves = run / "probes" / "curves.jsonl"
+    lines = curves.read_text().splitlines()
+    lines[2] = json.dumps(change(json.loads(lines[2])))
+    curves.write_text("".join(line + "\n" for line in lines))
+    code, _, err = mars("probe", run)
+    assert code == 3
+    assert err.splitlines()[-1] == f"mars: {curves}, line 3: {fault}. Mend or delete the line."
+
+
+@pytest.mark.parametrize(("names", "numbers"), [(["lanes"], "0 lanes and 6 steps"), (["steps"], "6 lanes and 0 steps")])
+def test_a_group_without_its_lanes_or_their_steps_ended_in_a_traceback(run, names, numbers):
+    unfinished(run)
+    events = run / "events.jsonl"
+    records = [json.loads(line) for line in events.read_text().splitlines()]
+    number = next(number for number, record in enumerate(records) if record["event"] == "group")
+    records[number] = without(*names)(records[number])
+    events.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, _, err = mars("probe", run)
+    assert code == 3
+    assert err.splitlines()[-1] == (
+        f"mars: {events}, line {number + 1}: a group has {numbers}; it has as many of each, 1 or more. Mend or delete "
+        "the line."
+    )
 
 
 def test_lanes_of_ones_own_are_fitted_alone_unless_one_is_there_twice(run, tmp_path):
@@ -97,7 +151,7 @@ def test_lanes_of_ones_own_are_fitted_alone_unless_one_is_there_twice(run, tmp_p
     file.write_text("".join(line + "\n" for line in doubled(file.read_text().splitlines())))
     code, _, err = mars("fit", own)
     assert code == 3
-    assert f"mars: {file} has more than one record of the lane " in err
+    assert f"mars: {file} has more than one record of lanes: " in err
 
 
 def test_fewer_lanes_than_planned_are_fitted_with_a_warning(run, tmp_path):
