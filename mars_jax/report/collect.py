@@ -131,7 +131,7 @@ def _config(path: Path, text: str) -> Record:
 def _mapping(path: Path, value: object) -> Record:
     if not isinstance(value, dict):
         raise DataError(
-            f"{path} holds a {json_type(value)} where a mapping of names is expected. "
+            f"{path} holds a JSON {json_type(value)} where a mapping of names is expected. "
             "Delete it, and run the command that writes it again."
         )
     return value

@@ -194,7 +194,7 @@ def _checked(content: bytes, value: object, kind: type, where: str, remedy: str)
     The words of the message are where it was read, and what to do.
     """
     if not isinstance(value, dict):
-        raise DataError(f"{where} holds a {json_type(value)} where a mapping of names is expected. {remedy}")
+        raise DataError(f"{where} holds a JSON {json_type(value)} where a mapping of names is expected. {remedy}")
     try:
         return _adapter(kind).validate_json(content, strict=True)
     except ValidationError as error:

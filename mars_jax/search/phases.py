@@ -124,8 +124,8 @@ def _probe(job: Job) -> Document:
     lanes = planned_lanes(job.config)
     derived = recover_lanes(job)
     measure_lane_block(job, lanes)
-    run_probes(job, lanes, programs_of(job))
-    check_lanes(job, derived)
+    made = run_probes(job, lanes, programs_of(job))
+    check_lanes(job, {**derived, **made})
     return _lane_counts(job)
 
 

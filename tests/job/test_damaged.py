@@ -179,10 +179,10 @@ def test_a_changed_digit_of_the_settings_was_followed(run):
 
 WRITTEN_AGAIN = "Delete it, and run the command that writes it again."
 OTHER_TYPES = {
-    "null": (b"null", f" holds null where a mapping of names is expected. {WRITTEN_AGAIN}"),
-    "a list": (b"[1]", f" holds a list where a mapping of names is expected. {WRITTEN_AGAIN}"),
-    "a text": (b'"x"', f" holds a text where a mapping of names is expected. {WRITTEN_AGAIN}"),
-    "a number": (b"3", f" holds a number where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "null": (b"null", f" holds a JSON null where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "a list": (b"[1]", f" holds a JSON list where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "a text": (b'"x"', f" holds a JSON text where a mapping of names is expected. {WRITTEN_AGAIN}"),
+    "a number": (b"3", f" holds a JSON number where a mapping of names is expected. {WRITTEN_AGAIN}"),
     "nothing": (b"", f" is empty, not JSON. {WRITTEN_AGAIN}"),
     "bytes": (bytes(range(256)), f" is not JSON: Expecting value: line 1 column 1 (char 0). {WRITTEN_AGAIN}"),
     "depth": (b"[" * 10**5, f" is not JSON: it is nested too deeply. {WRITTEN_AGAIN}"),

@@ -166,7 +166,7 @@ def test_sources_that_were_lost_are_found_again_and_compared(job, tmp_path):
     (run / "sources.json").write_text("[]")
     code, _, err = mars("run", run)
     assert code == 0, err
-    assert err.count("sources.json holds a list where a mapping of names is expected") == 1
+    assert err.count("sources.json holds a JSON list where a mapping of names is expected") == 1
     assert json.loads((run / "sources.json").read_text())["digest"] == whole["digest"]
     (run / "sources.json").unlink()
     with changed(job.train, job.train.read_bytes().replace(b'"red"', b'"rot"')):

@@ -68,7 +68,7 @@ def check_lanes(job: Job, derived: Mapping[str, LaneRecord]) -> None:
 
     Args:
         job: of the run.
-        derived: lane -> record by `recover_lanes`; others were written since, as they were made.
+        derived: lane -> the record that follows from its curve.
 
     Raises:
         DataError: a lane is missing, recorded twice or not planned, or its record differs from its curve.

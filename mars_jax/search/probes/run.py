@@ -81,8 +81,12 @@ def recorded_probes(job: Job) -> list[LaneRecord]:
     return records
 
 
-def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> None:
-    """Runs lanes in the groups of their programs; a finished group is never run again."""
+def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> Mapping[str, LaneRecord]:
+    """Runs lanes in the groups of their programs; a finished group is never run again.
+
+    Returns:
+        Lane -> its record, of the groups that ran.
+    """
     config, directory = job.config, job.directory
     check_sizes(config, len(job.data.search.train))
     schedule = probe_schedule(config, job.base.model_config.text.vocab_size)
@@ -90,6 +94,7 @@ def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> 
     num_points = recorded_points(directory)
     checkpoint_folder = directory / files.PROBE_CHECKPOINTS
     remaining = []
+    made: dict[str, LaneRecord] = {}
     for program in programs:
         for group in program.groups:
             if all(prefix.name in recorded for lane in group for prefix, _ in prefixes(config, lane)):
@@ -111,8 +116,10 @@ def run_probes(job: Job, lanes: Sequence[Lane], programs: Sequence[Program]) -> 
                 inputs = job.inputs.probes(group[0], program.engine)
                 hooks = Hooks(checkpoints, snapshots, interrupts, partial(progress.report, len(group)))
                 result = run_group(group, program.engine, inputs, schedule, hooks)
-                _record_group(job, program.engine, group, result, snapshots, recorded, num_points)
+                records = _record_group(job, program.engine, group, result, snapshots, recorded, num_points)
+                made.update((record.lane, record) for record in records)
             shutil.rmtree(folder)
+    return made
 
 
 def read_prefixes(
@@ -172,8 +179,8 @@ def _record_group(
     snapshots: Snapshots | None,
     recorded: set[str],
     num_points: Mapping[str, int],
-) -> None:
-    """Writes what a finished group leaves; what a killed run had written already stays as it is.
+) -> list[LaneRecord]:
+    """Writes what a finished group leaves, and returns its records; what is there already stays.
 
     Args:
         job: of the run.
@@ -203,7 +210,8 @@ def _record_group(
     )
     append_curves(directory, lanes, curves, num_points)
     runs = [run_of(config, lane) for lane in lanes]
-    for record in lane_records(lanes, curves, convergence_rule(config), config.learning_rates(), runs):
+    records = lane_records(lanes, curves, convergence_rule(config), config.learning_rates(), runs)
+    for record in records:
         if record.lane not in recorded:
             append_jsonl(directory / files.LANES, record.to_json())
             recorded.add(record.lane)
@@ -212,6 +220,7 @@ def _record_group(
     # Before the checkpoints that they were made from are removed.
     for written in (files.EVENTS, files.CURVES, files.LANES):
         sync_tree(directory / written)
+    return records
 
 
 def recorded_points(directory: RunDirectory) -> Mapping[str, int]:

@@ -141,6 +141,21 @@ def test_a_group_without_its_lanes_or_their_steps_ended_in_a_traceback(run, name
     )
 
 
+def test_a_record_that_was_there_before_its_lane_ran_is_compared_with_its_curve(job, run, tmp_path):
+    other = tmp_path / "other"
+    (other / "probes").mkdir(parents=True)
+    shutil.copy(run / "config.resolved.yaml", other)
+    record = json.loads((run / "probes" / "lanes.jsonl").read_text().splitlines()[5])
+    file = other / "probes" / "lanes.jsonl"
+    file.write_text(json.dumps({**record, "best_loss": 0.5}) + "\n")
+    code, _, err = job.end("probe", other)
+    assert code == 3, err
+    assert f"mars: {file}: the best_loss of lane {record['lane']} is 0.5, but its curve in probes/curves.jsonl" in err
+    file.unlink()
+    assert mars("probe", other)[0] == 0
+    assert sorted(file.read_text().splitlines()) == sorted((run / "probes" / "lanes.jsonl").read_text().splitlines())
+
+
 def test_lanes_of_ones_own_are_fitted_alone_unless_one_is_there_twice(run, tmp_path):
     own = tmp_path / "own"
     (own / "probes").mkdir(parents=True)
