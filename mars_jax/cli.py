@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -212,7 +212,7 @@ def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tabl
     from mars_jax.runtime.progress import ConsoleReporter
 
     try:
-        with _sigterm_as_interrupt(), redirect_stdout(sys.stderr):
+        with _sigterm_as_interrupt(), _stdout_to_stderr():
             result = work(ConsoleReporter())
     except MarsError as error:
         _fail(type(error).__name__, str(error), error.exit_code, json_output)
@@ -356,6 +356,18 @@ def _without_stdout(error: OSError) -> int:
         return NO_READER
     _print_error(f"mars: can't write the result to stdout: {error.strerror}. Finished work is kept.")
     return DoesNotFitError.exit_code
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keeps stdout for the result: libraries print to it too, those in other languages past `sys.stdout`."""
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        if sys.__stdout__ and sys.__stderr__:
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+            os.dup2(2, 1)
+        yield
 
 
 @contextmanager

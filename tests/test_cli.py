@@ -303,18 +303,20 @@ def test_help_to_a_full_device_is_no_traceback(option):
     assert done.stderr == "mars: can't write the result to stdout: No space left on device. Finished work is kept.\n"
 
 
-def test_json_on_stdout_is_alone_whatever_is_printed(capsys):
+def test_json_on_stdout_is_alone_whatever_is_printed(capfd):
     def work(reporter):
         print("a chatty library")
+        os.write(1, b"one in another language\n")  # as tokenizers does where it does not know an option
         reporter.notice("a notice [with brackets]")
         with reporter.progress("probe", total=2, unit="steps") as advance:
             advance(2, "loss 1.0")
         return {"loss": float("nan"), "ranks": {"vision": 8, "llm": 32}}
 
     execute(work, json_output=True)
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert json.loads(out) == {"loss": None, "ranks": {"vision": 8, "llm": 32}}
     assert "a chatty library" in err
+    assert "one in another language" in err
     assert "a notice [with brackets]" in err
     assert "vision=8 llm=32" in err
 

@@ -152,6 +152,7 @@ def work(spec: Document) -> None:
 
     resource.setrlimit(resource.RLIMIT_DATA, (GIB * 2**30, GIB * 2**30))
     answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print past sys.stdout is no answer
     with redirect_stdout(sys.stderr):
         folder = Path(spec["folder"])
         trials = Trials(folder / f"inputs{os.getpid()}", finished=folder / "run")

@@ -165,7 +165,11 @@ def header_of(file: Path) -> dict[str, Any]:
     """Names, types, shapes and places of the tensors of a safetensors file."""
     content = file.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return {name: value for name, value in header.items() if name != "__metadata__"}
+    return {
+        name: {key: value.get(key) for key in ("dtype", "shape", "data_offsets")}
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
 
 
 def damage_header(rng: random.Random, file: Path) -> str:

@@ -146,6 +146,12 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
     return encoded, pictures
 
 
+def answer_end(record: Record, preprocessor: Preprocessor) -> int:
+    """The token that ends the answers of a record in training: the template's, which may not be the tokenizer's."""
+    encoded = encode_text(record, preprocessor)[0]
+    return int(encoded.targets[encoded.supervised][-1])
+
+
 def shapes_of(encoded: Encoded, pictures: Sequence[ImageTokens]) -> Shapes:
     """The shapes that one record needs."""
     tiles = sum(picture.num_tiles for picture in pictures)

@@ -20,7 +20,7 @@ from mars_jax.data.batches import Batch, eval_batches
 from mars_jax.data.examples import Example, ExampleSource
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
-from mars_jax.data.shapes import plan_shapes
+from mars_jax.data.shapes import answer_end, plan_shapes
 from mars_jax.data.template import answer_ids
 from mars_jax.evals.controls import can_shuffle, image_blind, shuffle_images
 from mars_jax.evals.generation import generate
@@ -110,7 +110,7 @@ class EvaluatorSettings:
         controls: whether to score also without pictures and with shuffled ones.
         seed: seed of the shuffled pictures.
         max_new_tokens: limit of tokens of a generated answer; None: no answers are generated.
-        end_tokens: tokens that end a generated answer.
+        end_tokens: tokens that end a generated answer, besides the one by which training ends them.
     """
 
     batch_size: int
@@ -151,6 +151,8 @@ class Evaluator:
             batch_size = parts * -(-batch_size // parts)
         self._base, self._preprocessor, self._batch_size = base, preprocessor, batch_size
         self._controls, self._rows, self._generates = controls, rows, max_new_tokens is not None
+        # Trained answers end as the template ends them, which neither tokenizer nor checkpoint may know.
+        self._ends = (*settings.end_tokens, answer_end(records[0], preprocessor))
         self.candidates = tuple(candidates)
         self._views: dict[str, tuple[Record, ...]] = {"": tuple(records)}
         if controls and can_shuffle(records):
@@ -180,7 +182,7 @@ class Evaluator:
                     model,
                     pad_token=preprocessor.pad_token_id,
                     max_new_tokens=max_new_tokens,
-                    end_tokens=settings.end_tokens,
+                    end_tokens=self._ends,
                 )
             )
 
@@ -238,9 +240,14 @@ class Evaluator:
             allowed = [[not r.options or answer in r.options for answer in self.candidates] for r in records]
             choices = np.where(allowed, scores, np.inf).argmin(axis=1)
             correct = np.asarray([self.candidates[k] == last_answer(r) for k, r in zip(choices, records, strict=True)])
-        decode = partial(self._preprocessor.tokenizer.decode, skip_special_tokens=True)
-        answers = tuple(str(decode(row)).strip() for row in generated) if self._generates else ()
+        answers = tuple(self._text(row) for row in generated) if self._generates else ()
         return Outcome(losses, tokens, choices, correct, answers)
+
+    def _text(self, tokens: np.ndarray) -> str:
+        """The answer that generated tokens stand for, up to its end, which may not be a special token."""
+        ended = np.isin(tokens, self._ends)
+        kept = tokens[: int(ended.argmax())] if ended.any() else tokens
+        return str(self._preprocessor.tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
     def _batches(self, records: Sequence[Record]) -> Iterator[_Inputs]:
         size = self._batch_size

@@ -23,6 +23,7 @@ from mars_jax.data.shapes import ShapePlan, Shapes, plan_shapes
 from mars_jax.data.splits import Fractions, SearchData, Splits, split_of, split_records, splits_of_files
 from mars_jax.data.summary import data_summary
 from mars_jax.data.template import prompt_text
+from mars_jax.hub.end_tokens import load_end_tokens
 from mars_jax.job.base import JobBase
 from mars_jax.job.sample_notes import sample_notes
 from mars_jax.lanes.lane import Lane
@@ -111,7 +112,8 @@ class JobData:
     def summary(self) -> Document:
         """The document of data.json; notes on the data, and samples that were dropped, are reported as warnings."""
         plans = {name: self._plans[name] for name in ("train", "validation", "test")}
-        notes = [*self._notes, *sample_notes(self._config, self.search.train, self.preprocessor)]
+        ends = load_end_tokens(self._base.checkpoint, self.preprocessor.tokenizer)
+        notes = [*self._notes, *sample_notes(self._config, self.search.train, self.preprocessor, ends)]
         document = data_summary(plans, self.shapes, self._config.data.max_tokens, notes)
         for text in document["notes"]:
             self._reporter.warn(text)

@@ -8,16 +8,20 @@ from mars_jax.config.load import Config
 from mars_jax.data.batches import subset
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
-from mars_jax.data.shapes import encode_text
+from mars_jax.data.shapes import answer_end, encode_text
+from mars_jax.hub.end_tokens import GENERATION_FILE
 
 
-def sample_notes(config: Config, train: Sequence[Record], preprocessor: Preprocessor) -> Iterator[str]:
+def sample_notes(
+    config: Config, train: Sequence[Record], preprocessor: Preprocessor, ends: Sequence[int]
+) -> Iterator[str]:
     """What the base and the training samples do to each other that a user should know.
 
     Args:
         config: of the job.
         train: training samples.
         preprocessor: of the base.
+        ends: tokens at which inference engines stop, see `load_end_tokens`.
 
     Yields:
         A sentence for each.
@@ -35,6 +39,13 @@ def sample_notes(config: Config, train: Sequence[Record], preprocessor: Preproce
         yield (
             f"the padding token {preprocessor.tokenizer.pad_token!r} has no row in the base's embedding; token "
             f"{preprocessor.pad_token_id} pads instead, which changes nothing, since padding is masked"
+        )
+    if (end := answer_end(train[0], preprocessor)) not in ends:
+        name = preprocessor.tokenizer.convert_ids_to_tokens(end)
+        yield (
+            f"the chat template ends answers with {name!r} (token {end}), which neither {GENERATION_FILE} nor the "
+            "tokenizer names as an end: it is trained, and our evaluation stops there, but inference engines would go "
+            f"on. Add {end} to eos_token_id in the checkpoint's {GENERATION_FILE}."
         )
     first = next((record for record in train if record.images), None)
     around = preprocessor.around_pictures

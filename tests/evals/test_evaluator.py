@@ -257,3 +257,22 @@ def test_answers_are_what_the_model_writes_to_each_record_alone(tmp_path, record
     assert list(outcomes["base_blind"].answers) == blind
     assert any(blind), blind
     assert len(outcomes["base_shuffled"].answers) == 3
+
+
+def test_answers_went_on_behind_the_end_that_was_trained_where_the_tokenizer_has_another(tmp_path, records):
+    config, params = read_checkpoint(tiny_job.checkpoint(tmp_path), "float32")
+    model, preprocessor = LlavaOnevision(config), load_preprocessor(tmp_path)
+    some, settings = records[:1], EvaluatorSettings(batch_size=1, max_new_tokens=4)
+    end = preprocessor.tokenizer.eos_token_id
+    prompt = ExampleSource(some, preprocessor, plan_shapes(some, preprocessor).shapes).prompt(0)
+    batch = {name: array[None] for name, array in prompt.items()}
+    going_on = generate(model, params, {}, batch, max_new_tokens=4, end_tokens=(), pad_token=0)[0].tolist()
+    assert end not in going_on
+    # The token that the model writes third, or first, becomes the template's end.
+    for place in (going_on.index(going_on[2]), 0):
+        swapped = np.asarray(params["llm"]["lm_head"]["kernel"]).copy()
+        swapped[:, [end, going_on[place]]] = swapped[:, [going_on[place], end]]
+        other = {**params, "llm": {**params["llm"], "lm_head": {"kernel": swapped}}}
+        evaluator = Evaluator(model, other, some, preprocessor, replace(settings, end_tokens=()))
+        expected = preprocessor.tokenizer.decode(going_on[:place]).strip()
+        assert evaluator.evaluate({"base": {}})["base"].answers == (expected,)

@@ -58,6 +58,22 @@ def test_notes_on_data_are_warnings_in_data_json_and_in_mars_check(tmp_path):
     assert json.loads((tmp_path / "run" / "data.json").read_text())["notes"] == notes
 
 
+def test_answers_end_with_a_token_at_which_no_engine_stops(tmp_path):
+    base, train = tiny_job.checkpoint(tmp_path / "base"), tiny_job.records(tmp_path, 60)
+    path = tiny_job.config(tmp_path / "a.yaml", base, train, tmp_path / "run")
+    assert json.loads(CliRunner().invoke(app, ["check", str(path), "--json"]).stdout)["data"]["notes"] == []
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<pad>"}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert json.loads(CliRunner().invoke(app, ["check", str(path), "--json"]).stdout)["data"]["notes"] == [
+        "the chat template ends answers with '<|im_end|>' (token 2), which neither generation_config.json nor the "
+        "tokenizer names as an end: it is trained, and our evaluation stops there, but inference engines would go on. "
+        "Add 2 to eos_token_id in the checkpoint's generation_config.json."
+    ]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    assert json.loads(CliRunner().invoke(app, ["check", str(path), "--json"]).stdout)["data"]["notes"] == []
+
+
 @pytest.mark.parametrize("learn", ["all", "last"])
 def test_the_last_answers_alone_are_learned_where_the_config_asks_for_it(tmp_path, learn):
     train = tiny_job.records(tmp_path, 60)
