@@ -118,7 +118,8 @@ def tried(folder: Path, inputs: list[tuple[str, int]]) -> Iterator[Document]:
     """The outcome of each input, in order; a process that dies or is late costs the one that it was at."""
     waiting = list(inputs)
     while waiting:
-        environment = {**quiet_environment(), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+        # As the run was made: programs that are compiled otherwise round otherwise.
+        environment = {**quiet_environment(), **tiny_job.environment(folder / "cache")}
         command = [sys.executable, "-m", module_of(__file__), "--child", dump_json({"folder": str(folder)})]
         with subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -5,6 +5,7 @@ Others may read it meanwhile. It imports nothing heavy: `mars status` must answe
 
 import errno
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,6 +66,20 @@ class RunDirectory:
         """
         return read_jsonl(self / file, warn, SHAPES[file])
 
+    def check_links(self) -> None:
+        """Refuses links that lead nowhere, behind which a file is hidden that would be taken for one never written.
+
+        Raises:
+            DataError: there is one.
+        """
+        for folder, folders, names in os.walk(self.path):
+            for file in (Path(folder) / name for name in (*folders, *names)):
+                if file.is_symlink() and not file.exists():
+                    raise DataError(
+                        f"{file} is a link to {file.readlink()}, which leads nowhere. Put back what it led to, or "
+                        "remove the link: what it stood for is then made again."
+                    )
+
     @classmethod
     @contextmanager
     def open(cls, config: Config) -> Iterator["RunDirectory"]:
@@ -78,6 +93,7 @@ class RunDirectory:
         with run._own_errors():
             make_folder(run.path)
             run._check_ours()
+            run.check_links()
             with lock.holding(run.path):
                 remove_leftovers(run.path)
                 settings = _flatten(yaml.safe_load(text := config.resolved_yaml()))

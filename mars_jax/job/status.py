@@ -8,7 +8,7 @@ from mars_jax.job.directory import RunDirectory
 from mars_jax.runtime.jsonfiles import Document
 
 _EVENTS_SHOWN = 5
-_FOR_THE_BOOK = ("inputs_hash", "finished", "inputs", "outputs")
+_SHOWN = ("status", "started", "seconds", "error")
 
 
 def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
@@ -22,6 +22,7 @@ def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
         ConfigError: there is no run here.
         DataError: a file of the run isn't what its writer left.
     """
+    run.check_links()
     if not (run / files.STATE).exists():
         raise ConfigError(f"there is no run in {run.path}. Start one with `mars run CONFIG`, or give its directory.")
     holder = lock.holder(run.path)
@@ -29,7 +30,7 @@ def run_status(run: RunDirectory, warn: Callable[[str], None]) -> Document:
     for name, record in records.items():
         # A killed process can't close its phase.
         killed = record["status"] == "running" and holder is None
-        shown = {key: value for key, value in record.items() if key not in _FOR_THE_BOOK}
+        shown = {key: record[key] for key in _SHOWN if key in record}
         phases[name] = {**shown, "status": "interrupted"} if killed else shown
     for fault in (run.book.fault(file, records) for file in (files.PLAN, files.LANES)):
         if fault:

@@ -6,14 +6,17 @@ Several modules are fitted together in `laws.fit`; convergence times come from `
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 from numpy.typing import ArrayLike
+from scipy.special import expit
 
 from mars_jax.errors import DataError, NoValidResultError
 from mars_jax.laws.least_squares import device_column, in_blocks
@@ -124,8 +127,9 @@ def fit_convergence_law(
 
     A censored point contributes the probability that its time lies beyond its horizon (Tobin 1958), by
     expectation-maximisation: it is imputed by the mean of the truncated normal, then the law is refitted. E is 0 unless
-    the corrected AIC of the form with E >= 0 is lower by more than 4. Bootstraps use the form chosen on all points, so
-    intervals do not hold the truth where E is above 0 and is not chosen.
+    the corrected AIC of the form with E >= 0 is lower by more than 4. Until then the data may not tell the forms apart,
+    so bootstrap draws are refits of both, mixed by the forms' Akaike weights (Buckland, Burnham and Augustin 1997,
+    "Model Selection: An Integral Part of Inference", Biometrics 53).
 
     Args:
         module: name of the module, for messages.
@@ -164,24 +168,16 @@ def fit_convergence_law(
     log_time = np.log(time) - time_mean
     # E is at most the shortest measured time.
     largest = jnp.float32(np.exp(log_time[~is_censored].min()))
-    forms = partial(fit_rows, points, largest), partial(fit_rows_without_offset, points)
     columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
-    with_offset, plain = (in_blocks(form, log_time[None], is_censored[None]) for form in forms)
-    use_offset = with_offset[0, AICC] < plain[0, AICC] - _AICC_MARGIN
-    form, fitted = (forms[0], with_offset) if use_offset else (forms[1], plain)
+    forms = partial(fit_rows, points, largest), partial(fit_rows_without_offset, points)
+    with_offset, plain = (in_blocks(form, log_time[None], is_censored[None])[0] for form in forms)
+    gain = float(plain[AICC] - with_offset[AICC])
+    fitted = (with_offset if gain > _AICC_MARGIN else plain)[None]
     if resamples is not None:
-        errors = _errors(fitted[0], columns, log_time, is_censored, weight / weight.mean(), resamples)
-        if errors is None:
-            raise NoValidResultError(
-                f"Law-C of module {module!r}: {resamples.number} runs are too few to know how much runs differ, so it "
-                "has no interval. Add probe lanes at other ranks, or seeds."
-            )
+        columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
         last = np.where(is_censored, log_time, np.inf) if horizons is None else np.log(horizons) - time_mean
-        moved = _centred_log_time(fitted[0], columns) + errors
-        late = moved > last
-        late[np.sum(~late, axis=1) < columns.shape[1]] = is_censored  # Too few times to fit.
-        rows = np.where(late, np.where(np.isfinite(last), last, 0.0), moved), late
-        fitted = np.concatenate([fitted, in_blocks(form, *rows)])
+        data = _Data(columns, log_time, is_censored, weight / weight.mean(), last)
+        fitted = np.concatenate([fitted, _draws(module, forms, (with_offset, plain), data, resamples)])
 
     intercept, gamma, delta, scaled_offset = fitted[:, :4].T
     log_k = intercept + time_mean - gamma * (rank_mean + math.log(_RANK_UNIT))
@@ -235,26 +231,65 @@ def _centred_log_time(theta: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.log(np.exp(columns @ theta[:3]) + theta[3])
 
 
-def _errors(
-    fitted: np.ndarray,
-    columns: np.ndarray,
-    log_time: np.ndarray,
-    censored: np.ndarray,
-    weight: np.ndarray,
+class _Data(NamedTuple):
+    """Points of a fit: [N, 3] columns of the linear part, and [N] each: centred log t, censored, weight, last log t."""
+
+    columns: np.ndarray
+    log_time: np.ndarray
+    censored: np.ndarray
+    weight: np.ndarray
+    last: np.ndarray
+
+
+def _draws(
+    module: str,
+    forms: Sequence[Callable[..., jax.Array]],
+    fitted: Sequence[np.ndarray],
+    data: _Data,
     resamples: RunResamples,
-) -> np.ndarray | None:
+) -> np.ndarray:
+    """Refits of all resamples, [S, 6], evenly mixed of the form with an offset and of that without, by their weights.
+
+    Raises:
+        NoValidResultError: the runs are too few.
+    """
+    with_offset, plain = fitted
+    gain = float(plain[AICC] - with_offset[AICC])
+    share = 1.0 if gain > _AICC_MARGIN else float(expit(gain / 2))
+    errors = [_errors(theta, data, resamples) for theta in fitted]
+    if errors[0] is None and gain <= _AICC_MARGIN:
+        share = 0.0
+    places = np.arange(len(resamples.donors))
+    offset_rows = np.floor((places + 1) * share) > np.floor(places * share)
+    draws = np.zeros((len(places), len(plain)))
+    for form, theta, error, rows in zip(forms, fitted, errors, (offset_rows, ~offset_rows), strict=True):
+        if not rows.any():
+            continue
+        if error is None:
+            raise NoValidResultError(
+                f"Law-C of module {module!r}: {resamples.number} runs are too few to know how much runs differ, so it "
+                "has no interval. Add probe lanes at other ranks, or seeds."
+            )
+        moved = (_centred_log_time(theta, data.columns) + error)[rows]
+        late = moved > data.last
+        late[np.sum(~late, axis=1) < data.columns.shape[1]] = data.censored  # Too few times to fit.
+        draws[rows] = in_blocks(form, np.where(late, np.where(np.isfinite(data.last), data.last, 0.0), moved), late)
+    return draws
+
+
+def _errors(fitted: np.ndarray, data: _Data, resamples: RunResamples) -> np.ndarray | None:
     """[S, N] errors of log t in the resamples of a fit; None where the runs are too few."""
-    expected = _centred_log_time(fitted, columns)
-    spread = fitted[SPREAD] / np.sqrt(weight)
+    expected = _centred_log_time(fitted, data.columns)
+    spread = fitted[SPREAD] / np.sqrt(data.weight)
     # Of a censored point the residual is not known; its mean square beyond the horizon is.
-    z = (log_time - expected) / spread
+    z = (data.log_time - expected) / spread
     hazard = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - np.asarray(log_ndtr(-z), np.float64))
     beyond = spread * np.sqrt(np.maximum(1.0 + z * hazard, 0.0))
-    residuals = np.where(censored, beyond, log_time - expected)
+    residuals = np.where(data.censored, beyond, data.log_time - expected)
     offset = fitted[3]
-    jacobian = columns * (1.0 - offset * np.exp(-expected))[:, None]
+    jacobian = data.columns * (1.0 - offset * np.exp(-expected))[:, None]
     if offset > 0:
         jacobian = np.column_stack([jacobian, np.exp(-expected)])
-    root = np.sqrt(weight)
+    root = np.sqrt(data.weight)
     errors = resamples.errors(residuals * root, jacobian * root[:, None])
     return None if errors is None else errors / root

@@ -81,6 +81,7 @@ def read_run(directory: Path) -> RunRecord:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such run directory. {advice}")
     run, notes = RunDirectory(directory), list[str]()
+    run.check_links()
     read: list[str | Path] = [RESOLVED_CONFIG, files.STATE, *READ]
     if not (run / files.SWEEP).is_file():
         read.remove(files.SWEEP)  # only some strategies write it

@@ -272,3 +272,23 @@ def test_a_pipe_or_a_device_in_a_run_directory_was_read_for_ever(run, name, kind
         code, _, error = mars(command, run)
         assert code == 3
         assert f"{run / name} is a pipe, a socket or a device where a file belongs. Move it away" in error
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "state.json", "finetune/metrics.jsonl"])
+@pytest.mark.parametrize("target", ["", "gone"])
+def test_a_file_behind_a_link_that_leads_nowhere_was_taken_for_one_never_written(run, name, target):
+    (run / name).unlink()
+    (run / name).symlink_to(target or Path(name).name)
+    for command in ("status", "report", "fit"):
+        code, _, error = mars(command, run)
+        assert code == 3, error
+        assert f"{run / name} is a link to {target or Path(name).name}, which leads nowhere. Put back what" in error
+
+
+def test_a_key_of_a_phase_that_no_one_reads_was_shown_by_status(run):
+    state = json.loads((run / "state.json").read_text())
+    next(iter(state["phases"].values()))["video"] = {"laws": "e3a8"}
+    (run / "state.json").write_text(json.dumps(state))
+    code, out, _ = mars("status", run, "--json")
+    assert code == 0
+    assert "video" not in out
