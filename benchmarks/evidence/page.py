@@ -19,7 +19,7 @@ METHODS_BY_TASK = re.compile(f"{_FIXED}|{_TOOL}")
 
 
 def law_fits(detail: Row) -> Section:
-    """Coverage, and whether P(best) holds."""
+    """Whether P(best) holds."""
     tables = detail["tables"]
     (stated,) = tables["P(best)"]
     return Section(

@@ -1,16 +1,15 @@
-"""Seconds to fit both laws with bootstrap intervals.
+"""Seconds to fit both laws with bootstrap intervals, and whether P(best) means what it says.
 
 Every `mars fit` pays for this. The lanes are made up: convergence times follow a known Law-C and losses a known Law-P,
-with log-normal noise. So it can be counted as well in how many data sets a 95 % interval holds the true exponent, which
-it should in 95 % of them; and whether the pick at a larger data size has the lowest true loss of the pairs that were
-kept as often as P(best) states.
+with log-normal noise. So it can be counted as well whether the pick at a larger data size has the lowest true loss of
+the pairs that were kept as often as P(best) states. How often intervals hold the truth is `coverage`'s to measure.
 
     python -m benchmarks.speed.law_fits [--short] [--anyway] [--out FOLDER]
 
-Definitions. 48 lanes: ranks 4, 8, 16 and 32 of two modules, D = 256, 1024 and 4096, one seed; 5 % of noise on times, 1
-% on losses. Speed is that of `fit_laws` with 1,000 bootstraps, all of it, after a first call that compiles. Coverage is
-that of 200 data sets with 200 bootstraps each. `p_best` is the mean P(best) of the picks, `truly_best` how often the
-pick has the lowest true loss.
+Definitions. 48 lanes: ranks 4, 8, 16 and 32 of two modules, D = 256, 1024 and 4096, one seed, each a run of its own; 5
+% of noise on times, 1 % on losses. Speed is that of `fit_laws` with 1,000 bootstraps, all of it, after a first call
+that compiles. P(best) is that of 200 data sets with 200 bootstraps each. `p_best` is the mean P(best) of the picks,
+`truly_best` how often the pick has the lowest true loss.
 
 figure = seconds of `fit_laws` with 1,000 bootstraps, median.
 """
@@ -23,16 +22,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.evidence.coverage import CONVERGENCE, LOSS_NOISE, TIME_NOISE, true_loss
 from benchmarks.lib.child import arguments, publish
 from benchmarks.lib.results import require_quiet
 from mars_jax.laws.fit import Laws, fit_laws
 from mars_jax.laws.records import LaneRecord
 from mars_jax.search.strategies.laws import pick_by_laws
 
-CONVERGENCE = {"vision": (20.0, -0.2, 0.5), "llm": (6.0, -0.35, 0.65)}  # k, gamma, delta
-ALPHA, BETA, A, E = {"vision": 0.1, "llm": 0.25}, 0.45, 30.0, 0.8
+SEARCHED = ("vision", "llm")
 RANKS, SAMPLES = (4, 8, 16, 32), (256, 1024, 4096)
-TIME_NOISE, LOSS_NOISE = 0.05, 0.01
 REPEATS = 5
 
 
@@ -61,7 +59,7 @@ def main() -> None:
             "foreign_cores_busy": load,
             "seconds": seconds,
             "first_call_seconds": first,
-            "tables": {"Coverage of 95 % intervals": coverage(fits), "P(best)": [calibration(fits)]},
+            "tables": {"P(best)": [calibration(fits)]},
         },
     )
 
@@ -72,10 +70,10 @@ def lanes(seed: int) -> list[LaneRecord]:
     found: list[LaneRecord] = []
     for vision, llm, samples in itertools.product(RANKS, RANKS, SAMPLES):
         ranks = {"vision": vision, "llm": llm}
-        times = {
-            module: k * ranks[module] ** gamma * samples**delta * float(np.exp(TIME_NOISE * rng.normal()))
-            for module, (k, gamma, delta) in CONVERGENCE.items()
-        }
+        times = {}
+        for module in SEARCHED:
+            k, gamma, delta = CONVERGENCE[module]
+            times[module] = k * ranks[module] ** gamma * samples**delta * float(np.exp(TIME_NOISE * rng.normal()))
         found.append(
             LaneRecord(
                 lane=str(len(found)),
@@ -85,54 +83,21 @@ def lanes(seed: int) -> list[LaneRecord]:
                 steps=10_000,
                 convergence_steps=times,
                 censored=dict.fromkeys(ranks, False),
-                best_loss=true_loss(vision, llm, samples) * float(np.exp(LOSS_NOISE * rng.normal())),
+                best_loss=true_loss(ranks, samples) * float(np.exp(LOSS_NOISE * rng.normal())),
                 status="converged",
             )
         )
     return found
 
 
-def true_loss(vision: int, llm: int, samples: int) -> float:
-    """Nats."""
-    return A / (vision ** ALPHA["vision"] * llm ** ALPHA["llm"] * samples**BETA) + E
-
-
-def coverage(fits: list[Laws]) -> list[dict[str, Any]]:
-    """By parameter: the truth, the share of intervals that hold it, and the spread of the estimates."""
-    rows = []
-    for module, (_, gamma, delta) in CONVERGENCE.items():
-        for name, true in (("gamma", gamma), ("delta", delta)):
-            found = [(getattr(fit.convergence[module], name), fit.convergence[module].ci[name]) for fit in fits]
-            rows.append({"law": "C", "parameter": f"{name} of {module}", **_covered(true, found)})
-    law_p = {f"alpha/{module}": value for module, value in ALPHA.items()} | {"beta": BETA, "E": E}
-    for name, true in law_p.items():
-        found = [(_value(fit, name), fit.multiplicative.ci[name]) for fit in fits]
-        rows.append({"law": "P", "parameter": name, **_covered(true, found)})
-    return rows
-
-
-def _value(fit: Laws, name: str) -> float:
-    law = fit.multiplicative
-    return law.alpha[name.removeprefix("alpha/")] if name.startswith("alpha/") else getattr(law, name)
-
-
-def _covered(true: float, found: list[tuple[float, tuple[float, float]]]) -> dict[str, Any]:
-    return {
-        "true": true,
-        "covered": statistics.mean(low <= true <= high for _, (low, high) in found),
-        "mean": statistics.mean(value for value, _ in found),
-        "sd": statistics.pstdev([value for value, _ in found]),
-    }
-
-
 def calibration(fits: list[Laws]) -> dict[str, Any]:
     """Whether the pick at D = 16384 is the best of those kept as often as P(best) states."""
-    target, grids = 16384, dict.fromkeys(CONVERGENCE, RANKS)
+    target, grids = 16384, dict.fromkeys(SEARCHED, RANKS)
     stated, right = [], []
     for fit in fits:
-        selection = pick_by_laws(fit, grids, target, dict.fromkeys(CONVERGENCE, 100))
+        selection = pick_by_laws(fit, grids, target, dict.fromkeys(SEARCHED, 100))
         kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
-        best = min(kept, key=lambda ranks: true_loss(ranks["vision"], ranks["llm"], target))
+        best = min(kept, key=lambda ranks: true_loss(ranks, target))
         stated += [candidate.p_best for candidate in selection.candidates if candidate.ranks == selection.pick]
         right.append(dict(selection.pick) == dict(best))
     return {"p_best": statistics.mean(stated), "truly_best": statistics.mean(right), "picks": len(fits)}
