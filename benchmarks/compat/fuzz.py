@@ -159,6 +159,7 @@ def work(spec: Document) -> None:
     os.dup2(2, 1)  # what libraries print past sys.stdout is no answer
     with redirect_stdout(sys.stderr):
         folder = Path(spec["folder"])
+        os.chdir(folder)  # a damaged config may name any run directory
         trials = Trials(folder / f"inputs{os.getpid()}", finished=folder / "run")
         for line in sys.stdin:
             kind, number = line.split()
