@@ -9,7 +9,7 @@ from mars_jax.config.load import Config
 from mars_jax.data.preview import preview
 from mars_jax.evals.run import EVALUATE
 from mars_jax.evals.served import verify_answers
-from mars_jax.job.checks import check_data, check_model
+from mars_jax.job.checks import check_data, check_model, check_probed_pictures
 from mars_jax.job.data_phase import DATA
 from mars_jax.job.directory import RunDirectory
 from mars_jax.job.export import EXPORT, MERGE, verify_export
@@ -18,7 +18,7 @@ from mars_jax.job.phase import Phase, run_phase
 from mars_jax.report.phase import REPORT
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.progress import Reporter
-from mars_jax.search.phases import COMPARE, FINETUNE, FIT, PLAN, PROBE, SELECT, check_strategy
+from mars_jax.search.phases import COMPARE, FINETUNE, FIT, PLAN, PROBE, SELECT, check_strategy, needs_probes
 
 SEARCH = (DATA, PLAN, PROBE, FIT, SELECT)
 PIPELINES: dict[str, tuple[Phase, ...]] = {
@@ -75,6 +75,8 @@ def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
     check_model(config, job.base)
     summary = job.data.summary()
     check_data(config, job.base, job.data)
+    if needs_probes(config):
+        check_probed_pictures(config, job.base.targets, job.data.search.train)
     targets = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}
         for path, t in job.base.targets.items()

@@ -48,7 +48,12 @@ def publish(
 ) -> None:
     """Prints the result; the full form, or one with `--out`, is written as well."""
     module = module_of(sys.modules["__main__"].__file__ or "")
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    # Where the result is written is no part of how it was made.
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
+    command = shlex.join(["python", "-m", module, *arguments])
     form = "short" if options.short else "full"
     folder = options.out or (None if options.short else RESULTS)
     write_result(name, figure, unit, goal, command, {"form": form, **detail}, folder)

@@ -167,7 +167,13 @@ def _saved_folder(path: Path, split: str) -> Path | None:
 
 def _saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a data set that `datasets` saved, by its state.json."""
-    listed = _object(folder / _STATE).get("_data_files")
+    state = _object(folder / _STATE)
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise DataError(
+            f"{folder / _STATE}: the data set was saved with an order or a choice of its own ('_indices_files'), which "
+            "is not read. Save it again with a newer version of datasets, which writes the rows themselves."
+        )
+    listed = state.get("_data_files")
     names = (
         [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
         if isinstance(listed, list)

@@ -138,10 +138,12 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
     counts = [len(picture.index) for picture in pictures]
     encoded = encode(record, preprocessor.chat, counts)
     if (largest := int(max(encoded.token_ids.max(), encoded.targets.max()))) >= preprocessor.num_rows:
-        token = preprocessor.tokenizer.convert_ids_to_tokens(largest)
+        token = str(preprocessor.tokenizer.convert_ids_to_tokens(largest))
+        written = any(token in turn.text for turn in record.turns)
         raise DataError(
-            f"{record}: has token {largest} {token!r}, but the base's embedding has {preprocessor.num_rows} rows. "
-            "Leave it out of the text, or take the tokenizer that belongs to the checkpoint."
+            f"{record}: has token {largest} {token!r}{'' if written else ', which the chat template writes'}, but the "
+            f"base's embedding has {preprocessor.num_rows} rows. {'Leave it out of the text, or t' if written else 'T'}"
+            "ake the tokenizer and the chat template that belong to the checkpoint."
         )
     return encoded, pictures
 

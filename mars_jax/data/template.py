@@ -36,6 +36,7 @@ DATED = (
 )
 MOVED = "the chat template moves pictures before the text, or out of the order of the text, in {} samples"
 
+_JOINED = "It has several typed parts, which templates join in different ways: make them one. "
 # The function that gives the date to templates.
 _CLOCK = "strftime_now"
 # Characters that a template may write after an answer.
@@ -187,7 +188,8 @@ def _rendered_answer(record: Record, number: int, chat: Chat) -> _Answer:
         seen = whole[len(asked) :] if begins else whole
         raise DataError(
             f"{record}: turn {number}: the chat template of {chat.name} renders the answer as {short(seen)}; the "
-            "answer itself and then a special end token are expected. Write the answer as the template shows it, or "
+            "answer itself and then a special end token are expected. "
+            f"{_JOINED if len(record.turns[number].parts) > 1 else ''}Write the answer as the template shows it, or "
             "use the checkpoint's own template."
         )
     header, text, end, rest = found
@@ -234,7 +236,8 @@ def _refuse_lost_text(record: Record, number: int, answer: _Answer, chat: Chat) 
         if not all(part.strip() in answer.prompt for part in parts(turn) if part != IMAGE_PLACEHOLDER):
             raise DataError(
                 f"{record}: the chat template of {chat.name} leaves out the text of turn {other} "
-                f"({turn.role}). Move it into a turn that the template shows."
+                f"({turn.role}), or a part of it, such as reasoning. Leave it out yourself, or move it into a turn "
+                "that the template shows."
             )
 
 
@@ -255,9 +258,14 @@ def _expand_images(record: Record, encoded: Encoded, image_token_id: int, num_im
     repeats = np.ones(len(encoded.token_ids), dtype=np.int64)
     image_positions = np.flatnonzero(encoded.token_ids == image_token_id)
     if len(image_positions) != len(num_image_tokens):
+        written = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in record.turns)
+        way_out = (
+            "The chat template adds or drops some: take the template of the checkpoint's source."
+            if written == len(num_image_tokens)
+            else f"Write {IMAGE_PLACEHOLDER} once for each picture, in a user turn."
+        )
         raise DataError(
-            f"{record}: {len(image_positions)} image tokens for {len(num_image_tokens)} pictures. Write "
-            f"{IMAGE_PLACEHOLDER} once for each picture, in a user turn."
+            f"{record}: {len(image_positions)} image tokens for {len(num_image_tokens)} pictures. {way_out}"
         )
     repeats[image_positions] = num_image_tokens
     return replace(

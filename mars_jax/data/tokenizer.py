@@ -29,7 +29,18 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except UnicodeDecodeError as error:
+        names = [file.name for file in sorted(directory.iterdir()) if _is_no_utf8(file)]
+        raise ConfigError(
+            f"{directory}: {', '.join(names) or 'a file of the tokenizer'} is not UTF-8 ({error}). Save it as UTF-8, "
+            "or copy it from the checkpoint's source."
+        ) from error
     except Exception as error:  # the readers of its files raise anything on damaged ones
+        if "Dataclass" in type(error).__name__:  # of the config, which the tokenizer's class is looked up in
+            raise ConfigError(
+                f"{directory / 'config.json'}: transformers refuses it: {str(error)[:500]}. Copy config.json "
+                "from the checkpoint's source."
+            ) from error
         raise ConfigError(
             f"{directory}: no usable tokenizer ({type(error).__name__}: {str(error)[:500]}). Copy tokenizer.json, "
             "tokenizer_config.json and config.json from the checkpoint's source."
@@ -57,6 +68,16 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{directory}: the tokenizer has no padding token. Set pad_token in tokenizer_config.json.")
     return tokenizer
+
+
+def _is_no_utf8(file: Path) -> bool:
+    if file.suffix not in (".json", ".jinja", ".txt") or not file.is_file():
+        return False
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _default_of(template: object, directory: Path) -> str:

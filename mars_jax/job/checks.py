@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mars_jax.adapters.targets import Targets
 from mars_jax.config.load import Config
+from mars_jax.data.batches import subset
 from mars_jax.data.records import Record
 from mars_jax.errors import ConfigError
 from mars_jax.hub.end_tokens import load_end_tokens
@@ -55,16 +56,42 @@ def check_pictures(config: Config, targets: Targets, train: Sequence[Record]) ->
     Raises:
         ConfigError: there is no picture, and such a module isn't frozen.
     """
-    if any(record.images for record in train):
-        return
-    reached = {target.module for path, target in targets.items() if path.startswith("llm/")}
-    dead = [module for module, ranks in config.lora.grids.items() if max(ranks) > 0 and module not in reached]
-    if dead:
+    dead = _of_pictures(config, targets)
+    if dead and not any(record.images for record in train):
         freeze = ", ".join(f"lora.modules.{module}.ranks: [0]" for module in dead)
         raise ConfigError(
             f"no training sample has a picture, so {' and '.join(dead)} would get no gradient: freeze "
             f"{'them' if len(dead) > 1 else 'it'} ({freeze}), or give samples with pictures."
         )
+
+
+def check_probed_pictures(config: Config, targets: Targets, train: Sequence[Record]) -> None:
+    """Refuses to probe modules that only pictures reach at sizes D whose samples have no picture.
+
+    Args:
+        config: of the job.
+        targets: the linears that take adapters.
+        train: training samples.
+
+    Raises:
+        ConfigError: there is such a size.
+    """
+    dead = _of_pictures(config, targets)
+    pictured = [bool(record.images) for record in train]
+    sizes = config.probe.num_samples
+    bare = [size for size in sizes if not any(pictured[i] for i in subset(len(train), size, config.seed))]
+    if dead and bare:
+        raise ConfigError(
+            f"none of the training samples that probes of D = {', '.join(map(str, bare))} read has a picture (of all "
+            f"{len(train)}, {sum(pictured)} have), so {' and '.join(dead)} would get no gradient there. Give larger "
+            "probe.num_samples or more samples with pictures, or freeze what only pictures reach (ranks: [0])."
+        )
+
+
+def _of_pictures(config: Config, targets: Targets) -> list[str]:
+    """Trained modules that only pictures reach."""
+    reached = {target.module for path, target in targets.items() if path.startswith("llm/")}
+    return [module for module, ranks in config.lora.grids.items() if max(ranks) > 0 and module not in reached]
 
 
 def check_sizes(config: Config, num_samples: int) -> None:

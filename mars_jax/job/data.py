@@ -113,7 +113,7 @@ class JobData:
         """The document of data.json; notes on the data, and samples that were dropped, are reported as warnings."""
         plans = {name: self._plans[name] for name in ("train", "validation", "test")}
         ends = load_end_tokens(self._base.checkpoint, self.preprocessor.tokenizer)
-        notes = [*self._notes, *sample_notes(self._config, self.search.train, self.preprocessor, ends)]
+        notes = [*self._notes, *sample_notes(self.search.train, self.preprocessor, ends)]
         document = data_summary(plans, self.shapes, self._config.data.max_tokens, notes)
         for text in document["notes"]:
             self._reporter.warn(text)

@@ -1,24 +1,19 @@
-"""Notes on training samples and base together: sizes without pictures, odd padding, pictures without their tokens."""
+"""Notes on training samples and base together: odd padding, ends of answers, pictures without their tokens."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mars_jax.config.load import Config
-from mars_jax.data.batches import subset
 from mars_jax.data.preprocessor import Preprocessor
 from mars_jax.data.records import Record
 from mars_jax.data.shapes import answer_end, encode_text
 from mars_jax.hub.end_tokens import GENERATION_FILE
 
 
-def sample_notes(
-    config: Config, train: Sequence[Record], preprocessor: Preprocessor, ends: Sequence[int]
-) -> Iterator[str]:
+def sample_notes(train: Sequence[Record], preprocessor: Preprocessor, ends: Sequence[int]) -> Iterator[str]:
     """What the base and the training samples do to each other that a user should know.
 
     Args:
-        config: of the job.
         train: training samples.
         preprocessor: of the base.
         ends: tokens at which inference engines stop, see `load_end_tokens`.
@@ -26,15 +21,6 @@ def sample_notes(
     Yields:
         A sentence for each.
     """
-    pictured = [bool(record.images) for record in train]
-    searched = config.probe.num_samples if config.lora.is_searched and any(pictured) else ()
-    sizes = [size for size in searched if size <= len(train)]
-    bare = [size for size in sizes if not any(pictured[i] for i in subset(len(train), size, config.seed))]
-    if bare:
-        yield (
-            f"no picture is among the training samples of lanes with D = {', '.join(map(str, bare))}, so what only "
-            "pictures reach isn't trained there. Give more samples with pictures, or leave these sizes out."
-        )
     if preprocessor.pad_token_id != preprocessor.tokenizer.pad_token_id:
         yield (
             f"the padding token {preprocessor.tokenizer.pad_token!r} has no row in the base's embedding; token "

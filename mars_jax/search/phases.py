@@ -8,7 +8,7 @@ import jax
 from mars_jax.config.load import Config
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
 from mars_jax.job import files
-from mars_jax.job.checks import check_searched, check_there
+from mars_jax.job.checks import check_probed_pictures, check_searched, check_there
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, files_of, sections, sources_of
 from mars_jax.job.pick import picked_ranks
@@ -98,6 +98,7 @@ def _plan_inputs(job: Job) -> Inputs:
 
 
 def _plan(job: Job) -> Document:
+    check_probed_pictures(job.config, job.base.targets, job.data.search.train)
     document = lane_costs(job, planned_lanes(job.config))
     write_json(job.directory / files.PLAN, document)
     job.reporter.notice(
@@ -122,6 +123,7 @@ def _probe_inputs(job: Job) -> Inputs:
 
 def _probe(job: Job) -> Document:
     lanes = planned_lanes(job.config)
+    check_probed_pictures(job.config, job.base.targets, job.data.search.train)
     derived = recover_lanes(job)
     measure_lane_block(job, lanes)
     made = run_probes(job, lanes, programs_of(job))

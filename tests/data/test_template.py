@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,8 +154,22 @@ def test_control_tokens_in_the_text_are_refused(role: str) -> None:
 def test_wrong_image_token_id_and_count() -> None:
     with pytest.raises(ConfigError, match="tokens, but the config's image token is 151646"):
         encode(record(*CONVERSATIONS[0]), chat(TOKENIZERS["TYPED_CHATML"], 151646), [1])
-    with pytest.raises(DataError, match="1 image tokens for 2 pictures"):
+    with pytest.raises(DataError, match=r"1 image tokens for 2 pictures\. Write <image> once for each picture, in a"):
         encode(record(*CONVERSATIONS[0]), chat(TOKENIZERS["TYPED_CHATML"]), [1, 1])
+
+
+def test_a_template_with_pictures_of_its_own_blamed_the_row() -> None:
+    plain = chat(TOKENIZERS["TYPED_CHATML"])
+    doubled = replace(plain, template=plain.template.replace("<image>", "<image><image>"))
+    with pytest.raises(DataError, match=r"2 image tokens for 1 pictures\. The chat template adds or drops some: take"):
+        encode(record(*CONVERSATIONS[0]), doubled, [1])
+
+
+def test_typed_parts_that_a_template_joins_otherwise_are_named() -> None:
+    tokenizer = tiny_data.tokenizer(tiny_data.TYPED_CHATML.replace("{{ part['text'] }}", "{{ part['text'] + ' ' }}"))
+    turns = Turn("user", "?"), Turn("assistant", "one.two.", parts=("one.", "two."))
+    with pytest.raises(DataError, match="It has several typed parts, which templates join in different ways: make"):
+        encode(replace(record(("user", "?"), ("assistant", "x")), turns=turns), chat(tokenizer), [])
 
 
 def test_load_tokenizer_prefers_the_processors_template(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What `mars check` refuses or warns of: weights that can't be loaded, tokens without a row, untrained modules."""
 
 import json
+import re
 import shutil
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from mars_jax.cli import app
 from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.records import load_records
 from mars_jax.data.shapes import encode_text
+from mars_jax.data.tokenizer import load_tokenizer
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.hub.read import check_weights, read_checkpoint
 from tests.helpers import tiny_job, tiny_qwen
@@ -161,6 +163,31 @@ def test_a_token_without_a_row_is_refused_with_its_sample(copy, tmp_path):
             encode_text(records[1], preprocessor)
 
 
+def test_a_token_without_a_row_that_the_template_writes_was_looked_for_in_the_text(copy, tmp_path):
+    with_tokens(copy, ["<hdr>"])
+    template = copy / "chat_template.jinja"
+    template.write_text("<hdr>" + template.read_text())
+    records, preprocessor = load_records(tiny_job.records(tmp_path, 3), tmp_path), load_preprocessor(copy)
+    with pytest.raises(DataError) as error:
+        encode_text(records[0], preprocessor)
+    assert (
+        "has token 300 '<hdr>', which the chat template writes, but the base's embedding has 300 rows. Take the "
+        "tokenizer and the chat template that belong to the checkpoint." in str(error.value)
+    )
+
+
+def test_files_of_a_checkpoint_that_the_tokenizers_reader_refuses_were_called_a_broken_tokenizer(copy):
+    settings = json.loads((copy / "config.json").read_text())
+    odd = {**settings, "text_config": {**settings["text_config"], "rms_norm_eps": 0}}
+    (copy / "config.json").write_text(json.dumps(odd))
+    with pytest.raises(ConfigError, match=r"config\.json: transformers refuses it: .*rms_norm_eps"):
+        load_tokenizer(copy)
+    (copy / "config.json").write_text(json.dumps(settings))
+    (copy / "chat_template.jinja").write_bytes("{{ 'r\xe9ponse' }}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is not UTF-8 \(.*\)\. Save it as UTF-8, or copy it"):
+        load_tokenizer(copy)
+
+
 def test_a_padding_token_without_a_row_is_replaced_and_said(copy, tmp_path):
     with_tokens(copy, [], pad_token="[PAD]")
     assert load_preprocessor(copy).pad_token_id == 0
@@ -199,18 +226,25 @@ def test_modules_that_no_sample_reaches_are_refused_unless_frozen(base, text_onl
     assert check(config, "lora.modules.vision.ranks=[0]", "lora.modules.projector.ranks=[0]")[0] == 0
 
 
-def test_sizes_without_a_picture_are_said(base, text_only, tmp_path):
+def test_probes_of_sizes_without_a_picture_failed_after_they_had_run(base, text_only, tmp_path):
     rows = json.loads(text_only.read_text())
     pictured = json.loads(tiny_job.records(tmp_path, 3).read_text())
     for row in pictured:  # the same picture would put them into one split
         rows += [row]
     text_only.write_text(json.dumps(rows))
     config = tiny_job.config(tmp_path / "a.yaml", base, text_only, tmp_path / "run")
-    code, _, said = check(
-        config, "probe.num_samples=[1, 40]", "data.test_fraction=0.05", "data.validation_fraction=0.05"
-    )
-    assert code == 0
-    assert "no picture is among the training samples of lanes with D = 1, so what only pictures reach isn't" in said
+    settings = ["probe.num_samples=[1, 40]", "data.test_fraction=0.05", "data.validation_fraction=0.05"]
+    for command in ("check", "plan", "run"):
+        result = CliRunner().invoke(app, [command, str(config), *settings])
+        assert result.exit_code == 2
+        assert re.search(
+            r"none of the training samples that probes of D = 1 read has a picture \(of all 5\d, \d have\), so vision "
+            "and projector would get no gradient there. Give larger probe.num_samples or more samples with pictures",
+            result.stderr,
+        )
+    assert not (tmp_path / "run" / "probes").exists()
+    # Without probes their sizes don't matter.
+    assert check(config, *settings, "selection.method=random")[0] == 0
 
 
 def test_pictures_without_the_tokens_of_the_family_around_them_are_said(tmp_path):
