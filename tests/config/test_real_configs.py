@@ -152,6 +152,8 @@ def job(request, tmp_path):
     checkpoint = sparse_checkpoint(tmp_path / "base", settings)
     records = json.loads(tiny_data.conversations(tmp_path).read_text())
     words = next(record for record in records if not record["image"])
+    pictured = [record for record in records if record["image"]]
+    records += [one | {"id": f"picture {number}-{copy}"} for number, one in enumerate(pictured) for copy in range(50)]
     records += [words | {"id": f"text {number}"} for number in range(2800)]
     (tmp_path / "train.json").write_text(json.dumps(records))
     files = {"model.checkpoint": checkpoint, "data.train": tmp_path / "train.json", "run_dir": tmp_path / "run"}
