@@ -63,6 +63,10 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
 def in_process(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [*map(str, arguments)])
     return result.exit_code, result.stdout, result.stderr
@@ -291,6 +295,54 @@ def test_given_ranks_are_trained_without_a_search(job, tmp_path):
     assert not (tmp_path / "run" / "probes").exists()
     assert read(tmp_path / "run" / "finetune" / "summary.json")["ranks"] == {"vision": 0, "projector": 3}
     assert "Use rank\u00a03 for projector." in (tmp_path / "run" / "report" / "index.html").read_text()
+
+
+def test_rates_and_frozen_modules_are_searched_and_trained_as_they_were_picked(job, tmp_path):
+    run, modules = tmp_path / "run", read_yaml(job.config)["lora"]["modules"]
+    modules["vision"] |= {"ranks": [0, 2]}
+    modules["llm"] |= {"ranks": [2], "rates": [0.3, 3.0]}
+    document = job.mars(
+        "run",
+        job.config,
+        f"run_dir={run}",
+        f"lora.modules={json.dumps(modules)}",
+        "selection={method: random, sweep: 4}",
+        "evaluate={max_samples: 3, controls: false, batch_size: 4}",
+    )
+    runs = read(run / "sweep" / "runs.json")["runs"]
+    tried = {(one["ranks"]["vision"], one["factors"]["llm"]) for one in runs}
+    assert tried == {(0, 0.3), (0, 3.0), (2, 0.3), (2, 3.0)}
+    selection = read(run / "selection.json")
+    best = min(runs, key=lambda one: min(loss for _, loss in one["looks"]))
+    assert (selection["pick"], selection["factors"]) == (best["ranks"], best["factors"])
+    assert document["pick"] == best["ranks"]
+    factor = best["factors"]["llm"]
+    assert f"llm 2 at {factor:.3g} times its learning rate" in selection["explanation"]
+    summary = read(run / "finetune" / "summary.json")
+    assert summary["learning_rate"] == {"vision": 0.03, "projector": 0.03, "llm": pytest.approx(0.03 * factor)}
+    page = (run / "report" / "index.html").read_text()
+    assert "factor on the learning rate" in page
+    assert "Final runs that the pick was chosen from" in page
+    assert f"rank\u00a02 for llm at {factor:.3g} times its learning rate" in page
+    # The final run that the search kept is gone: the pick is trained again, at the picked rates.
+    (run / "sweep" / "final.json").unlink()
+    state = read(run / "state.json")
+    del state["phases"]["select"]["outputs"]["sweep/final.json"]
+    (run / "state.json").write_text(json.dumps(state))
+    again = job.mars("finetune", run)
+    assert not again["from_sweep"]
+    assert again["learning_rate"] == summary["learning_rate"]
+    assert again["best_validation_loss"] == pytest.approx(summary["best_validation_loss"], rel=1e-3)
+
+
+def test_factors_that_belong_to_no_trained_module_are_refused(job, tmp_path):
+    run = copy_of(job, tmp_path / "copy", lambda config: None)
+    selection = read(run / "selection.json")
+    for factors, named in (({"audio": 3.0}, "audio 3.0"), ({"llm": 0.0}, "llm 0.0"), ({"llm": -1.0}, "llm -1.0")):
+        rewrite(run, "selection.json", json.dumps({**selection, "factors": factors}))
+        code, _, error = in_process("finetune", run)
+        assert code == 2
+        assert f"selection.json: factors has {named}; a factor is above 0 and of a module that the pick trains" in error
 
 
 def test_more_answers_than_the_limit_leave_what_the_model_writes_itself(job, tmp_path):

@@ -44,7 +44,7 @@ class AlphaConfig(Section):
 
 
 class ModuleConfig(Section):
-    """The adapted linears of one module, and the ranks to try."""
+    """The adapted linears of one module, and the ranks and rates to try."""
 
     targets: tuple[str, ...] = Field(
         min_length=1, max_length=MAX_LISTED, description="regular expressions over whole parameter paths"
@@ -53,6 +53,12 @@ class ModuleConfig(Section):
         min_length=1,
         max_length=MAX_LISTED,
         description="ranks to search, rising; one rank is used as it is, 0 freezes the module",
+    )
+    rates: tuple[Positive, ...] = Field(
+        default=(1.0,),
+        min_length=1,
+        max_length=MAX_LISTED,
+        description="factors on the module's learning rate to search, rising; one factor is used as it is",
     )
 
     @field_validator("targets")
@@ -70,9 +76,15 @@ class ModuleConfig(Section):
     def _check_ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
         if list(ranks) != sorted(set(ranks)):
             raise ValueError(f"ranks must rise without repeats, e.g. {sorted(set(ranks))}; seen {list(ranks)}")
-        if len(ranks) > 1 and ranks[0] == 0:
-            raise ValueError(f"rank 0 freezes a module, so it can't be searched with others; seen {list(ranks)}")
         return ranks
+
+    @field_validator("rates")
+    @classmethod
+    def _check_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        # To three digits, as in the names of runs.
+        if list(rates) != sorted(rates) or len({f"{rate:.3g}" for rate in rates}) < len(rates):
+            raise ValueError(f"rates must rise and differ in their first three digits; seen {list(rates)}")
+        return rates
 
 
 def _default_modules() -> dict[str, ModuleConfig]:
@@ -123,6 +135,11 @@ class LoraConfig(Section):
         return [name for name, ranks in self.grids.items() if len(ranks) > 1]
 
     @property
+    def factors(self) -> dict[str, tuple[float, ...]]:
+        """Module -> factors on its learning rate to choose from; modules with one factor are left out."""
+        return {name: module.rates for name, module in self.modules.items() if len(module.rates) > 1}
+
+    @property
     def is_searched(self) -> bool:
-        """Whether some module has ranks to choose from."""
-        return bool(self.searched)
+        """Whether some module has ranks or rates to choose from."""
+        return bool(self.searched or self.factors)

@@ -5,24 +5,32 @@ from collections.abc import Mapping, Sequence
 
 from mars_jax.config.fields import MAX_LANES
 
-MAX_RANK_VECTORS = 100_000
+MAX_COMBINATIONS = 100_000
 MAX_EVAL_POINTS = 100_000  # of one final run
 
 
-def check_lanes(grids: Mapping[str, Sequence[int]], corners: bool, single_module: bool, sizes: int, seeds: int) -> None:
-    """Refuses a search of too many lanes or rank vectors.
+def check_lanes(
+    grids: Mapping[str, Sequence[int]],
+    factors: Mapping[str, Sequence[float]],
+    corners: bool,
+    single_module: bool,
+    sizes: int,
+    seeds: int,
+) -> None:
+    """Refuses a search of too many lanes, or of too many combinations of ranks and rates.
 
     Args:
         grids: module -> ranks to try.
+        factors: module -> factors on its learning rate to try.
         corners: whether every combination of smallest and largest ranks is probed.
         single_module: whether lanes that adapt one module alone are probed too.
         sizes: number of data sizes D that have lanes of their own.
         seeds: runs of each.
 
     Raises:
-        ValueError: it plans more than `MAX_LANES` or `MAX_RANK_VECTORS`.
+        ValueError: it plans more than `MAX_LANES` or `MAX_COMBINATIONS`.
     """
-    combinations = math.prod(map(len, grids.values()))
+    combinations = math.prod(map(len, [*grids.values(), *factors.values()]))
     vectors = most_vectors(grids, corners, single_module)
     lanes = vectors * sizes * seeds
     if lanes > MAX_LANES:
@@ -31,10 +39,10 @@ def check_lanes(grids: Mapping[str, Sequence[int]], corners: bool, single_module
             f"seeds); at most {MAX_LANES:,} are allowed. Give lora.modules fewer ranks or modules, or lower "
             "probe.num_samples or probe.seeds; probe.corners: false plans fewer too"
         )
-    if combinations > MAX_RANK_VECTORS:
+    if combinations > MAX_COMBINATIONS:
         raise ValueError(
-            f"lora.modules has {combinations:,} combinations of ranks to choose from; at most {MAX_RANK_VECTORS:,} are "
-            "allowed. Give fewer ranks"
+            f"lora.modules has {combinations:,} combinations of ranks and rates to choose from; at most "
+            f"{MAX_COMBINATIONS:,} are allowed. Give fewer"
         )
 
 

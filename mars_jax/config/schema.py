@@ -302,6 +302,7 @@ class Config(Section):
         rule = self.convergence.rule
         check_lanes(
             self.lora.grids,
+            self.lora.factors,
             corners=self.probe.corners,
             single_module=rule is not None and RULES[rule].needs_single_module,
             sizes=1 if self.probe.sampling == "nested" else len(self.probe.num_samples),
@@ -310,13 +311,15 @@ class Config(Section):
         return self
 
     def learning_rates(self, override: float | None = None) -> dict[str, float]:
-        """Module -> learning rate.
+        """Module -> learning rate, with the module's factor where it has a single one.
 
         Args:
             override: one rate for all modules; None: those of the optimizer section.
         """
         rate = override or self.optimizer.learning_rate
-        return dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(self.lora.modules, rate)
+        rates = rate if isinstance(rate, Mapping) else dict.fromkeys(self.lora.modules, rate)
+        factors = {name: module.rates[0] for name, module in self.lora.modules.items() if len(module.rates) == 1}
+        return {name: rates[name] * factors.get(name, 1.0) for name in rates}
 
     def resolved_yaml(self) -> str:
         """All settings as YAML, with defaults and absolute paths; `load_config` reads back an equal config."""

@@ -219,6 +219,7 @@ class Selection:
     p_best: Number = None
     fallback: str | None = None
     tau: Number = None
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ class BegunRun:
 
     ranks: Counts
     looks: list[list[float | None]]
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

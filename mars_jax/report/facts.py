@@ -83,8 +83,14 @@ def _headline(run: RunRecord) -> str:
         return f"Trained by the adapter method {method}, which has no ranks: {listing(list(pick))}."
     searched = searched_modules(run) or list(pick)
     fixed = {module: rank for module, rank in pick.items() if module not in searched}
-    chosen = listing([f"rank\u00a0{pick[module]} for {module}" for module in searched])
+    factors = run.selection.get("factors") or {}
+    rates = {module: f" at {factor:.3g} times its learning rate" for module, factor in factors.items()}
+    chosen = listing([_chosen(module, pick[module]) + rates.get(module, "") for module in searched])
     return f"Use {chosen}{f' (given: {ranks_text(fixed)})' if fixed else ''}."
+
+
+def _chosen(module: str, rank: int) -> str:
+    return f"rank\u00a0{rank} for {module}" if rank else f"no adapter for {module}, which stays frozen"
 
 
 def _choice_sentences(run: RunRecord) -> list[str]:
@@ -151,16 +157,29 @@ def _sweep_runs(run: RunRecord) -> list[Record]:
 
 
 def _sweep(run: RunRecord) -> list[Document]:
-    """The started final runs: ranks, ranks of trained modules, steps, and lowest loss (null: diverged)."""
+    """The started final runs.
+
+    Keys: `ranks`; `trained`, those of modules that aren't frozen; `factors` on the learning rates of modules whose
+    rates differ between these runs, null where frozen; `is_pick`; `steps`; `loss`, the lowest, null if it diverged.
+    """
+    rated = dict.fromkeys(module for final in _sweep_runs(run) for module in final.get("factors") or {})
     return [
         {
             "ranks": dict(final["ranks"]),
             "trained": {module: rank for module, rank in final["ranks"].items() if rank},
+            "factors": {m: final["factors"].get(m, 1.0) if final["ranks"][m] else None for m in rated},
+            "is_pick": _is_pick(run, final),
             "steps": final["looks"][-1][0],
             "loss": None if None in (losses := [loss for _, loss in final["looks"]]) else min(losses),
         }
         for final in _sweep_runs(run)
     ]
+
+
+def _is_pick(run: RunRecord, final: Record) -> bool:
+    trained = {module: rank for module, rank in final["ranks"].items() if rank}
+    pick = {module: rank for module, rank in (run.selection.get("pick") or {}).items() if rank}
+    return trained == pick and (final.get("factors") or {}) == (run.selection.get("factors") or {})
 
 
 def _condition(run: RunRecord, name: str) -> Record:

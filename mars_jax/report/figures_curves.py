@@ -112,11 +112,12 @@ def finetune_curves(run: RunRecord) -> "Figure | None":
         return None
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes: Axes = figure.subplots()
+    kept = run.summary.get("ranks"), run.selection.get("factors") or {}
     other_curves = [
-        other["looks"] for other in run.sweep.get("runs") or [] if other["ranks"] != run.summary.get("ranks")
+        other["looks"] for other in run.sweep.get("runs") or [] if (other["ranks"], other.get("factors") or {}) != kept
     ]
     for i, points in enumerate(other_curves):
-        label = "validation of other ranks" if i == 0 else None
+        label = "validation of other final runs" if i == 0 else None
         finite = [(step, loss) for step, loss in points if loss is not None]
         axes.plot(*zip(*finite, strict=True), color=LIGHT["ramp-6"], linewidth=0.8, label=label)
     if train[0]:

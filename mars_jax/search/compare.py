@@ -62,7 +62,7 @@ def compare_run(job: Job, programs: Sequence[Program], selection: Selection) -> 
     evaluator, _ = held_out_evaluator(job.config, job.reporter, job.base, job.data, controls=False)
     folder = job.directory / files.COMPARISON_CHECKPOINTS
     trainer = TrialTrainer(LaneTrainer(job, programs, folder, "compare"), evaluator)
-    pick = space.configuration(selection.pick)
+    pick = Configuration(space.configuration(selection.pick).ranks, selection.factors)
     searched = _search(job, selection, pick)
     # As many runs as the search cost.
     budget = Budget(max(2, round(1 + searched.search_flops / job.prices.final_run(pick.ranks))))
@@ -100,8 +100,8 @@ def _designed(space: Space, budget: Budget) -> list[Alternative]:
     found = [Alternative(f"uniform rank {rank}", tuple(Uniform(rank).configurations(space, budget))) for rank in shared]
     largest = {module: max(space.grids[module]) for module in space.searched}
     found.append(Alternative("largest ranks", (space.configuration(largest),)))
-    if shared:
-        name = f"separate learning rates at rank {shared[len(shared) // 2]}"
+    if shared or not space.searched:
+        name = f"separate learning rates at {f'rank {shared[len(shared) // 2]}' if shared else 'the given ranks'}"
         found.append(Alternative(name, tuple(SEPARATE_RATES.configurations(space, budget))))
     drawn = tuple(RANDOM.configurations(space, budget))
     return [

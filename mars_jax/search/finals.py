@@ -108,14 +108,15 @@ def leave_final_run(job: Job, curve: Curve) -> None:
     write_json(job.directory / files.FINAL_RUN, {"settings": settings_of(job.config), "run": document})
 
 
-def left_final_run(job: Job, ranks: Ranks) -> tuple[FinalRun, Tree] | None:
-    """The final run that the strategy left and its adapters, if it has these ranks and today's settings."""
+def left_final_run(job: Job, configuration: Configuration) -> tuple[FinalRun, Tree] | None:
+    """The final run that the strategy left and its adapters, if it is of this configuration and today's settings."""
     file = job.directory / files.FINAL_RUN
     if not file.exists():
         return None
     document = job.directory.read(files.FINAL_RUN)
     run = FinalRun.from_json(document["run"])
-    if run.ranks != ranks or document["settings"] != settings_of(job.config):
+    same = run.ranks == configuration.ranks and run.learning_rate == rates_of(job.config, configuration)
+    if not same or document["settings"] != settings_of(job.config):
         return None
     return run, read_adapters(job.directory / files.FINAL_ADAPTERS)
 

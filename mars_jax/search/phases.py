@@ -11,9 +11,8 @@ from mars_jax.job import files
 from mars_jax.job.checks import check_probed_pictures, check_searched, check_there
 from mars_jax.job.job import Job
 from mars_jax.job.phase import Inputs, Phase, files_of, sections, sources_of
-from mars_jax.job.pick import picked_ranks
+from mars_jax.job.pick import picked
 from mars_jax.job.programs import Program, probe_programs
-from mars_jax.lanes.lane import Ranks
 from mars_jax.lanes.stopping import Patience
 from mars_jax.laws.convergence.registry import RULES
 from mars_jax.runtime.devices import physical_memory_bytes
@@ -50,14 +49,24 @@ def check_strategy(config: Config) -> None:
     """Refuses a strategy that there is not, or settings that it does not take.
 
     Raises:
-        ConfigError: an unknown name, a number of final runs for a strategy that begins none, or no convergence rule
-            for one that needs convergence times.
+        ConfigError: an unknown name, a number of final runs for a strategy that begins none, no convergence rule for
+            one that needs convergence times, or rates and frozen modules to choose from for one that fits laws.
     """
     strategy, settings = STRATEGIES[config.selection.method], config.selection
     if settings.sweep is not None and not strategy.takes_budget:
         raise ConfigError(
             f"selection.sweep is {settings.sweep}, but selection.method: {strategy.name} picks without final runs of "
             "its own. Leave selection.sweep out, or choose another method, such as best_probes."
+        )
+    frozen = [module for module in config.lora.searched if 0 in config.lora.grids[module]]
+    if strategy.needs_probes and (config.lora.factors or frozen):
+        asked = [f"lora.modules.{module}.rates" for module in config.lora.factors]
+        asked += [f"rank 0 in lora.modules.{module}.ranks" for module in frozen]
+        others = ", ".join(name for name in STRATEGIES.names if not STRATEGIES[name].needs_probes)
+        raise ConfigError(
+            f"selection.method: {strategy.name} chooses by laws of ranks alone, and can't choose from "
+            f"{' and '.join(asked)}. Choose a method that trains what it chooses from ({others}), or give each module "
+            "one rate and ranks above 0."
         )
     if config.lora.is_searched and strategy.needs_convergence and config.convergence.rule is None:
         raise ConfigError(
@@ -218,6 +227,7 @@ def _searched(job: Job) -> Selection:
 def _begun(curve: Curve) -> Document:
     return {
         "ranks": dict(curve.configuration.ranks),
+        "factors": dict(curve.configuration.factors),
         "looks": [(point.step, point.validation_loss if point.alive else None) for point in curve.points],
     }
 
@@ -241,21 +251,21 @@ def _finetune_inputs(job: Job) -> Inputs:
 
 
 def _finetune(job: Job) -> Document:
-    ranks = picked_ranks(job)
-    left = left_final_run(job, ranks)
+    pick = Configuration(*picked(job))
+    left = left_final_run(job, pick)
     if left:
         job.reporter.notice("finetune: the final run that the search kept is taken")
         return write_final(job, *left, from_sweep=True)
-    curve = _trained(job, ranks)
+    curve = _trained(job, pick)
     return write_final(job, final_run(job, curve), adapters_of(curve), from_sweep=False)
 
 
-def _trained(job: Job, ranks: Ranks) -> Curve:
+def _trained(job: Job, pick: Configuration) -> Curve:
     trainer = LaneTrainer(job, programs_of(job), job.directory / files.FINETUNE_CHECKPOINTS, "fine-tune")
-    (curve,) = trainer.train([Configuration(ranks)], Patience())
+    (curve,) = trainer.train([pick], Patience())
     if curve.reason is not None:
         raise NoValidResultError(
-            f"the final run with ranks {dict(ranks)} diverged by step {curve.steps}: {curve.reason}. Lower "
+            f"the final run with ranks {dict(pick.ranks)} diverged by step {curve.steps}: {curve.reason}. Lower "
             f"finetune.learning_rate (now {rates_of(job.config, curve.configuration)})."
         )
     return curve

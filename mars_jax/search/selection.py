@@ -52,6 +52,7 @@ class Selection:
         tau: largest imbalance that counts as balanced, in log time; None where the balance is not known.
         candidates: every rank vector of the grid, fewest parameters first; empty where the laws took no part.
         explanation: why this pick, in plain words.
+        factors: module -> picked factor on its learning rate, for those where it isn't 1.
     """
 
     target_num_samples: int
@@ -62,6 +63,7 @@ class Selection:
     tau: float | None
     candidates: tuple[Candidate, ...]
     explanation: str
+    factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Document:
         """The document selection.json, of which `load_json` is the inverse."""
@@ -72,7 +74,13 @@ class Selection:
         return document
 
 
-def without_laws(method: str, ranks: Ranks, target_num_samples: int, explanation: str) -> Selection:
+def without_laws(
+    method: str,
+    ranks: Ranks,
+    target_num_samples: int,
+    explanation: str,
+    factors: Mapping[str, float] | None = None,
+) -> Selection:
     """A selection that no law took part in."""
     return Selection(
         target_num_samples=target_num_samples,
@@ -83,9 +91,16 @@ def without_laws(method: str, ranks: Ranks, target_num_samples: int, explanation
         tau=None,
         candidates=(),
         explanation=explanation,
+        factors=dict(factors or {}),
     )
 
 
 def ranks_text(ranks: Ranks) -> str:
     """Ranks as text: "vision 8, llm 4"."""
     return ", ".join(f"{module} {rank}" for module, rank in ranks.items())
+
+
+def choice_text(ranks: Ranks, factors: Mapping[str, float]) -> str:
+    """Ranks and factors as text: "vision 8 at 0.3 times its learning rate, llm 4"."""
+    rates = {module: f" at {factor:.3g} times its learning rate" for module, factor in factors.items()}
+    return ", ".join(f"{module} {rank}{rates.get(module, '')}" for module, rank in ranks.items())

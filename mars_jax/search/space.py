@@ -42,4 +42,5 @@ def job_space(job: Job) -> Space:
         fit=written_laws,
         most_together=config.probe.lanes_per_program,
         seed=config.seed,
+        factors=config.lora.factors,
     )

@@ -184,7 +184,7 @@ def test_a_config_of_many_values_took_seconds_to_be_refused(tmp_path):
                 f"lora.modules={{{', '.join(f'm{i}: {{targets: [x], ranks: {FIFTY_NINE}}}' for i in range(4))}}}",
                 "probe.corners=false",
             ],
-            "lora.modules has 12,117,361 combinations of ranks to choose from; at most 100,000 are allowed.",
+            "lora.modules has 12,117,361 combinations of ranks and rates to choose from; at most 100,000 are allowed.",
         ),
         (
             ["finetune.steps=10_000_000", "finetune.look_every=1"],

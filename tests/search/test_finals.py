@@ -30,7 +30,7 @@ def left(folder):
 
 def test_what_a_strategy_leaves_is_read_back_whole(tmp_path):
     points, adapters = left(tmp_path)
-    run, read = left_final_run(job(tmp_path), RANKS)
+    run, read = left_final_run(job(tmp_path), Configuration(RANKS, {"vision": 3.0}))
     assert [point.to_json() for point in run.points] == [point.to_json() for point in points]
     assert (run.ranks, run.num_samples, run.warm_start) == (RANKS, 32, None)
     assert run.learning_rate == {"vision": pytest.approx(0.09), "projector": 0.03, "llm": 0.03}
@@ -40,9 +40,10 @@ def test_what_a_strategy_leaves_is_read_back_whole(tmp_path):
 @pytest.mark.parametrize("override", ["finetune.steps=12", "optimizer.b2=0.9", "seed=5"])
 def test_a_final_run_of_other_settings_passed_for_one_of_these(tmp_path, override):
     left(tmp_path)
-    assert left_final_run(job(tmp_path, override), RANKS) is None
+    assert left_final_run(job(tmp_path, override), Configuration(RANKS, {"vision": 3.0})) is None
 
 
 def test_a_final_run_of_other_ranks_is_not_taken(tmp_path):
     left(tmp_path)
-    assert left_final_run(job(tmp_path), RANKS | {"llm": 1}) is None
+    assert left_final_run(job(tmp_path), Configuration(RANKS | {"llm": 1}, {"vision": 3.0})) is None
+    assert left_final_run(job(tmp_path), Configuration(RANKS)) is None

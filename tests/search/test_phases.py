@@ -29,6 +29,34 @@ def test_a_number_of_final_runs_was_ignored_by_a_strategy_that_begins_none(tmp_p
         check_strategy(config(tmp_path, f"selection.method={method}", "selection.sweep=3"))
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("lora.modules.llm.rates=[0.3, 1, 3]", "lora.modules.llm.rates"),
+        ("lora.modules.vision.ranks=[0, 4]", "rank 0 in lora.modules.vision.ranks"),
+    ],
+)
+@pytest.mark.parametrize("method", ["best_probes", "laws", "paper"])
+def test_rates_and_frozen_modules_are_refused_by_what_fits_laws_of_ranks(tmp_path, method, setting, named):
+    with pytest.raises(ConfigError) as error:
+        check_strategy(config(tmp_path, f"selection.method={method}", setting))
+    assert str(error.value) == (
+        f"selection.method: {method} chooses by laws of ranks alone, and can't choose from {named}. Choose a method "
+        "that trains what it chooses from (halving, random, uniform, separate_rates, tpe), or give each module one "
+        "rate and ranks above 0."
+    )
+    for training in ("halving", "random", "tpe", "uniform", "separate_rates"):
+        check_strategy(config(tmp_path, f"selection.method={training}", setting))
+
+
+def test_one_rate_of_a_module_is_used_as_it_is(tmp_path):
+    found = config(tmp_path, "lora.modules.llm.rates=[0.5]", "optimizer.learning_rate=0.02")
+    assert found.learning_rates() == {"vision": 0.02, "projector": 0.02, "llm": 0.01}
+    assert found.learning_rates(0.1) == {"vision": 0.1, "projector": 0.1, "llm": 0.05}
+    assert not found.lora.factors
+    check_strategy(found)
+
+
 def test_an_unknown_strategy_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(
         ConfigError, match=r"is 'best_probe'; allowed: best_probes, laws, .* Did you mean 'best_probes'"

@@ -1,7 +1,8 @@
 """What all strategies share: the space they search, what they may spend, and what they come to."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Protocol
 
@@ -17,7 +18,7 @@ class Space:
     """What can be chosen, and for which final run.
 
     Attributes:
-        grids: module -> ranks to choose among; a module with one rank is carried through, 0 freezes it.
+        grids: module -> ranks to choose among, rising; a module with one rank is carried through, 0 freezes it.
         num_samples: D of the final run.
         steps: its optimizer steps.
         probed: rank vectors of the probes' design.
@@ -27,6 +28,7 @@ class Space:
         fit: laws of the probes' records.
         most_together: final runs that one stopping rule can decide over.
         seed: of strategies that draw.
+        factors: module -> factors on its learning rate to choose among, rising; the others keep theirs.
     """
 
     grids: Mapping[str, Sequence[int]]
@@ -39,6 +41,7 @@ class Space:
     fit: Callable[[Sequence[LaneRecord]], Laws]
     most_together: int
     seed: int = 0
+    factors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def searched(self) -> list[str]:
@@ -51,14 +54,22 @@ class Space:
         return {module: ranks for module, ranks in self.grids.items() if max(ranks) > 0}
 
     def configuration(self, ranks: Ranks, factors: Mapping[str, float] | None = None) -> Configuration:
-        """Ranks of some modules, with those that the others have in any case."""
+        """Ranks and factors of some modules, with the ranks that the others have in any case and their usual factors.
+
+        The usual factor of a module is that nearest to 1. A frozen module has none.
+        """
         whole = {module: ranks.get(module, grid[0]) for module, grid in self.grids.items()}
-        return Configuration(whole, dict(factors or {}))
+        usual = {module: min(grid, key=lambda factor: abs(math.log(factor))) for module, grid in self.factors.items()}
+        chosen = {**usual, **(factors or {})}
+        return Configuration(whole, {m: factor for m, factor in chosen.items() if factor != 1.0 and whole[m]})
 
     def every(self) -> list[Configuration]:
-        """All rank vectors."""
-        grids = [self.grids[module] for module in self.searched]
-        return [self.configuration(dict(zip(self.searched, ranks, strict=True))) for ranks in product(*grids)]
+        """All configurations; without those that train no module."""
+        rates = [dict(zip(self.factors, chosen, strict=True)) for chosen in product(*self.factors.values())]
+        vectors = [dict(zip(self.grids, ranks, strict=True)) for ranks in product(*self.grids.values())]
+        every = [self.configuration(ranks, factors) for ranks in vectors if any(ranks.values()) for factors in rates]
+        # The rates of a frozen module change nothing.
+        return list({configuration.name: configuration for configuration in every}.values())
 
     def of_adapted(self, ranks: Ranks) -> dict[str, int]:
         """Ranks without the frozen modules."""

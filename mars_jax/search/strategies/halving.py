@@ -1,20 +1,21 @@
-"""Strategy `halving`: final runs of the design's rank vectors, halved by validation loss, without any probe.
+"""Strategy `halving`: final runs of a cross design of ranks and rates, halved by validation loss, without any probe.
 
 Successive halving (Jamieson and Talwalkar 2016) on the final schedule: the last one is the final run.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from mars_jax.errors import NoValidResultError
 from mars_jax.lanes.halving import halving_schedule
 from mars_jax.lanes.stopping import Halving
-from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
 from mars_jax.search.trainer import Configuration, Curve, Trainer, best_curve
 
 
 class HalvingStrategy:
-    """Final runs of the rank vectors of the probes' design, halved in rungs; nothing is probed."""
+    """Final runs of a cross design, halved in rungs; nothing is probed."""
 
     name = "halving"
     needs_probes = False
@@ -23,22 +24,42 @@ class HalvingStrategy:
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs that are begun, by default all of the design."""
-        vectors = [ranks for ranks in space.probed if all(ranks[module] for module in space.adapted)]
-        number = min(budget.runs or len(vectors), space.most_together, len(vectors))
-        curves = halved([space.configuration(ranks) for ranks in vectors[:number]], space, trainer)
+        design = cross_design(space)
+        number = min(budget.runs or len(design), space.most_together, len(design))
+        curves = halved(design[:number], space, trainer)
         final = winner(curves, space)
-        ranks = space.of_adapted(final.configuration.ranks)
+        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
         selection = without_laws(
             self.name,
             ranks,
             space.num_samples,
-            f"Of the final runs of {number} rank vectors, halved in rungs, that of {ranks_text(ranks)} has the lowest "
-            f"validation loss, {final.loss:.4f} nats.",
+            f"Of the final runs of {number} configurations, halved in rungs, that of {choice_text(ranks, factors)} has "
+            f"the lowest validation loss, {final.loss:.4f} nats.",
+            factors,
         )
         return Outcome(selection, final, tuple(curves))
 
 
 HALVING = HalvingStrategy()
+
+
+def cross_design(space: Space) -> list[Configuration]:
+    """The probes' rank vectors at the usual rates, and each module's other rates at the middle ranks, in turn."""
+    vectors = [
+        space.configuration(ranks)
+        for ranks in space.probed
+        if any(ranks.values()) and all(ranks[module] in grid for module, grid in space.grids.items())
+    ]
+    middle = {module: sorted(grid)[len(grid) // 2] for module, grid in space.grids.items()}
+    usual = space.configuration(middle)
+    rated = [
+        space.configuration(middle, {module: factor})
+        for module, grid in space.factors.items()
+        for factor in grid
+        if middle[module] and factor != usual.factors.get(module, 1.0)
+    ]
+    mixed = itertools.chain.from_iterable(itertools.zip_longest(vectors, rated))
+    return [configuration for configuration in mixed if configuration is not None]
 
 
 def halved(configurations: Sequence[Configuration], space: Space, trainer: Trainer) -> list[Curve]:

@@ -1,18 +1,18 @@
-"""Strategy `random`: final runs of rank vectors drawn at random, each to its end; the best is kept."""
+"""Strategy `random`: final runs of ranks and rates drawn at random, each to its end; the best is kept."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
 from mars_jax.search.strategies.halving import winner
 from mars_jax.search.trainer import Configuration, Trainer
 
 
 class RandomSearch:
-    """The best of randomly drawn rank vectors."""
+    """The best of randomly drawn configurations."""
 
     name = "random"
     needs_probes = False
@@ -29,12 +29,12 @@ class RandomSearch:
         """See `Strategy`; the budget is the number of runs."""
         curves = trainer.train(self.configurations(space, budget), Patience())
         final = winner(curves, space)
-        ranks = space.of_adapted(final.configuration.ranks)
+        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
         explanation = (
-            f"Of the final runs of {len(curves)} rank vectors drawn at random, that of {ranks_text(ranks)} has the "
-            f"lowest validation loss, {final.loss:.4f} nats."
+            f"Of the final runs of {len(curves)} configurations drawn at random, that of {choice_text(ranks, factors)} "
+            f"has the lowest validation loss, {final.loss:.4f} nats."
         )
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
 
 
 RANDOM = RandomSearch()

@@ -1,9 +1,9 @@
-"""Strategy `separate_rates`: a uniform rank, and the learning rate of one module at a time a third or three times."""
+"""Strategy `separate_rates`: a uniform rank, and another learning rate of one module at a time."""
 
 from collections.abc import Sequence
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
 from mars_jax.search.strategies.halving import winner
 from mars_jax.search.strategies.uniform import UNIFORM
@@ -13,7 +13,7 @@ _FACTORS = (1 / 3, 3.0)
 
 
 class SeparateRates:
-    """A uniform rank, and one module's learning rate a third or three times the others'."""
+    """A uniform rank, and other learning rates of one module: those to choose among, or a third and three times."""
 
     name = "separate_rates"
     needs_probes = False
@@ -21,22 +21,23 @@ class SeparateRates:
     needs_convergence = False
 
     def configurations(self, space: Space, budget: Budget) -> Sequence[Configuration]:
-        """The middle uniform rank at the config's rates, then with each module's rate changed."""
+        """The middle uniform rank at the usual rates, then with each module's rate changed."""
         (middle,) = UNIFORM.configurations(space, budget)
-        changed = [{module: factor} for module in space.searched for factor in _FACTORS]
-        return [middle, *(space.configuration(middle.ranks, factors) for factors in changed)]
+        modules = [module for module in space.grids if module in space.searched or module in space.factors]
+        changed = [{module: factor} for module in modules for factor in space.factors.get(module, _FACTORS)]
+        every = [middle, *(space.configuration(middle.ranks, factors) for factors in changed)]
+        return list({configuration.name: configuration for configuration in every}.values())
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`."""
         curves = trainer.train(self.configurations(space, budget), Patience())
         final = winner(curves, space)
-        ranks = space.of_adapted(final.configuration.ranks)
-        rates = ", ".join(f"{module} {factor:.3g}" for module, factor in final.configuration.factors.items())
+        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
         explanation = (
-            f"Of {len(curves)} final runs with ranks {ranks_text(ranks)} and the learning rate of one module changed, "
-            f"the one with factors {rates or 'of 1'} has the lowest validation loss, {final.loss:.4f} nats."
+            f"Of {len(curves)} final runs with these ranks and the learning rate of one module changed, that of "
+            f"{choice_text(ranks, factors)} has the lowest validation loss, {final.loss:.4f} nats."
         )
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
 
 
 SEPARATE_RATES = SeparateRates()

@@ -1,4 +1,4 @@
-"""Strategy `tpe`: Optuna's tree-structured Parzen estimator with successive halving over the rank grid.
+"""Strategy `tpe`: Optuna's tree-structured Parzen estimator with successive halving over ranks and rates.
 
 Optuna is an optional dependency: the other strategies need none of it.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.eval_points import EvalPoint, Points
 from mars_jax.lanes.stopping import AskEach
-from mars_jax.search.selection import ranks_text, without_laws
+from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
 from mars_jax.search.strategies.halving import winner
 from mars_jax.search.trainer import Curve, Trainer
@@ -31,7 +31,7 @@ def is_installed() -> bool:
 
 
 class Tpe:
-    """Tree-structured Parzen estimator over ranks, with asynchronous successive halving."""
+    """Tree-structured Parzen estimator over ranks and rates, with asynchronous successive halving."""
 
     name = "tpe"
     needs_probes = False
@@ -51,12 +51,13 @@ class Tpe:
         """
         curves = self._curves(space, trainer, (budget.runs or DEFAULT_RUNS) * space.steps)
         final = winner(curves, space)
-        ranks = space.of_adapted(final.configuration.ranks)
+        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
         explanation = (
             f"Of {len(curves)} final runs that TPE suggested, {sum(c.steps == space.steps for c in curves)} of which "
-            f"were not stopped, that of {ranks_text(ranks)} has the lowest validation loss, {final.loss:.4f} nats."
+            f"were not stopped, that of {choice_text(ranks, factors)} has the lowest validation loss, {final.loss:.4f} "
+            "nats."
         )
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
 
     def _curves(self, space: Space, trainer: Trainer, steps: int) -> list[Curve]:
         """The runs, first asked first."""
@@ -65,7 +66,8 @@ class Tpe:
         import optuna
 
         grids = {module: sorted(space.grids[module]) for module in space.searched}
-        runs: dict[tuple[int, ...], Curve] = {}
+        every = {configuration.name for configuration in space.every()}
+        runs: dict[str, Curve] = {}
         sampler = optuna.samplers.TPESampler(seed=space.seed, n_startup_trials=_RANDOM_FIRST)
         rung = max(1, space.steps // _FIRST_RUNG)
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=2)
@@ -73,14 +75,22 @@ class Tpe:
             study = optuna.create_study(sampler=sampler, pruner=pruner)
             for _ in range(math.ceil(_ASKS_PER_RUN * steps / space.steps)):
                 spent = sum(run.steps for run in runs.values())
-                if spent >= steps or len(runs) == math.prod(map(len, grids.values())):
+                if spent >= steps or len(runs) == len(every):
                     break
                 trial = study.ask()
                 ranks = {module: int(trial.suggest_categorical(module, grid)) for module, grid in grids.items()}
-                key, goes_on = tuple(ranks.values()), _Pruned(trial, space.steps)
-                if key not in runs:
-                    (runs[key],) = trainer.train([space.configuration(ranks)], AskEach(goes_on))
-                last, losses = _until_stopped(runs[key].points, goes_on)
+                factors = {
+                    module: float(trial.suggest_categorical(f"rate of {module}", grid))
+                    for module, grid in space.factors.items()
+                }
+                configuration, goes_on = space.configuration(ranks, factors), _Pruned(trial, space.steps)
+                name = configuration.name
+                if name not in every:  # trains nothing
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                    continue
+                if name not in runs:
+                    (runs[name],) = trainer.train([configuration], AskEach(goes_on))
+                last, losses = _until_stopped(runs[name].points, goes_on)
                 if not math.isfinite(last.validation_loss) or not last.alive:
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 elif last.step < space.steps:

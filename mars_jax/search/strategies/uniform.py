@@ -32,6 +32,8 @@ class Uniform:
         Raises:
             ConfigError: the grids share no rank.
         """
+        if not space.searched:
+            return [space.configuration({})]
         shared = shared_ranks(space)
         if not shared:
             raise ConfigError(
@@ -45,9 +47,10 @@ class Uniform:
         """See `Strategy`."""
         curves = trainer.train(self.configurations(space, budget), Patience())
         final = winner(curves, space)
-        ranks = space.of_adapted(final.configuration.ranks)
-        explanation = f"Rank {ranks[space.searched[0]]} was taken for every searched module; nothing was searched."
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation), final, tuple(curves))
+        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
+        taken = f"Rank {ranks[space.searched[0]]} was" if space.searched else "The given ranks were"
+        explanation = f"{taken} taken for every {'searched ' if space.searched else ''}module; nothing was searched."
+        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
 
 
 UNIFORM = Uniform()
@@ -55,4 +58,5 @@ UNIFORM = Uniform()
 
 def shared_ranks(space: Space) -> list[int]:
     """Ranks above 0 that the grids of all searched modules have."""
-    return sorted(set.intersection(*(set(space.grids[module]) for module in space.searched)) - {0})
+    grids = [set(space.grids[module]) for module in space.searched]
+    return sorted(set.intersection(*grids) - {0}) if grids else []

@@ -1,5 +1,6 @@
 """One suite over every strategy, on recorded curves whose best rank vector is known; and a strategy from outside."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -187,3 +188,81 @@ def test_replayed_curves_stop_where_a_rule_stops_them():
     (seen,) = RecordedTrainer([Curve(SPACE.every()[0], tuple(points))]).train([SPACE.every()[0]], Patience(2.0))
     assert [point.step for point in seen.points] == [0, 8, 16]
     assert np.isfinite(seen.loss)
+
+
+# Rates and frozen modules to choose from.
+
+RATED = dataclasses.replace(
+    SPACE,
+    grids={"vision": (0, 8, 32), "projector": (8,), "llm": (2, 8)},
+    factors={"vision": (0.3, 1.0, 3.0), "llm": (0.3, 3.0)},
+    probed=rank_vectors({"vision": (0, 8, 32), "projector": (8,), "llm": (2, 8)}, corners=True),
+)
+TRAINING = [name for name in STRATEGIES.names if not STRATEGIES[name].needs_probes]
+
+
+def rated_loss(configuration):
+    """Lowest with vision frozen and the LLM at rank 8, three times its learning rate."""
+    vision = 0.2 + abs(math.log(configuration.factors.get("vision", 1.0))) if configuration.ranks["vision"] else 0.0
+    llm = abs(math.log(configuration.factors.get("llm", 1.0) / 3.0)) + abs(configuration.ranks["llm"] - 8)
+    return 1.0 + 0.1 * vision + 0.1 * llm
+
+
+def rated_trainer():
+    def recorded(configuration):
+        end = rated_loss(configuration)
+        return Curve(configuration, tuple(EvalPoint(step, end + 3.0 * (1 - step / STEPS)) for step in range(0, 65, 8)))
+
+    return RecordedTrainer(map(recorded, RATED.every()))
+
+
+def test_every_configuration_of_a_space_with_rates_is_listed_once():
+    every = RATED.every()
+    # A frozen module has no rate: 2 x (1 + 2 x 3) combinations of vision and LLM ranks, two LLM rates each.
+    assert len({configuration.name for configuration in every}) == len(every) == 2 * (1 + 2 * 3) * 2
+    assert all("vision" not in c.factors for c in every if not c.ranks["vision"])
+    # 0.3 is nearer to 1 than 3 is; a factor of 1 is left out.
+    assert RATED.configuration({"vision": 8, "llm": 2}).factors == {"llm": 3.0}
+    assert RATED.configuration({"vision": 8, "llm": 2}, {"llm": 0.3, "vision": 1.0}).factors == {"llm": 0.3}
+    bare = dataclasses.replace(SPACE, grids={"vision": (0, 2), "llm": (0, 2)}).every()
+    assert [c.ranks for c in bare] == [{"vision": 0, "llm": 2}, {"vision": 2, "llm": 0}, {"vision": 2, "llm": 2}]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_pick_keeps_the_rates_of_its_run(name):
+    outcome = STRATEGIES[name].search(RATED, rated_trainer(), Budget())
+    assert outcome.selection.factors == outcome.final.configuration.factors
+    pick = {module: outcome.selection.pick[module] for module in RATED.grids}
+    assert pick == outcome.final.configuration.ranks
+    assert outcome.final.loss == min(c.loss for c in outcome.curves if c.steps == STEPS)
+
+
+def test_a_search_finds_that_a_module_is_best_left_frozen_and_another_trained_faster():
+    best = {"vision": 0, "projector": 8, "llm": 8}
+    whole = STRATEGIES["random"].search(RATED, rated_trainer(), Budget(runs=len(RATED.every())))
+    assert (whole.selection.pick, whole.selection.factors) == (best, {"llm": 3.0})
+    assert "vision 0, projector 8, llm 8 at 3 times its learning rate" in whole.selection.explanation
+    halved = STRATEGIES["halving"].search(RATED, rated_trainer(), Budget())
+    assert {c.configuration.factors["llm"] for c in halved.curves} == {0.3, 3.0}
+    assert {c.configuration.factors.get("vision") for c in halved.curves} == {None, 0.3, 3.0}
+    assert (halved.selection.pick, halved.selection.factors) == (best, {"llm": 3.0})
+    by_tpe = STRATEGIES["tpe"].search(RATED, rated_trainer(), Budget(runs=20))
+    assert rated_loss(by_tpe.final.configuration) <= rated_loss(RATED.configuration(best, {"llm": 3.0})) + 0.15
+
+
+RATES_ALONE = dataclasses.replace(
+    RATED, grids={"vision": (8,), "projector": (8,), "llm": (8,)}, probed=[{"vision": 8, "projector": 8, "llm": 8}]
+)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_rates_alone_may_be_searched(name):
+    curves = []
+    for configuration in RATES_ALONE.every():
+        end = rated_loss(configuration)
+        curves.append(Curve(configuration, tuple(EvalPoint(step, end + 3.0 - step / 32) for step in range(0, 65, 8))))
+    selection = STRATEGIES[name].search(RATES_ALONE, RecordedTrainer(curves), Budget()).selection
+    assert selection.pick == {"vision": 8, "projector": 8, "llm": 8}
+    assert set(selection.factors) <= {"vision", "llm"}
+    if name in ("separate_rates", "halving"):
+        assert selection.factors == {"llm": 3.0}
