@@ -4,6 +4,7 @@ import math
 
 _ABSENT_DEPTH = 4
 _NOTHING = ("nan", "null", "none", "[]", "{}")
+_LONGEST_NUMBER = 50
 _WORDS = {"true": 1, "yes": 1, "false": 0, "no": 0}
 
 
@@ -37,7 +38,7 @@ def number_of(value: object) -> float | None:
     """The number that a value stands for, also as text; true and yes are 1, false and no are 0. None if it is none."""
     if isinstance(value, bool | int | float):
         return value
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > _LONGEST_NUMBER:
         return None
     text = value.strip().lower()
     if text in _WORDS:

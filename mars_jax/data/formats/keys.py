@@ -1,7 +1,7 @@
 """Keys of rows, turns and parts that a format does not read: refused where they change what a row means, else named.
 
-A key whose value is absent (see `values.is_absent`), or a text for that, counts as absent, since tables fill such values
-in. Names are compared without their case, spaces, "_" and "-".
+A key whose value is absent (see `values.stands_for_nothing`) counts as absent, since tables fill such values in. Names
+are compared without their case, spaces, "_" and "-".
 """
 
 import re
@@ -112,29 +112,12 @@ _PICTURE_FILE = re.compile(r"[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.I
 
 _OPTION_LISTS = ("choices", "options")
 # Options of a question under names that no format reads.
-_OPTION_WORDS = (
-    "candidates",
-    "distractor",
-    "distractors",
-    "mc",
-    "mcs",
-    "endings",
-    "alternatives",
-    "opts",
-    "sol1",
-    "sol2",
-)
+_OPTION_WORDS = ("candidates", "distractor", "distractors", "mc", "mcs", "endings", "alternatives", "opts")
+_OPTION_WORDS += ("multichoice", "multiplechoice", "sol1", "sol2")
 _OPTION_KINDS = ("answer", "mc", "multi", "multiple", "candidate", "possible", "wrong", "incorrect", "negative")
-_OPTION_ENDS = ("answers", "option", "options", "choice", "choices")
-_OPTION_LIST_ENDS = ("list", "text", "texts")
-_OPTION_NAMES = frozenset(
-    (
-        *_OPTION_LISTS,
-        *_OPTION_WORDS,
-        *map("".join, product(_OPTION_KINDS, _OPTION_ENDS)),
-        *map("".join, product(("option", "options", "choice", "choices"), _OPTION_LIST_ENDS)),
-    )
-)
+_OPTION_TEXTS = product(("option", "options", "choice", "choices"), ("list", "text", "texts"))
+_OPTION_PLURALS = product(_OPTION_KINDS, ("answers", "options", "choices"))
+_OPTION_NAMES = frozenset((*_OPTION_LISTS, *_OPTION_WORDS, *map("".join, (*_OPTION_PLURALS, *_OPTION_TEXTS))))
 # One option each, as in MedMCQA ("opa") and Social IQa ("answerA").
 _NUMBERED_OPTION = re.compile(
     r"(option|choice)s?([a-z]|[0-9]+)|op(t|tion)?([a-h]|[0-9]+)|answer[a-e]|(distractor|ending)s?[0-9]+"
