@@ -60,12 +60,12 @@ def _names(*names: str) -> frozenset[str]:
 
 
 # Marks of training under names that are not read: those that mean "trained on", and those that mean "not".
-_TRAINS = ("training", "should_train", "is_trainable", "train_on", "do_train", "learn", "supervised", "is_supervised")
-_TRAINS += ("compute_loss", "calculate_loss", "calc_loss", "use_loss", "has_loss", "is_target")
+_TRAINS: tuple[str, ...] = ("training", "should_train", "is_trainable", "train_on", "do_train", "learn", "supervised")
+_TRAINS += ("is_supervised", "compute_loss", "calculate_loss", "calc_loss", "use_loss", "has_loss", "is_target")
 _SKIPS = ("no_loss", "ignore_loss", "skip", "mask", "masked", "is_masked", "ignore", "ignored", "exclude", "excluded")
 
-_MISNAMED_SYSTEM = ("system_text", "system_content", "system_msg", "system_instruction", "system_instructions")
-_MISNAMED_SYSTEM += ("sys_prompt", "sys_msg")
+_MISNAMED_SYSTEM: tuple[str, ...] = ("system_text", "system_content", "system_msg", "system_instruction")
+_MISNAMED_SYSTEM += ("system_instructions", "sys_prompt", "sys_msg")
 
 _ANYWHERE = _reasons(
     {
@@ -112,8 +112,8 @@ _PICTURE_FILE = re.compile(r"[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.I
 
 _OPTION_LISTS = ("choices", "options")
 # Options of a question under names that no format reads.
-_OPTION_WORDS = ("candidates", "distractor", "distractors", "mc", "mcs", "endings", "alternatives", "opts")
-_OPTION_WORDS += ("multichoice", "multiplechoice", "sol1", "sol2")
+_OPTION_WORDS: tuple[str, ...] = ("candidates", "distractor", "distractors", "mc", "mcs", "endings", "alternatives")
+_OPTION_WORDS += ("opts", "multichoice", "multiplechoice", "sol1", "sol2")
 _OPTION_KINDS = ("answer", "mc", "multi", "multiple", "candidate", "possible", "wrong", "incorrect", "negative")
 _OPTION_TEXTS = product(("option", "options", "choice", "choices"), ("list", "text", "texts"))
 _OPTION_PLURALS = product(_OPTION_KINDS, ("answers", "options", "choices"))
