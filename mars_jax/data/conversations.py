@@ -24,10 +24,27 @@ _OTHER_IMAGE = re.compile(
     r"|(?!(?-i:<image>))<\|?(?:image|img)[ _-]?(?:\d+|here|placeholder|pad|token)?\|?>",
     re.IGNORECASE,
 )
-_NUMBER = r"\s{0,2}\d{1,5}(?:\.\d{1,9})?\s{0,2}"
+_NUMBER = r"\s{0,20}\d{1,5}(?:\.\d{1,9})?\s{0,20}"
+_PAIR = rf"{_NUMBER},{_NUMBER}"
+_CALLED = r"(?:click|\btap|long_?press|drag|drag_?to|move_?to|mouse_?move|hover|swipe|scroll|touch)"
+_PLACE = r"(?:coordinates?|coords?|points?|pos|positions?|locations?|box|boxes|bbox|bboxes|bounding_?box|center|centre)"
+# Every repetition has a limit, so the time is linear in the length of the text.
 _BOX = re.compile(
-    rf"[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]|\({_NUMBER},{_NUMBER}\),?\s?\({_NUMBER},{_NUMBER}\)"
-    rf"|\"?(?:bbox_2d|point_2d|bbox)\"?\s?[:=]\s?[\[(]{_NUMBER}(?:,{_NUMBER}){{1,3}}|<\|?(?:box|box_start|point)\|?>"
+    # Lists: [1, 2, 3, 4], (1, 2), (3, 4), [[1, 2], [3, 4]].
+    rf"[\[(]{_PAIR},{_PAIR}[\])]|\({_PAIR}\),?\s?\({_PAIR}\)|\[\s{{0,20}}\[{_PAIR}\],\s{{0,20}}\[{_PAIR}\]"
+    # Named lists: bbox_2d=[1, 2, 3, 4], start_box='(1, 2)', "coordinate": [1, 2].
+    rf"|(?:\"?(?:bbox_2d|point_2d|bbox)\"?|(?:start|end)_(?:box|point)|[\"']\w{{0,20}}{_PLACE}(?:_?\d|_2d)?[\"'])"
+    rf"\s?[:=]\s?[\"']?(?:[\[(]\s{{0,20}}){{1,2}}{_NUMBER}(?:,{_NUMBER}){{1,3}}"
+    # Named numbers: "x": 1, "y": 2.
+    rf"|[\"'](?:x_?1?|x_?min|left|c_?x|center_?x)[\"']\s?:\s?[\"']?{_NUMBER}[\"']?,\s{{0,20}}"
+    rf"[\"'](?:[xy]_?[12]?|[xy]_?(?:min|max)|top|right|c_?y|center_?y)[\"']\s?:\s?[\"']?{_NUMBER}"
+    # Actions: click(1, 2), pyautogui.moveTo(x=1, y=2), tap([1, 2]), click at (1, 2).
+    rf"|{_CALLED}(?:\s?\(|\s(?:at|on|to)\s\()(?:\w{{1,20}}\s?=\s?)?[\"']?[\[(]?{_NUMBER},(?:\s?\w{{1,20}}\s?=\s?)?{_NUMBER}"
+    rf"|{_CALLED}\s?(?:at\s|on\s|to\s)?\[{_PAIR}\]"
+    # Tags: <box>, <point x="1" y="2">.
+    r"|<\|?(?:box|box_start|bbox|points?|quad|poly)\|?>"
+    rf"|<(?:points?|box|bbox|click|tap|region|coord\w{{0,10}})\s[^<>]{{0,80}}?\bx_?(?:1|min)?\s?=\s?[\"']?{_NUMBER}",
+    re.IGNORECASE,
 )
 
 
@@ -66,7 +83,7 @@ def has_boxes(turns: Sequence[Turn]) -> str:
     """What looks like coordinates in pixels in the texts, or "": shares of 0 to 1 are no pixels."""
     for turn in turns:
         for found in _BOX.finditer(turn.text):
-            numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", re.sub(r"_2d", "", found[0]))]
+            numbers = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", found[0])]
             if not numbers or max(numbers) > 1:
                 return found[0]
     return ""

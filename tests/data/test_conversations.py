@@ -1,12 +1,14 @@
 """Placeholders, coordinates, sizes and ids of conversations."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mars_jax.data.conversations import MAX_CHARACTERS, MAX_TURNS
+from mars_jax.data.conversations import MAX_CHARACTERS, MAX_TURNS, has_boxes
 from mars_jax.data.files.row import MAX_ID
+from mars_jax.data.formats.base import Turn
 from tests.helpers.rows import fault, read
 
 
@@ -89,6 +91,28 @@ def test_a_windows_line_end_after_a_picture_is_set_off_like_any_other(tmp_path):
         "(500, 300), (590, 390)",
         "<box>[[500, 300, 590, 390]]</box>",
         '{"point_2d": [500, 300]}',
+        '{"bbox_2d": [\n            500,\n            300,\n            590,\n            390\n        ]}',
+        "click(500, 300)",
+        "Left_Click(500,300)",
+        "click(start_box='(500,300)')",
+        "start_box='(500,300)'",
+        "pyautogui.click(x=500, y=300)",
+        "pyautogui.moveTo(500, 300, duration=1)",
+        "swipe(100, 200, 300, 400)",
+        "tap [500, 300]",
+        "click at (500, 300)",
+        '{"x": 500, "y": 300}',
+        "{'x1': 5, 'y1': 6, 'x2': 7, 'y2': 8}",
+        '{"xmin": 5, "ymin": 6}',
+        '{"left": 5, "top": 6}',
+        '{"action": "click", "coordinate": [500, 300]}',
+        '{"start_coordinate": "(500, 300)"}',
+        '<point x="12" y="34">',
+        '<points x1="10.5" y1="20.3" alt="a sheep">sheep</points>',
+        '<point alt="a sheep" x="12" y="34"/>',
+        "<bbox>1, 2, 3, 4</bbox>",
+        "[[10, 20], [30, 40]]",
+        "[[10, 20], [30, 40], [50, 60]]",
     ],
 )
 def test_boxes_stayed_as_they_were_while_pictures_were_scaled(tmp_path, text):
@@ -100,9 +124,38 @@ def test_boxes_stayed_as_they_were_while_pictures_were_scaled(tmp_path, text):
     )
 
 
-@pytest.mark.parametrize("text", ["[0.1, 0.25, 0.5, 0.75]", "It has 3, 4, 5 or 6 legs (or 7).", "[1, 2]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[0.1, 0.25, 0.5, 0.75]",
+        "It has 3, 4, 5 or 6 legs (or 7).",
+        "[1, 2]",
+        "10 20 30 40",
+        "(12, 34)",
+        "the point (3, 4), where x=3, y=4",
+        "f(1, 2) + add(10, 20) + compress(10, 20) + tapped(10, 20)",
+        "2024-01-15, 12/03/2024, datetime(2024, 1, 15)",
+        "as in [1, 2], [3]; the intervals [10, 20] and [30, 40]",
+        "click(button, 2), then click the button (1, 2 or 3)",
+        "click(0.5, 0.25)",
+        '{"x": 0.5, "y": 0.25}',
+        '{"page": 10, "line": 20, "size": [10, 20]}',
+        '<point x="0.5" y="0.25">',
+        '<rect x="10" y="20">',
+    ],
+)
 def test_numbers_that_are_no_boxes_in_pixels_are_not_noted(tmp_path, text):
     assert read(tmp_path, [row("<image>\nfind the sheep", text, image="a.png")])[1] == []
+
+
+@pytest.mark.parametrize(
+    "start", ['"', "[ ", "[[1,", "((1", "click(", "click at (1,", '"x": 1', "<point x", '"point":[[', '"' + "a" * 20]
+)
+def test_a_million_characters_are_searched_for_boxes_at_once(start):
+    turn = Turn("assistant", start * (MAX_CHARACTERS // len(start)))
+    began = time.process_time()
+    has_boxes([turn])
+    assert time.process_time() - began < 5  # some 0.4 s; a second repetition without limit takes hours
 
 
 def test_texts_and_conversations_without_end_are_one_fault(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mars_jax.data.files.json_text import Parsed, read_text
 from mars_jax.data.files.row import Row, check_number, check_readable
 from mars_jax.errors import DataError
+from mars_jax.runtime.text import short
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,6 +23,7 @@ FREE_BYTES = 2**30
 _BATCH_BYTES = 2**28
 _BATCH_ROWS = 256
 _MAX_CELL = 2**28
+_SEPARATORS = {";": "';'", "\t": "tabs", ",": "','", "|": "'|'"}
 
 
 def read_parquet(paths: Sequence[Path]) -> list[Row]:
@@ -54,6 +56,12 @@ def read_csv(path: Path) -> Parsed:
     try:
         lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
         names = next(lines, [])
+        other = next((char for char in _SEPARATORS if len(names) == 1 and char in names[0]), "")
+        if other:
+            raise DataError(
+                f"{path}: the first line is {short(names[0])}, a single name: it has {_SEPARATORS[other]} and no "
+                f"{_SEPARATORS[delimiter]}. A .csv file is read with commas, a .tsv file with tabs. Save it so."
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise DataError(f"{path}: the first line has {twice[0]!r} twice. Give every column a name of its own.")

@@ -51,7 +51,7 @@ def _other_column(turn: object, key: str) -> str:
 
 def _learn(turn: Mapping[str, object], role: str, number: int) -> bool:
     """Whether a turn is trained on, by its keys `LEARN`."""
-    given = {key: turn[key] for key in LEARN if key in turn and turn[key] not in (None, "")}
+    given = {key: turn[key] for key in LEARN if not is_absent(turn.get(key))}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise FaultError(

@@ -40,6 +40,15 @@ def test_pictures_in_tables_of_vlmevalkit_are_base64_or_another_row_s(tmp_path):
     ("content", "text"),
     [
         ("id,question,answer\n1,what?\n", "d.csv:2: 2 cells, but the first line names 3. Mend the line"),
+        (
+            "id;image;question;answer\n7;a.png;what, or who?;a cat\n",
+            "the first line is 'id;image;question;answer', a single name: it has ';' and no ','. A .csv file is read "
+            "with commas, a .tsv file with tabs. Save it so.",
+        ),
+        ('"id";"question"\n7;"what?"\n', "a single name: it has ';' and no ','"),
+        ("sep=;\nid;question\n7;what?\n", "the first line is 'sep=;', a single name: it has ';' and no ','"),
+        ("id\tquestion\n7\twhat?\n", "a single name: it has tabs and no ','"),
+        ("id|question\n7|what?\n", "a single name: it has '|' and no ','"),
         ("id,id\n1,2\n", "the first line has 'id' twice"),
         ("id,question,answer\n", "no records in the file"),
         ("", "no records in the file"),
@@ -50,6 +59,10 @@ def test_pictures_in_tables_of_vlmevalkit_are_base64_or_another_row_s(tmp_path):
 )
 def test_faults_of_a_table_name_the_line(tmp_path, content, text):
     assert text in fault(tmp_path, content, "d.csv")
+
+
+def test_a_table_with_commas_that_is_named_tsv_is_refused_with_the_cause(tmp_path):
+    assert "a single name: it has ',' and no tabs" in fault(tmp_path, "id,question\n7,what?\n", "d.tsv")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -65,6 +65,13 @@ def test_a_row_without_an_answer_that_is_trained_on_is_refused(tmp_path, column)
         ({"loss": False, "weight": 1}, "turn 1: 'loss' and 'weight' contradict each other"),
         ({"loss_scale": 1.0}, "turn 1: 'loss_scale' is 1.0: training weights are read from turns alone"),
         ({"training": False}, "turn 1: 'training' is False: training weights are read from turns alone"),
+        ({"supervised": False}, "turn 1: 'supervised' is False: training weights are read from turns alone"),
+        ({"calculate_loss": 0}, "turn 1: 'calculate_loss' is 0: training weights are read from turns alone"),
+        ({"is_target": False}, "turn 1: 'is_target' is False: training weights are read from turns alone"),
+        ({"Loss": False}, "turn 1: 'Loss' is False: it is read as 'loss' alone. Rename it"),
+        ({"WEIGHT": "0"}, "turn 1: 'WEIGHT' is '0': it is read as 'weight' alone. Rename it"),
+        ({"Thinking": "hm"}, "turn 1: 'Thinking' is 'hm': reasoning is not read"),
+        ({"System": "Be short."}, "turn 1: 'System' is 'Be short.': system texts are read from the row's system, "),
         ({"masked": True}, "turn 1: 'masked' is True: training weights are read from turns alone"),
         (
             {"bounding_boxes_sequence": [[0]]},
@@ -158,6 +165,10 @@ def test_typed_parts_were_glued(content, expected):
         ({"type": "audio", "audio": "x.mp3"}, "a part: 'audio' is 'x.mp3': audio is not read"),
         ({"type": "thinking", "thinking": "hm"}, "a part: 'thinking' is 'hm': reasoning is not read"),
         ({"type": "image", "image": "a.png", "max_pixels": 200}, "a part: 'max_pixels' is 200: pictures have no sizes"),
+        ({"type": "text", "text": "what?", "weight": 0}, "a part: 'weight' is 0: a part is trained on with its turn"),
+        ({"type": "text", "text": "what?", "Loss": "False"}, "a part: 'Loss' is 'False': a part is trained on with"),
+        ({"type": "text", "text": "what?", "train": 0.5}, "a part: 'train' is 0.5: a part is trained on with its turn"),
+        ({"type": "image", "URL": "a.png"}, "a part: 'URL' is 'a.png': it is read as 'url' alone. Rename it"),
         ({"type": ["text"], "text": "what?"}, "parts of type 'text' and 'image' are supported"),
     ],
 )
@@ -172,3 +183,14 @@ def test_turns_in_the_column_of_others_are_refused_with_where_they_are_read(colu
     with pytest.raises(FaultError, match=f"are read from '{column}': rename '{other}'") as caught:
         draft({other: chat(column, {})[column]})
     assert len(caught.value.args) == 2
+
+
+@each_shape
+def test_an_empty_mark_of_a_turn_was_refused_where_it_is_nan(column):
+    assert draft(chat(column, {"weight": float("nan")}, {"Loss": True})).turns == draft(chat(column, {}, {})).turns
+
+
+def test_a_part_that_is_trained_on_is_no_fault():
+    made = draft(parts({"type": "text", "text": "what?", "weight": 1, "loss": True, "train": None}))
+    assert made.turns[0].text == "what?"
+    assert made.unread == ("messages.content.weight", "messages.content.loss")
