@@ -14,7 +14,9 @@ command goes on where it was stopped, and publishes once there are enough of the
 Definitions. The job is that of the end-to-end tests (tests/helpers/tiny_job.py: a random checkpoint, programs compiled
 without optimizations), with lanes and final runs long enough for the checkpoints that users have, one in ten seconds.
 Moments are drawn evenly from `BEFORE` to `AFTER` of the time that both commands take. Lives that end before their kill
-finish their run directory; the last one is not killed. The compared files are `COMPARED`, without the seconds in them.
+finish their run directory; the last one is not killed. Even moments hardly ever hit phases of milliseconds, so besides
+three run directories, one for kills and one for each model of a power cut, are stopped once in every phase. The
+compared files are `COMPARED`, without the seconds in them.
 
 figure = kills and power cuts survived.
 """
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +72,40 @@ class Place:
         return tiny_job.config(self.folder / f"{name}.yaml", base, train, self.folder / name, **self.sections)
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a process is stopped.
+
+    Attributes:
+        seconds: after the start of a life, or of a phase in it.
+        phase: the phase.
+    """
+
+    seconds: float
+    phase: str | None = None
+
+    def wait_for(self, process: subprocess.Popen[bytes], directory: Path, start: float) -> int | None:
+        """Waits for the moment of a life that began at `start`; returns the exit code of what ends before."""
+        if self.phase is None:
+            return _ended(process, self.seconds - (time.perf_counter() - start))
+        events = directory / "events.jsonl"
+        begins = f'"phase": "{self.phase}", "status": "running"'.encode()
+        earlier = events.read_bytes().count(begins) if events.exists() else 0
+        while process.poll() is None:
+            if events.exists() and events.read_bytes().count(begins) > earlier:
+                return _ended(process, self.seconds)
+            time.sleep(0.001)
+        return process.returncode
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code of a process that ends within some seconds."""
+    try:
+        return process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def main() -> None:
     """Writes results/kills.json; hours."""
     parser = argument_parser(__doc__)
@@ -90,6 +127,10 @@ def main() -> None:
             number = len(read_jsonl(file, print))
             left = wanted[missing[0]] - _ends(file, missing[0])
             append_jsonl(file, stopped_job(place, f"run{number}", missing[0], left, seconds))
+        known = [run.get("rounds_of") for run in read_jsonl(file, print)]
+        for model in () if options.short else (None, *MODELS):
+            if (rounds_of := model or "kill") not in known:
+                append_jsonl(file, stopped_in_every_phase(place, f"every-phase-{rounds_of}", model))
         runs = read_jsonl(file, print)
     _publish(options, wanted, runs, {"compiling": compiling, "programs from disk": seconds}, place.sections)
 
@@ -114,12 +155,24 @@ def stopped_job(place: Place, name: str, kind: str, most: int, seconds: float) -
         seconds: that an undisturbed job takes.
     """
     rng = random.Random(f"{SEED} {name}")
-    directory, ends = place.folder / name, list[Document]()
-    failed, again = None, list[str]()
+    models = [MODELS[number % 2] if kind == "cut" else None for number in range(most)]
+    return _stopped(place, name, [(Moment(seconds * rng.uniform(BEFORE, AFTER)), model) for model in models])
+
+
+def stopped_in_every_phase(place: Place, name: str, model: Model | None) -> Document:
+    """A job that is stopped once in every phase, by a kill or by power cuts of a model."""
+    rng = random.Random(f"{SEED} {name}")
+    phases = json.loads((place.folder / "alone" / "state.json").read_text())["phases"]
+    moments = [Moment(rng.uniform(0, 0.5) * record["seconds"], phase) for phase, record in phases.items()]
+    return {**_stopped(place, name, [(moment, model) for moment in moments]), "rounds_of": model or "kill"}
+
+
+def _stopped(place: Place, name: str, stops: Sequence[tuple[Moment, Model | None]]) -> Document:
+    """A job that is stopped at moments, each in a life of its own, until a life ends before its moment."""
+    ends, failed, again = list[Document](), None, list[str]()
     try:
-        for number in range(most):
-            model = MODELS[number % 2] if kind == "cut" else None
-            ended = life(place, name, seconds * rng.uniform(BEFORE, AFTER), model)
+        for moment, model in stops:
+            ended = life(place, name, moment, model)
             again += ended["again"]
             if not ended["stopped"]:
                 break
@@ -131,16 +184,16 @@ def stopped_job(place: Place, name: str, kind: str, most: int, seconds: float) -
     except RuntimeError as error:
         failed = str(error)
     return {
-        "kind": kind,
+        "kind": "cut" if any(model for _, model in stops) else "kill",
         "ends": ends,
         "failed": failed,
-        "differ": [] if failed else different(place.folder / "alone", directory),
+        "differ": [] if failed else different(place.folder / "alone", place.folder / name),
         "done_again": again,
     }
 
 
-def life(place: Place, name: str, moment: float | None = None, model: Model | None = None) -> Document:
-    """The commands one after the other, until the process at work is killed after `moment` seconds; never for None.
+def life(place: Place, name: str, moment: Moment | None = None, model: Model | None = None) -> Document:
+    """The commands one after the other, until the process at work is killed at a moment; never for None.
 
     Raises:
         RuntimeError: one failed by itself.
@@ -150,20 +203,19 @@ def life(place: Place, name: str, moment: float | None = None, model: Model | No
     for command in COMMANDS:
         arguments = tiny_job.command(command, config)
         arguments[2] = (_RECORD.format(str(directory), str(journal)) if model else "") + arguments[2]
-        left = None if moment is None else max(0.0, moment - (time.perf_counter() - start))
         environment = tiny_job.environment(place.folder / "cache")
         with log.open("w") as output:
             process = subprocess.Popen(arguments, env=environment, stdout=output, stderr=output)
-            try:
-                code = process.wait(left)
-            except subprocess.TimeoutExpired:
+            code = process.wait() if moment is None else moment.wait_for(process, directory, start)
+            if code is None:
                 process.kill()
                 process.wait()
                 during = phase_of(directory, start) if process.returncode < 0 else "end of a process"
                 if model:
                     cut(directory, journal, model)
                 found = {"during": during, "checkpoints": checkpoints(directory)}
-                return {"stopped": True, "after_seconds": moment, "model": model, **found, "again": again}
+                after = time.perf_counter() - start
+                return {"stopped": True, "after_seconds": after, "model": model, **found, "again": again}
         text = log.read_text()
         if code:
             raise RuntimeError(f"mars {command} {config} ended with {code}:\n{text[-3000:]}")
