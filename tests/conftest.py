@@ -1,6 +1,7 @@
 """Strict mode for every test: no silent dtype or rank promotion, 8 virtual CPU devices; warnings fail (pyproject)."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jax
 import pytest
 
+# Of a shell's background jobs SIGINT is ignored, in the processes too that tests of interrupts start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
