@@ -18,7 +18,8 @@ from mars_jax.laws.records import LaneRecord
 from mars_jax.search.probes.swaps import swapped
 from mars_jax.search.recorded_trainer import RecordedTrainer
 from mars_jax.search.strategies.base import Budget, Space, Strategy
-from mars_jax.search.strategies.halving import halved, winner
+from mars_jax.search.strategies.halving import halved
+from mars_jax.search.strategies.lowest import winner
 from mars_jax.search.trainer import Configuration, Curve
 
 

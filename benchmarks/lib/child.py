@@ -49,11 +49,9 @@ def publish(
     """Prints the result; the full form, or one with `--out`, is written as well."""
     module = module_of(sys.modules["__main__"].__file__ or "")
     # Where the result is written is no part of how it was made.
-    arguments = sys.argv[1:]
-    if "--out" in arguments:
-        place = arguments.index("--out")
-        del arguments[place : place + 2]
-    command = shlex.join(["python", "-m", module, *arguments])
+    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    place.add_argument("--out")
+    command = shlex.join(["python", "-m", module, *place.parse_known_args()[1]])
     form = "short" if options.short else "full"
     folder = options.out or (None if options.short else RESULTS)
     write_result(name, figure, unit, goal, command, {"form": form, **detail}, folder)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from benchmarks.lib.child import DEMO, argument_parser
 from benchmarks.lib.results import MAX_FOREIGN_CORES, foreign_load, require_quiet
-from benchmarks.speed.peft_side import Head, PeftGrid
+from benchmarks.speed.peft_side import Head, PeftGrid, TorchSettings
 from mars_jax.config.load import load_config
 from mars_jax.data.batches import Batch
 from mars_jax.data.images import load_rgb
@@ -122,10 +122,7 @@ def peft_grid(job: Job, head: Head, attention: Literal["sdpa", "eager"] = "sdpa"
         job.base.alpha,
         config.optimizer,
         (height, width),
-        threads=THREADS,
-        head=head,
-        attention=attention,
-        **where,
+        TorchSettings(threads=THREADS, head=head, attention=attention, **where),
     )
 
 

@@ -22,15 +22,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.evidence.coverage import CONVERGENCE, LOSS_NOISE, TIME_NOISE, true_loss
+from benchmarks.evidence.coverage import LOSS_NOISE, TIME_NOISE, Design, true_loss, true_time
 from benchmarks.lib.child import arguments, publish
 from benchmarks.lib.results import require_quiet
 from mars_jax.laws.fit import Laws, fit_laws
 from mars_jax.laws.records import LaneRecord
 from mars_jax.search.strategies.laws import pick_by_laws
 
-SEARCHED = ("vision", "llm")
-RANKS, SAMPLES = (4, 8, 16, 32), (256, 1024, 4096)
+RANKS = (4, 8, 16, 32)
+DESIGN = Design({"vision": RANKS, "llm": RANKS}, sizes=(256, 1024, 4096), nested=False)
 REPEATS = 5
 
 
@@ -68,12 +68,12 @@ def lanes(seed: int) -> list[LaneRecord]:
     """Records of joint lanes with planted times and losses."""
     rng = np.random.default_rng(seed)
     found: list[LaneRecord] = []
-    for vision, llm, samples in itertools.product(RANKS, RANKS, SAMPLES):
-        ranks = {"vision": vision, "llm": llm}
-        times = {}
-        for module in SEARCHED:
-            k, gamma, delta = CONVERGENCE[module]
-            times[module] = k * ranks[module] ** gamma * samples**delta * float(np.exp(TIME_NOISE * rng.normal()))
+    for *vector, samples in itertools.product(*DESIGN.grids.values(), DESIGN.sizes):
+        ranks = dict(zip(DESIGN.grids, vector, strict=True))
+        times = {
+            module: true_time(DESIGN, module, rank, samples) * float(np.exp(TIME_NOISE * rng.normal()))
+            for module, rank in ranks.items()
+        }
         found.append(
             LaneRecord(
                 lane=str(len(found)),
@@ -92,10 +92,10 @@ def lanes(seed: int) -> list[LaneRecord]:
 
 def calibration(fits: list[Laws]) -> dict[str, Any]:
     """Whether the pick at D = 16384 is the best of those kept as often as P(best) states."""
-    target, grids = 16384, dict.fromkeys(SEARCHED, RANKS)
+    target = 16384
     stated, right = [], []
     for fit in fits:
-        selection = pick_by_laws(fit, grids, target, dict.fromkeys(SEARCHED, 100))
+        selection = pick_by_laws(fit, DESIGN.grids, target, dict.fromkeys(DESIGN.grids, 100))
         kept = [candidate.ranks for candidate in selection.candidates if candidate.kept]
         best = min(kept, key=lambda ranks: true_loss(ranks, target))
         stated += [candidate.p_best for candidate in selection.candidates if candidate.ranks == selection.pick]

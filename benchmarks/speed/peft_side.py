@@ -99,6 +99,35 @@ class RepeatedSteps(NamedTuple):
     losses: np.ndarray  # [steps, K]
 
 
+@dataclass(frozen=True)
+class TorchSettings:
+    """How torch computes.
+
+    Attributes:
+        threads: of torch, in this process.
+        head: "all" is what PEFT users get, logits at every position; "supervised" spares what the loss ignores.
+        attention: the implementation in transformers.
+        device: of model and batches, as torch names it.
+        dtype: of the base, and what products are computed in; adapters are float32.
+    """
+
+    threads: int = 2
+    head: Head = "all"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+class LaneData(NamedTuple):
+    """What a lane reads: its data, and its schedule."""
+
+    batches: Stream
+    validation: Sequence[TorchBatch]  # from `PeftGrid.encode_all`
+    multipliers: Sequence[float] | np.ndarray  # factor on the learning rates at each step
+    learning_rates: Mapping[str, float]  # module -> learning rate
+    eval_steps: Sequence[int]  # steps at which to validate, rising; the last is the horizon, 0 the base itself
+
+
 class PeftGrid:
     """The base, loaded once, and lanes that are trained on it one after the other.
 
@@ -113,12 +142,7 @@ class PeftGrid:
         alpha: lora.AlphaRule,
         optimizer: OptimizerConfig,
         image_size: tuple[int, int],
-        *,
-        threads: int = 2,
-        head: Head = "all",
-        attention: Literal["sdpa", "eager"] = "sdpa",
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        settings: TorchSettings = TorchSettings(),
     ) -> None:
         """Loads the base.
 
@@ -128,23 +152,19 @@ class PeftGrid:
             alpha: the alpha rule.
             optimizer: AdamW and clipping; its learning rates and warm-up are not read.
             image_size: height and width of every picture; our batches hold tiles, transformers wants this as well.
-            threads: of torch, in this process.
-            head: "all" is what PEFT users get, logits at every position; "supervised" spares what the loss ignores.
-            attention: the implementation in transformers.
-            device: of model and batches, as torch names it.
-            dtype: of the base, and what products are computed in; adapters are float32.
+            settings: how torch computes.
         """
-        torch.set_num_threads(threads)
+        torch.set_num_threads(settings.threads)
         config = read_config(checkpoint)
         assert isinstance(config, LlavaOnevisionConfig)
         self.config = config
         self.model = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=dtype, attn_implementation=attention, local_files_only=True
+            checkpoint, dtype=settings.dtype, attn_implementation=settings.attention, local_files_only=True
         )
-        self.model.to(device)  # type: ignore[arg-type]
-        self._device, self._dtype = device, dtype
+        self.model.to(settings.device)  # type: ignore[arg-type]
+        self._device, self._dtype = settings.device, settings.dtype
         self.model.eval().requires_grad_(False)
-        self.targets, self.alpha, self.optimizer, self.head = targets, alpha, optimizer, head
+        self.targets, self.alpha, self.optimizer, self.head = targets, alpha, optimizer, settings.head
         self._checkpoint = str(checkpoint)
         self._pad = load_tokenizer(checkpoint).pad_token_id
         self._image_size = image_size
@@ -261,11 +281,7 @@ class PeftGrid:
         self,
         ranks: Mapping[str, int],
         seed: int,
-        batches: Stream,
-        multipliers: Sequence[float] | np.ndarray,
-        learning_rates: Mapping[str, float],
-        eval_steps: Sequence[int],
-        validation: Sequence[TorchBatch],
+        data: LaneData,
         stop: Callable[[list[Row]], bool] = lambda rows: False,
     ) -> LaneResult:
         """Trains one lane from its drawn adapter to the last eval point, or until `stop`.
@@ -273,11 +289,7 @@ class PeftGrid:
         Args:
             ranks: module -> rank; a module of rank 0 has no adapter.
             seed: of the adapter.
-            batches: the lane's data stream.
-            multipliers: factor on the learning rates at each step.
-            learning_rates: module -> learning rate.
-            eval_steps: steps at which to validate, rising; the last is the horizon, 0 the base itself.
-            validation: from `encode_all`.
+            data: what it reads.
             stop: gets the rows so far after every eval point; True ends the lane, and so does a loss that isn't finite.
         """
         losses: list[float] = []
@@ -287,21 +299,21 @@ class PeftGrid:
         with self.drawn(ranks, seed) as directory:
             start = time.perf_counter()
             with self.adapted(directory) as parameters:
-                optimizer = self.make_optimizer(parameters, learning_rates)
+                optimizer = self.make_optimizer(parameters, data.learning_rates)
                 setup_seconds = time.perf_counter() - start
                 done = 0
-                for point in eval_steps:
+                for point in data.eval_steps:
                     for step in range(done, point):
                         start = time.perf_counter()
-                        batch = self.encode(batches[step])
+                        batch = self.encode(data.batches[step])
                         data_seconds += time.perf_counter() - start
                         start, cpu = time.perf_counter(), time.process_time()
-                        losses.append(self.step(batch, optimizer, float(multipliers[step])).item())
+                        losses.append(self.step(batch, optimizer, float(data.multipliers[step])).item())
                         step_seconds += time.perf_counter() - start
                         cpu_seconds += time.process_time() - cpu
                         tokens += batch.tokens
                     start, cpu = time.perf_counter(), time.process_time()
-                    validation_loss = self.validation_loss(validation)
+                    validation_loss = self.validation_loss(data.validation)
                     eval_seconds += time.perf_counter() - start
                     cpu_seconds += time.process_time() - cpu
                     train_loss = math.fsum(losses[done:]) / (point - done) if point > done else None
@@ -318,7 +330,7 @@ class PeftGrid:
             data_seconds=data_seconds,
             cpu_seconds=cpu_seconds,
             tokens=tokens,
-            eval_tokens=len(rows) * sum(batch.tokens for batch in validation),
+            eval_tokens=len(rows) * sum(batch.tokens for batch in data.validation),
         )
 
     def step(self, batch: TorchBatch, optimizer: torch.optim.AdamW, multiplier: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from jax import Array
 
 from benchmarks.lib.demo_job import demo_job, peft_grid, rank_vector
 from benchmarks.lib.results import Seconds, timed
-from benchmarks.speed.peft_side import LaneResult
+from benchmarks.speed.peft_side import LaneData, LaneResult
 from mars_jax.adapters.method import AnyArray
 from mars_jax.job.programs import Program, lane_groups, probe_programs
 from mars_jax.lanes.engine import Engine, EngineShape
@@ -138,7 +138,8 @@ class PeftSide:
         """One run with some eval points; with other rounding if asked for."""
         grid, side = self._grid, self._rounding if rounding else self._peft
         multipliers = rate_factor * grid.schedule(steps).multipliers
-        return side.train_lane(lane.ranks, lane.seed, grid.stream, multipliers, grid.rates, steps, self._validation)
+        data = LaneData(grid.stream, self._validation, multipliers, grid.rates, steps)
+        return side.train_lane(lane.ranks, lane.seed, data)
 
     def rounding_curves(self) -> dict[Cell, list[float]]:
         """Curves of all cells with other rounding, read off the runs of the largest D."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from mars_jax.adapters.patterns import compile_pattern
 from mars_jax.adapters.registry import METHODS
@@ -71,20 +71,13 @@ class ModuleConfig(Section):
                 raise ValueError(f"{short(target)} {error}") from None
         return targets
 
-    @field_validator("ranks")
+    @field_validator("ranks", "rates")
     @classmethod
-    def _check_ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if list(ranks) != sorted(set(ranks)):
-            raise ValueError(f"ranks must rise without repeats, e.g. {sorted(set(ranks))}; seen {list(ranks)}")
-        return ranks
-
-    @field_validator("rates")
-    @classmethod
-    def _check_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        # To three digits, as in the names of runs.
-        if list(rates) != sorted(rates) or len({f"{rate:.3g}" for rate in rates}) < len(rates):
-            raise ValueError(f"rates must rise and differ in their first three digits; seen {list(rates)}")
-        return rates
+    def _check_rising(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if list(values) != sorted(set(values)):
+            example = sorted(set(values))
+            raise ValueError(f"{info.field_name} must rise without repeats, e.g. {example}; seen {list(values)}")
+        return values
 
 
 def _default_modules() -> dict[str, ModuleConfig]:

@@ -25,6 +25,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         ConfigError: the tokenizer cannot be read, draws its tokens at random, or has no chat template or no
             padding token.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
@@ -35,12 +36,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
             f"{directory}: {', '.join(names) or 'a file of the tokenizer'} is not UTF-8 ({error}). Save it as UTF-8, "
             "or copy it from the checkpoint's source."
         ) from error
+    except StrictDataclassError as error:  # of the config, in which the tokenizer's class is looked up
+        raise ConfigError(
+            f"{directory / 'config.json'}: transformers refuses it: {str(error)[:500]}. Copy config.json from the "
+            "checkpoint's source."
+        ) from error
     except Exception as error:  # the readers of its files raise anything on damaged ones
-        if "Dataclass" in type(error).__name__:  # of the config, which the tokenizer's class is looked up in
-            raise ConfigError(
-                f"{directory / 'config.json'}: transformers refuses it: {str(error)[:500]}. Copy config.json "
-                "from the checkpoint's source."
-            ) from error
         raise ConfigError(
             f"{directory}: no usable tokenizer ({type(error).__name__}: {str(error)[:500]}). Copy tokenizer.json, "
             "tokenizer_config.json and config.json from the checkpoint's source."

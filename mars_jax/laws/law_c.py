@@ -154,6 +154,7 @@ def fit_convergence_law(
     is_censored = np.asarray(censored, bool)
     _check_design(module, rank, samples, is_censored)
     weight = np.ones_like(time) if weights is None else np.asarray(weights, np.float64)
+    weight = weight / weight.mean()
 
     # Centring the logs makes the columns nearly orthogonal; the units are put back below.
     log_rank, log_samples = np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)
@@ -162,22 +163,21 @@ def fit_convergence_law(
     points = Points(
         x=device_column(log_rank - rank_mean),
         d=device_column(log_samples - samples_mean),
-        weight=device_column(weight / weight.mean()),
+        weight=device_column(weight),
         known=device_column(np.ones_like(time)),
     )
     log_time = np.log(time) - time_mean
     # E is at most the shortest measured time.
     largest = jnp.float32(np.exp(log_time[~is_censored].min()))
-    columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
     forms = partial(fit_rows, points, largest), partial(fit_rows_without_offset, points)
     with_offset, plain = (in_blocks(form, log_time[None], is_censored[None])[0] for form in forms)
-    gain = float(plain[AICC] - with_offset[AICC])
-    fitted = (with_offset if gain > _AICC_MARGIN else plain)[None]
+    share = _offset_share(with_offset[AICC], plain[AICC])
+    fitted = (with_offset if share == 1.0 else plain)[None]
     if resamples is not None:
         columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
         last = np.where(is_censored, log_time, np.inf) if horizons is None else np.log(horizons) - time_mean
-        data = _Data(columns, log_time, is_censored, weight / weight.mean(), last)
-        fitted = np.concatenate([fitted, _draws(module, forms, (with_offset, plain), data, resamples)])
+        data = _Data(columns, log_time, is_censored, weight, last)
+        fitted = np.concatenate([fitted, _draws(module, forms, (with_offset, plain), share, data, resamples)])
 
     intercept, gamma, delta, scaled_offset = fitted[:, :4].T
     log_k = intercept + time_mean - gamma * (rank_mean + math.log(_RANK_UNIT))
@@ -227,6 +227,12 @@ def _check_design(module: str, ranks: np.ndarray, num_samples: np.ndarray, censo
         )
 
 
+def _offset_share(with_offset: float, plain: float) -> float:
+    """Akaike weight of the form with an offset beside that without, from their corrected AICs; 1 where it is chosen."""
+    gain = plain - with_offset
+    return 1.0 if gain > _AICC_MARGIN else float(expit(gain / 2))
+
+
 def _centred_log_time(theta: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.log(np.exp(columns @ theta[:3]) + theta[3])
 
@@ -245,23 +251,21 @@ def _draws(
     module: str,
     forms: Sequence[Callable[..., jax.Array]],
     fitted: Sequence[np.ndarray],
+    share: float,
     data: _Data,
     resamples: RunResamples,
 ) -> np.ndarray:
-    """Refits of all resamples, [S, 6], evenly mixed of the form with an offset and of that without, by their weights.
+    """Refits of all resamples, [S, 6]: a share of them, evenly spread, of the form with an offset, the rest without.
 
     Raises:
         NoValidResultError: the runs are too few.
     """
-    with_offset, plain = fitted
-    gain = float(plain[AICC] - with_offset[AICC])
-    share = 1.0 if gain > _AICC_MARGIN else float(expit(gain / 2))
     errors = [_errors(theta, data, resamples) for theta in fitted]
-    if errors[0] is None and gain <= _AICC_MARGIN:
+    if errors[0] is None and share < 1.0:
         share = 0.0
     places = np.arange(len(resamples.donors))
     offset_rows = np.floor((places + 1) * share) > np.floor(places * share)
-    draws = np.zeros((len(places), len(plain)))
+    draws = np.zeros((len(places), len(fitted[0])))
     for form, theta, error, rows in zip(forms, fitted, errors, (offset_rows, ~offset_rows), strict=True):
         if not rows.any():
             continue

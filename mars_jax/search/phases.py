@@ -132,7 +132,6 @@ def _probe_inputs(job: Job) -> Inputs:
 
 def _probe(job: Job) -> Document:
     lanes = planned_lanes(job.config)
-    check_probed_pictures(job.config, job.base.targets, job.data.search.train)
     derived = recover_lanes(job)
     measure_lane_block(job, lanes)
     made = run_probes(job, lanes, programs_of(job))

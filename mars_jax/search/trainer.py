@@ -4,7 +4,7 @@ A strategy sees a `Trainer` alone, so the run, `mars compare` and the evidence r
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,7 +31,12 @@ class Configuration:
     def name(self) -> str:
         """Readable, and unique within a search."""
         ranks = "-".join(f"{module}{rank}" for module, rank in self.ranks.items())
-        return ranks + "".join(f"-{module}x{factor:.3g}" for module, factor in self.factors.items())
+        return ranks + "".join(f"-{module}x{factor!r}" for module, factor in self.factors.items())
+
+
+def distinct(configurations: Iterable[Configuration]) -> list[Configuration]:
+    """Configurations without repeats, in the same order."""
+    return list({configuration.name: configuration for configuration in configurations}.values())
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ class Job:
         return batch | {name: np.pad(batch[name], room[name], constant_values=fill[name]) for name in fill}
 
     def grid(self, head: peft_side.Head = "all") -> peft_side.PeftGrid:
-        return peft_side.PeftGrid(self.checkpoint, self.targets, ALPHA, OPTIMIZER, (28, 28), threads=1, head=head)
+        settings = peft_side.TorchSettings(threads=1, head=head)
+        return peft_side.PeftGrid(self.checkpoint, self.targets, ALPHA, OPTIMIZER, (28, 28), settings)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,8 @@ def reference_lane(
 
 
 def train(job: Job, grid: peft_side.PeftGrid, lane: str, **options: Any) -> peft_side.LaneResult:
-    validation = grid.encode_all(job.validation)
-    return grid.train_lane(*LANES[lane], job.batches, MULTIPLIERS, RATES, EVAL_STEPS, validation, **options)
+    data = peft_side.LaneData(job.batches, grid.encode_all(job.validation), MULTIPLIERS, RATES, EVAL_STEPS)
+    return grid.train_lane(*LANES[lane], data, **options)
 
 
 @pytest.mark.parametrize("head", ["all", "supervised"])
@@ -184,7 +185,8 @@ def test_repeated_steps_equal_vmapped_ones(job):
 
 def test_refuses_other_picture_sizes_and_scales_that_differ(job):
     grid = job.grid()
-    wrong = peft_side.PeftGrid(job.checkpoint, job.targets, lora.AlphaRule("rslora"), OPTIMIZER, (28, 56), threads=1)
+    settings = peft_side.TorchSettings(threads=1)
+    wrong = peft_side.PeftGrid(job.checkpoint, job.targets, lora.AlphaRule("rslora"), OPTIMIZER, (28, 56), settings)
     with pytest.raises(ValueError, match=r"image tokens that are not the \d+ of height and width \(28, 56\)"):
         wrong.encode(job.batches[0])
     with pytest.raises(ValueError, match="'rslora' gives ranks different scales"):

@@ -10,7 +10,7 @@ from mars_jax.lanes.lane import Ranks
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.records import LaneRecord
 from mars_jax.search.selection import Selection
-from mars_jax.search.trainer import Configuration, Curve, Trainer
+from mars_jax.search.trainer import Configuration, Curve, Trainer, distinct
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Space:
         rates = [dict(zip(self.factors, chosen, strict=True)) for chosen in product(*self.factors.values())]
         vectors = [dict(zip(self.grids, ranks, strict=True)) for ranks in product(*self.grids.values())]
         every = [self.configuration(ranks, factors) for ranks in vectors if any(ranks.values()) for factors in rates]
-        # The rates of a frozen module change nothing.
-        return list({configuration.name: configuration for configuration in every}.values())
+        return distinct(every)  # The rates of a frozen module change nothing.
 
     def of_adapted(self, ranks: Ranks) -> dict[str, int]:
         """Ranks without the frozen modules."""

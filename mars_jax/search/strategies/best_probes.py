@@ -12,9 +12,10 @@ from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.lanes.lane import Ranks
 from mars_jax.search.selection import Selection, ranks_text
 from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
-from mars_jax.search.strategies.halving import halved, winner
+from mars_jax.search.strategies.halving import halved
 from mars_jax.search.strategies.law_pick import fitted_pick
 from mars_jax.search.strategies.laws import pick_by_laws
+from mars_jax.search.strategies.lowest import winner
 from mars_jax.search.trainer import Trainer
 
 

@@ -6,12 +6,11 @@ Successive halving (Jamieson and Talwalkar 2016) on the final schedule: the last
 import itertools
 from collections.abc import Sequence
 
-from mars_jax.errors import NoValidResultError
 from mars_jax.lanes.halving import halving_schedule
 from mars_jax.lanes.stopping import Halving
-from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
-from mars_jax.search.trainer import Configuration, Curve, Trainer, best_curve
+from mars_jax.search.strategies.lowest import lowest_of
+from mars_jax.search.trainer import Configuration, Curve, Trainer, distinct
 
 
 class HalvingStrategy:
@@ -27,17 +26,7 @@ class HalvingStrategy:
         design = cross_design(space)
         number = min(budget.runs or len(design), space.most_together, len(design))
         curves = halved(design[:number], space, trainer)
-        final = winner(curves, space)
-        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
-        selection = without_laws(
-            self.name,
-            ranks,
-            space.num_samples,
-            f"Of the final runs of {number} configurations, halved in rungs, that of {choice_text(ranks, factors)} has "
-            f"the lowest validation loss, {final.loss:.4f} nats.",
-            factors,
-        )
-        return Outcome(selection, final, tuple(curves))
+        return lowest_of(self.name, f"Of the final runs of {number} configurations, halved in rungs", curves, space)
 
 
 HALVING = HalvingStrategy()
@@ -51,32 +40,11 @@ def cross_design(space: Space) -> list[Configuration]:
         if any(ranks.values()) and all(ranks[module] in grid for module, grid in space.grids.items())
     ]
     middle = {module: sorted(grid)[len(grid) // 2] for module, grid in space.grids.items()}
-    usual = space.configuration(middle)
-    rated = [
-        space.configuration(middle, {module: factor})
-        for module, grid in space.factors.items()
-        for factor in grid
-        if middle[module] and factor != usual.factors.get(module, 1.0)
-    ]
+    rated = [space.configuration(middle, {module: factor}) for module, grid in space.factors.items() for factor in grid]
     mixed = itertools.chain.from_iterable(itertools.zip_longest(vectors, rated))
-    return [configuration for configuration in mixed if configuration is not None]
+    return distinct(configuration for configuration in mixed if configuration)
 
 
 def halved(configurations: Sequence[Configuration], space: Space, trainer: Trainer) -> list[Curve]:
     """Successive halving over final runs of some configurations."""
     return trainer.train(configurations, Halving(halving_schedule(len(configurations), space.steps)))
-
-
-def winner(curves: Sequence[Curve], space: Space) -> Curve:
-    """The curve with the lowest loss of those that came to the end.
-
-    Raises:
-        NoValidResultError: none did.
-    """
-    best = best_curve(curves, space.steps)
-    if best is None:
-        reasons = "; ".join(f"{curve.configuration.name}: {curve.reason}" for curve in curves)
-        raise NoValidResultError(
-            f"no final run came to its end ({reasons}). Lower finetune.learning_rate (now {dict(space.rates)})."
-        )
-    return best

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
-from mars_jax.search.strategies.halving import winner
+from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.trainer import Configuration, Trainer
 
 
@@ -28,13 +27,8 @@ class RandomSearch:
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs."""
         curves = trainer.train(self.configurations(space, budget), Patience())
-        final = winner(curves, space)
-        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
-        explanation = (
-            f"Of the final runs of {len(curves)} configurations drawn at random, that of {choice_text(ranks, factors)} "
-            f"has the lowest validation loss, {final.loss:.4f} nats."
-        )
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
+        among = f"Of the final runs of {len(curves)} configurations drawn at random"
+        return lowest_of(self.name, among, curves, space)
 
 
 RANDOM = RandomSearch()

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
-from mars_jax.search.strategies.halving import winner
+from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.strategies.uniform import UNIFORM
-from mars_jax.search.trainer import Configuration, Trainer
+from mars_jax.search.trainer import Configuration, Trainer, distinct
 
 _FACTORS = (1 / 3, 3.0)
 
@@ -25,19 +24,13 @@ class SeparateRates:
         (middle,) = UNIFORM.configurations(space, budget)
         modules = [module for module in space.grids if module in space.searched or module in space.factors]
         changed = [{module: factor} for module in modules for factor in space.factors.get(module, _FACTORS)]
-        every = [middle, *(space.configuration(middle.ranks, factors) for factors in changed)]
-        return list({configuration.name: configuration for configuration in every}.values())
+        return distinct([middle, *(space.configuration(middle.ranks, factors) for factors in changed)])
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`."""
         curves = trainer.train(self.configurations(space, budget), Patience())
-        final = winner(curves, space)
-        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
-        explanation = (
-            f"Of {len(curves)} final runs with these ranks and the learning rate of one module changed, that of "
-            f"{choice_text(ranks, factors)} has the lowest validation loss, {final.loss:.4f} nats."
-        )
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
+        among = f"Of {len(curves)} final runs with these ranks and the learning rate of one module changed"
+        return lowest_of(self.name, among, curves, space)
 
 
 SEPARATE_RATES = SeparateRates()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.eval_points import EvalPoint, Points
 from mars_jax.lanes.stopping import AskEach
-from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
-from mars_jax.search.strategies.halving import winner
+from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.trainer import Curve, Trainer
 
 if TYPE_CHECKING:
@@ -50,14 +49,9 @@ class Tpe:
             NoValidResultError: no run came to its end.
         """
         curves = self._curves(space, trainer, (budget.runs or DEFAULT_RUNS) * space.steps)
-        final = winner(curves, space)
-        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
-        explanation = (
-            f"Of {len(curves)} final runs that TPE suggested, {sum(c.steps == space.steps for c in curves)} of which "
-            f"were not stopped, that of {choice_text(ranks, factors)} has the lowest validation loss, {final.loss:.4f} "
-            "nats."
-        )
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
+        whole = sum(curve.steps == space.steps for curve in curves)
+        among = f"Of {len(curves)} final runs that TPE suggested, {whole} of which were not stopped"
+        return lowest_of(self.name, among, curves, space)
 
     def _curves(self, space: Space, trainer: Trainer, steps: int) -> list[Curve]:
         """The runs, first asked first."""

@@ -7,7 +7,7 @@ from mars_jax.errors import ConfigError
 from mars_jax.lanes.stopping import Patience
 from mars_jax.search.selection import without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
-from mars_jax.search.strategies.halving import winner
+from mars_jax.search.strategies.lowest import winner
 from mars_jax.search.trainer import Configuration, Trainer
 
 
