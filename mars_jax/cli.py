@@ -3,6 +3,7 @@
 Heavy imports are inside functions, so that `mars --help` and errors of the config are quick.
 """
 
+import ctypes
 import errno
 import io
 import os
@@ -219,10 +220,11 @@ def execute(work: Callable[["Reporter"], "Document"], *, json_output: bool, tabl
     except OSError as error:
         _fail(type(error).__name__, *_of_files(error), json_output)
     except Exception as error:  # anything else is a bug of ours: reported as one, with its traceback in a file
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the latter is XLA's
+        if _is_of_memory(error):
             from mars_jax.runtime.text import short
 
-            message = f"the memory is full ({short(str(error))}). Finished work is kept. Ask for less, or take more."
+            cause = f" ({short(str(error))})" if str(error) else ""
+            message = f"the memory is full{cause}. Finished work is kept. Ask for less, or take more."
             _fail(type(error).__name__, message, DoesNotFitError.exit_code, json_output)
         _fail(type(error).__name__, _bug(error), BUG, json_output)
     except KeyboardInterrupt as interrupt:  # `Interrupted` has a message
@@ -358,6 +360,13 @@ def _without_stdout(error: OSError) -> int:
     return DoesNotFitError.exit_code
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Whether Python's memory is full, or XLA's, which has no type of its own for it."""
+    jax = sys.modules.get("jax")
+    of_xla = jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or of_xla
+
+
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
     """Keeps stdout for the result: libraries print to it too, those in other languages past `sys.stdout`."""
@@ -366,6 +375,7 @@ def _stdout_to_stderr() -> Iterator[None]:
             kept = os.dup(1)
             stack.callback(os.close, kept)
             stack.callback(os.dup2, kept, 1)
+            stack.callback(ctypes.CDLL(None).fflush, None)  # C has a buffer of its own for stdout
             os.dup2(2, 1)
         yield
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import typer
 
@@ -164,12 +165,19 @@ def test_our_bugs_are_named_as_ours_and_keep_their_traceback(capsys):
     file.unlink()
 
 
+XLA_FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
+
+
 @pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")],
-    ids=["of the machine", "of a device, from XLA"],
+    ("error", "cause"),
+    [
+        (MemoryError(), ""),
+        (MemoryError("9 bytes"), " ('9 bytes')"),
+        (jax.errors.JaxRuntimeError(XLA_FULL), f" ({XLA_FULL!r})"),
+    ],
+    ids=["of the machine", "of the machine, with its cause", "of a device, from XLA"],
 )
-def test_a_full_memory_is_no_bug(capsys, error):
+def test_a_full_memory_is_no_bug(capsys, error, cause):
     def work(reporter):
         raise error
 
@@ -177,8 +185,20 @@ def test_a_full_memory_is_no_bug(capsys, error):
         execute(work, json_output=False)
     assert exit_info.value.exit_code == 4
     assert capsys.readouterr().err == (
-        f"mars: the memory is full ({str(error)!r}). Finished work is kept. Ask for less, or take more.\n"
+        f"mars: the memory is full{cause}. Finished work is kept. Ask for less, or take more.\n"
     )
+
+
+def test_an_error_that_quotes_xlas_word_for_a_full_memory_is_a_bug_all_the_same(capsys):
+    def work(reporter):
+        raise RuntimeError("no RESOURCE_EXHAUSTED here")
+
+    with pytest.raises(typer.Exit) as exit_info:
+        execute(work, json_output=False)
+    assert exit_info.value.exit_code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("mars: a bug of mars_jax, not of your input: RuntimeError")
+    Path(re.search(r"The traceback is in (\S+);", err)[1]).unlink()
 
 
 def test_what_the_file_system_refuses_is_no_bug(capsys, tmp_path):
@@ -319,6 +339,23 @@ def test_json_on_stdout_is_alone_whatever_is_printed(capfd):
     assert "one in another language" in err
     assert "a notice [with brackets]" in err
     assert "vision=8 llm=32" in err
+
+
+def test_what_c_prints_came_behind_the_json_from_its_own_buffer(tmp_path):
+    code = (
+        "import ctypes; from mars_jax import cli\n"
+        "def work(reporter):\n"
+        "    ctypes.CDLL(None).puts(b'from C'); return {'result': 1}\n"
+        "cli.execute(work, json_output=True)"
+    )
+    # A file, and no PYTHONUNBUFFERED: otherwise C keeps nothing back.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert json.loads((tmp_path / "out").read_text()) == {"result": 1}
+    assert "from C\n" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -83,10 +83,11 @@ def read_lora_settings(settings: Mapping[str, Any], path: Path) -> LoraSettings:
 
 
 def _by_pattern(name: str, values: object, kinds: _Kinds, path: Path) -> _ByPattern:
-    if not isinstance(values or {}, dict):
+    values = values or {}
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: {name} is {short(values)}; an object of patterns and numbers is needed.")
     found = []
-    for pattern, value in dict(values or {}).items():  # type: ignore[call-overload]
+    for pattern, value in values.items():
         number = _number(f"{name}[{short(pattern)}]", value, kinds, path)
         try:
             compile_pattern(pattern)  # so that a fault has its position in what the file holds

@@ -11,7 +11,6 @@ from mars_jax.config.load import Config
 from mars_jax.data.batches import subset
 from mars_jax.data.records import Record
 from mars_jax.errors import ConfigError
-from mars_jax.hub.end_tokens import load_end_tokens
 from mars_jax.hub.read import check_weights
 from mars_jax.job.base import JobBase
 from mars_jax.job.data import JobData
@@ -34,12 +33,11 @@ def check_model(config: Config, base: JobBase) -> None:
 
 
 def check_data(config: Config, base: JobBase, data: JobData) -> None:
-    """Refuses samples that the job can't train on, and a base that can't say where an answer ends.
+    """Refuses samples that the job can't train on.
 
     Raises:
-        ConfigError: more samples asked for than there are, modules that get no gradient, or no usable end tokens.
+        ConfigError: more samples asked for than there are, or modules that get no gradient.
     """
-    load_end_tokens(base.checkpoint, data.preprocessor.tokenizer)  # evaluation, after all the training, needs them
     train = data.search.train
     check_sizes(config, len(train))
     check_pictures(config, base.targets, train)
@@ -77,10 +75,12 @@ def check_probed_pictures(config: Config, targets: Targets, train: Sequence[Reco
         ConfigError: there is such a size.
     """
     dead = _of_pictures(config, targets)
+    if not dead:
+        return
     pictured = [bool(record.images) for record in train]
     sizes = config.probe.num_samples
     bare = [size for size in sizes if not any(pictured[i] for i in subset(len(train), size, config.seed))]
-    if dead and bare:
+    if bare:
         raise ConfigError(
             f"none of the training samples that probes of D = {', '.join(map(str, bare))} read has a picture (of all "
             f"{len(train)}, {sum(pictured)} have), so {' and '.join(dead)} would get no gradient there. Give larger "

@@ -5,7 +5,6 @@ Others may read it meanwhile. It imports nothing heavy: `mars status` must answe
 
 import errno
 import importlib.metadata
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import yaml
 
 from mars_jax.config.load import RESOLVED_CONFIG, Config
 from mars_jax.errors import ConfigError, DataError
-from mars_jax.job import lock
+from mars_jax.job import files, lock
 from mars_jax.job.book import Book, hash_inputs
 from mars_jax.job.documents import SHAPES
 from mars_jax.runtime.durable import make_folder, remove_leftovers
@@ -67,18 +66,18 @@ class RunDirectory:
         return read_jsonl(self / file, warn, SHAPES[file])
 
     def check_links(self) -> None:
-        """Refuses links that lead nowhere, behind which a file is hidden that would be taken for one never written.
+        """Refuses links in the places of a run's files that lead nowhere: they would be taken for files never written.
 
         Raises:
             DataError: there is one.
         """
-        for folder, folders, names in os.walk(self.path):
-            for file in (Path(folder) / name for name in (*folders, *names)):
-                if file.is_symlink() and not file.exists():
-                    raise DataError(
-                        f"{file} is a link to {file.readlink()}, which leads nowhere. Put back what it led to, or "
-                        "remove the link: what it stood for is then made again."
-                    )
+        for name in sorted({path for file in (Path(RESOLVED_CONFIG), *files.EVERY) for path in (file, *file.parents)}):
+            file = self / name
+            if file.is_symlink() and not file.exists():
+                raise DataError(
+                    f"{file} is a link to {file.readlink()}, which leads nowhere. Put back what it led to, or remove "
+                    "the link: what it stood for is then made again."
+                )
 
     @classmethod
     @contextmanager

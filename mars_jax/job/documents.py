@@ -2,8 +2,8 @@
 
 A file of another shape is refused by `RunDirectory.read` or `RunDirectory.lines`, at the key. Other keys may be there
 too; what the report may lack has a default. None stands for NaN and infinities, which JSON lacks, or for what older
-runs didn't write. The pick, the trials and the sources have classes of their own, which `load_json` and
-`load_jsonl` read.
+runs didn't write. The trials and the sources have classes of their own, which `load_json` and `load_jsonl` read; so
+has the pick where it is trained, `search.selection`, of which only the shape for others stands here.
 """
 
 from dataclasses import dataclass, field
@@ -322,6 +322,13 @@ class Sample:
     finetuned: Outcome
 
 
+@dataclass(frozen=True)
+class AdapterConfig:
+    """adapter/adapter_config.json, as the report shows it."""
+
+    base_model_name_or_path: str | None = None
+
+
 SHAPES: dict[Path, type] = {
     files.STATE: State,
     files.DATA: Data,
@@ -340,5 +347,6 @@ SHAPES: dict[Path, type] = {
     files.COMPARISON: Comparison,
     files.EVALUATION: Evaluation,
     files.SAMPLES: Sample,
+    files.ADAPTER_CONFIG: AdapterConfig,
 }
 """File, relative to the run directory -> the shape of the document, or of each of its lines."""

@@ -33,11 +33,16 @@ COMPARISON = Path("compare.json")  # the pick beside its alternatives
 EVALUATION = Path("evaluation.json")  # measurements on the test samples
 SAMPLES = Path("samples.jsonl")  # a record for each test sample
 ADAPTER = Path("adapter")  # the exported PEFT adapter
+ADAPTER_CONFIG = Path("adapter/adapter_config.json")  # its settings
 MERGED = Path("merged")  # the whole checkpoint with the adapters added
 REPORT = Path("report")  # the page, its figures and report.json
 
 STATE = Path("state.json")  # phases, versions and peak memory
 EVENTS = Path("events.jsonl")  # what happened, one line an event
+
+
+EVERY = tuple(value for value in list(globals().values()) if isinstance(value, Path))
+"""All of them."""
 
 
 def probe_adapters(lane: str) -> Path:

@@ -77,11 +77,11 @@ def _is_finished(phase: Phase, job: Job, hashes: Mapping[str, str], record: Docu
     """Whether a phase need not run; otherwise, if it had been finished, reports why it runs again."""
     if record.get("status") != "done":
         return False
-    before = record.get("inputs") or {}  # older runs didn't write it
+    before = record.get("inputs") or {}
     if before != hashes:
-        changed = [name for name in {**before, **hashes} if before and before.get(name) != hashes.get(name)]
-        if changed:
-            job.reporter.notice(f"{phase.name}: {', '.join(changed)} changed, done again")
+        changed = ", ".join(name for name in {**before, **hashes} if before.get(name) != hashes.get(name))
+        why = f"{changed} changed" if before else "an older version did not note its inputs"
+        job.reporter.notice(f"{phase.name}: {why}, done again")
         return False
     damaged = job.directory.book.damaged(record)
     if not damaged and (job.directory / phase.outputs[0]).exists():

@@ -1,15 +1,13 @@
 """Records of finished probe lanes, the lines of probes/lanes.jsonl: the only input of the fits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from mars_jax.errors import DataError
 
 Document = dict[str, Any]
 """A JSON object."""
-
-_NEEDED_KEYS = ("lane", "ranks", "num_samples", "steps", "convergence_steps", "censored", "best_loss", "status")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ class LaneRecord:
         Raises:
             DataError: a needed key is missing, or a number of steps or samples is not above 0.
         """
-        missing = [name for name in _NEEDED_KEYS if name not in document]
+        needed = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]
+        missing = [name for name in needed if name not in document]
         if missing:
             raise DataError(
                 f"lane record {number} (lane {document.get('lane', '?')}) lacks {', '.join(missing)}; it has "

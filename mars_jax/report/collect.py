@@ -11,16 +11,13 @@ from mars_jax.config.load import RESOLVED_CONFIG
 from mars_jax.errors import ConfigError, DataError
 from mars_jax.job import files
 from mars_jax.job.directory import RunDirectory
-from mars_jax.runtime.jsonfiles import read_json
-from mars_jax.runtime.text import json_type
 
 Record = Mapping[str, Any]
 """A JSON object that is only read."""
 
-_ADAPTER_CONFIG = files.ADAPTER / "adapter_config.json"
 READ = (
     *(files.PLAN, files.DATA, files.LANES, files.CURVES, files.LAWS, files.SELECTION, files.SWEEP),
-    *(files.METRICS, files.SUMMARY, files.EVALUATION, _ADAPTER_CONFIG),
+    *(files.METRICS, files.SUMMARY, files.EVALUATION, files.ADAPTER_CONFIG),
 )
 """Files of phases that a report is made from."""
 
@@ -88,12 +85,12 @@ def read_run(directory: Path) -> RunRecord:
     names = {str(file): (run / file).is_file() for file in read}
     if not any(names.values()):
         raise ConfigError(f"{directory}: not a run directory: it holds none of {', '.join(names)}. {advice}")
-    config_file, adapter_file = run / RESOLVED_CONFIG, run / _ADAPTER_CONFIG
+    config_file = run / RESOLVED_CONFIG
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     return RunRecord(
         directory=directory,
         config_text=config_text,
-        config=_config(run / RESOLVED_CONFIG, config_text),
+        config=_config(config_file, config_text),
         state=_document(run, files.STATE),
         plan=_document(run, files.PLAN),
         data=_document(run, files.DATA),
@@ -105,7 +102,7 @@ def read_run(directory: Path) -> RunRecord:
         metrics=tuple(run.lines(files.METRICS, notes.append)),
         summary=_document(run, files.SUMMARY),
         evaluation=_document(run, files.EVALUATION),
-        adapter=_mapping(adapter_file, read_json(adapter_file)) if adapter_file.is_file() else {},
+        adapter=_document(run, files.ADAPTER_CONFIG),
         read=tuple(name for name, exists in names.items() if exists),
         absent=tuple(name for name, exists in names.items() if not exists),
         notes=tuple(notes),
@@ -123,16 +120,11 @@ def _document(run: RunDirectory, file: Path) -> Record:
 
 
 def _config(path: Path, text: str) -> Record:
+    advice = "`mars run` writes this file; don't edit it."
     try:
-        return _mapping(path, yaml.safe_load(text) or {})
+        settings = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise DataError(f"{path} is not YAML: {error}. `mars run` writes this file; don't edit it.") from error
-
-
-def _mapping(path: Path, value: object) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{path} holds a JSON {json_type(value)} where a mapping of names is expected. "
-            "Delete it, and run the command that writes it again."
-        )
-    return value
+        raise DataError(f"{path} is not YAML: {error}. {advice}") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} is no list of settings. {advice}")
+    return settings

@@ -167,8 +167,8 @@ def _sweep(run: RunRecord) -> list[Document]:
         {
             "ranks": dict(final["ranks"]),
             "trained": {module: rank for module, rank in final["ranks"].items() if rank},
-            "factors": {m: final["factors"].get(m, 1.0) if final["ranks"][m] else None for m in rated},
-            "is_pick": _is_pick(run, final),
+            "factors": {m: (final.get("factors") or {}).get(m, 1.0) if final["ranks"][m] else None for m in rated},
+            "is_pick": is_pick(run, final),
             "steps": final["looks"][-1][0],
             "loss": None if None in (losses := [loss for _, loss in final["looks"]]) else min(losses),
         }
@@ -176,7 +176,8 @@ def _sweep(run: RunRecord) -> list[Document]:
     ]
 
 
-def _is_pick(run: RunRecord, final: Record) -> bool:
+def is_pick(run: RunRecord, final: Record) -> bool:
+    """Whether a final run of the sweep is that of the pick."""
     trained = {module: rank for module, rank in final["ranks"].items() if rank}
     pick = {module: rank for module, rank in (run.selection.get("pick") or {}).items() if rank}
     return trained == pick and (final.get("factors") or {}) == (run.selection.get("factors") or {})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mars_jax.report.collect import Record, RunRecord
+from mars_jax.report.facts import is_pick
 from mars_jax.report.style import LIGHT, WIDTH, dashes, mark_handle, ramp, rank_handles, short
 
 if TYPE_CHECKING:
@@ -112,10 +113,7 @@ def finetune_curves(run: RunRecord) -> "Figure | None":
         return None
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes: Axes = figure.subplots()
-    kept = run.summary.get("ranks"), run.selection.get("factors") or {}
-    other_curves = [
-        other["looks"] for other in run.sweep.get("runs") or [] if (other["ranks"], other.get("factors") or {}) != kept
-    ]
+    other_curves = [other["looks"] for other in run.sweep.get("runs") or [] if not is_pick(run, other)]
     for i, points in enumerate(other_curves):
         label = "validation of other final runs" if i == 0 else None
         finite = [(step, loss) for step, loss in points if loss is not None]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic_core import from_json  # the parser of `TypeAdapter`: what it refuses is refused before the types are
 
 from mars_jax.errors import DataError
 from mars_jax.runtime.durable import make_folder, naming, refuse_special, replacing
@@ -94,10 +95,9 @@ def _read(path: Path) -> tuple[bytes, Any]:
     """The content of a file, and the value that it is the JSON of."""
     content = _read_bytes(path)
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        what = "is empty, not JSON" if not content.strip() else f"is not JSON: {reason}"
+        value = from_json(content)
+    except ValueError as error:
+        what = "is empty, not JSON" if not content.strip() else f"is not JSON: {error}"
         raise DataError(f"{path} {what}. {_WRITE_AGAIN}") from None
     return content, value
 
@@ -165,7 +165,7 @@ def _lines(path: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, bytes
             continue
         where = f"{path}, line {number}"
         try:
-            record = _parsed(line)
+            record = from_json(line)
         except ValueError:
             if number == len(lines):
                 warn(f"{where}: incomplete, as after a kill, and left out")
@@ -215,21 +215,9 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 def _is_record(line: bytes) -> bool:
     try:
-        return isinstance(_parsed(line), dict)
+        return isinstance(from_json(line), dict)
     except ValueError:
         return False
-
-
-def _parsed(line: bytes) -> object:
-    """The value that a line is the JSON of.
-
-    Raises:
-        ValueError: it isn't JSON.
-    """
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def _jsonl(records: Iterable[Mapping[str, object]]) -> str:

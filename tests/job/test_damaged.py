@@ -184,11 +184,14 @@ OTHER_TYPES = {
     "a text": (b'"x"', f" holds a JSON text where a mapping of names is expected. {WRITTEN_AGAIN}"),
     "a number": (b"3", f" holds a JSON number where a mapping of names is expected. {WRITTEN_AGAIN}"),
     "nothing": (b"", f" is empty, not JSON. {WRITTEN_AGAIN}"),
-    "bytes": (bytes(range(256)), f" is not JSON: Expecting value: line 1 column 1 (char 0). {WRITTEN_AGAIN}"),
-    "depth": (b"[" * 10**5, f" is not JSON: it is nested too deeply. {WRITTEN_AGAIN}"),
+    "bytes": (bytes(range(256)), f" is not JSON: expected value at line 1 column 1. {WRITTEN_AGAIN}"),
+    "a byte order mark": (b"\xef\xbb\xbf{}", f" is not JSON: expected value at line 1 column 1. {WRITTEN_AGAIN}"),
+    "depth": (b"[" * 10**5, f" is not JSON: recursion limit exceeded at line 1 column 202. {WRITTEN_AGAIN}"),
+    "some depth": (b"[" * 300 + b"]" * 300, " is not JSON: recursion limit exceeded at line 1 column 202."),
+    "half a surrogate": (b'{"phases": "\\ud800"}', " is not JSON: unexpected end of hex escape at line 1 column "),
     "a long number": (
         b'{"phases": ' + b"9" * 5000 + b"}",
-        " is not JSON: Exceeds the limit (4300 digits) for integer ",
+        " is not JSON: number out of range at line 1 column ",
     ),
     "a folder": (None, " is a folder where a file belongs. Move it away, and run the command again."),
 }

@@ -174,9 +174,9 @@ def test_status_of_nothing_is_refused(tmp_path):
 
 def test_every_place_is_inside_and_has_its_own_name(tmp_path):
     run = RunDirectory(tmp_path)
-    places = [run / value for value in vars(files).values() if isinstance(value, Path)]
+    places = [run / file for file in files.EVERY]
     places.append(run / files.probe_adapters("vision8-llm2-D256-s0"))
-    assert len({*places}) == len(places) == 29 + 1
+    assert len({*places}) == len(places) == 30 + 1
     assert all(tmp_path in place.parents for place in places)
 
 

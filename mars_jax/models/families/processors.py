@@ -101,19 +101,19 @@ class SidedSettings(ProcessorSettings):
 SchemaT = TypeVar("SchemaT", bound=ProcessorSettings)
 
 
-def read_processor(directory: Path, schema: type[SchemaT]) -> tuple[SchemaT, str | None]:
+def read_processor(directory: Path, schema: type[SchemaT], known: Sequence[str]) -> tuple[SchemaT, str]:
     """Reads the image processor's settings of a checkpoint folder.
 
     Args:
         directory: the folder.
         schema: of the processors that the family takes.
+        known: names of these, without the suffixes of their variants; the first is that of a folder without a name.
 
     Returns:
-        The settings, and the name of the class that saved them, without the suffixes of its variants; None where the
-        file has no name.
+        The settings, and the name of the processor.
 
     Raises:
-        ConfigError: the folder has no image processor, or its settings are not possible.
+        ConfigError: the folder has no image processor, one that the family does not take, or impossible settings.
     """
     file, section, settings = _settings(directory)
     name = settings.get("image_processor_type")
@@ -122,7 +122,13 @@ def read_processor(directory: Path, schema: type[SchemaT]) -> tuple[SchemaT, str
     if not isinstance(name, str | None):
         raise refusal(str(file), f"{section}.image_processor_type".lstrip("."), name, "a text expected")
     read = checked(schema, settings, str(file), section)
-    return read, name.removesuffix("Fast").removesuffix("Pil") if name else None
+    name = name.removesuffix("Fast").removesuffix("Pil") if name else known[0]
+    if name not in known:
+        raise ConfigError(
+            f"{directory}: the image processor is {name!r}; {', '.join(known)} are supported. Copy the processor of "
+            "the checkpoint's source."
+        )
+    return read, name
 
 
 def make_processor(directory: Path, name: str, settings: Mapping[str, object]) -> Any:
@@ -154,27 +160,6 @@ def attempt(directory: Path, work: Callable[[], ResultT]) -> ResultT:
             f"{directory}: the image processor cannot be used with its settings ({type(error).__name__}: {error}). "
             "Copy its configuration again from the checkpoint's source."
         ) from error
-
-
-def require_processor(directory: Path, seen: str | None, known: Sequence[str], default: str) -> str:
-    """The class of an image processor, refused unless the family takes it.
-
-    Args:
-        directory: folder of the processor, for error messages.
-        seen: its name in the folder.
-        known: those that the family takes.
-        default: the one of a folder without a name.
-
-    Raises:
-        ConfigError: the family does not take it.
-    """
-    name = seen or default
-    if name not in known:
-        raise ConfigError(
-            f"{directory}: the image processor is {name!r}; {', '.join(known)} are supported. Copy the processor of "
-            "the checkpoint's source."
-        )
-    return name
 
 
 def _settings(directory: Path) -> tuple[Path, str, Document]:

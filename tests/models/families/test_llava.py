@@ -206,5 +206,5 @@ def test_a_processor_that_does_not_fit_is_refused(tmp_path):
         load_preprocessor(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_processor_type": "BlipImageProcessor"}))
-    with pytest.raises(ConfigError, match="image processor is 'BlipImageProcessor'; CLIPImageProcessor, "):
+    with pytest.raises(ConfigError, match="image processor is 'BlipImageProcessor'; LlavaImageProcessor, CLIP"):
         load_preprocessor(tmp_path)

@@ -24,7 +24,6 @@ from mars_jax.models.families.processors import (
     attempt,
     make_processor,
     read_processor,
-    require_processor,
 )
 
 _PROCESSOR = "LlavaOnevisionImageProcessor"
@@ -227,8 +226,7 @@ def load_anyres_pictures(directory: Path, geometry: Geometry) -> AnyresPictures:
     Raises:
         ConfigError: the folder has no processor, or its settings differ from `geometry`.
     """
-    settings, seen_name = read_processor(directory, _Settings)
-    require_processor(directory, seen_name, (_PROCESSOR,), _PROCESSOR)
+    settings, _ = read_processor(directory, _Settings, (_PROCESSOR,))
     processor = make_processor(directory, f"llava_onevision.{_PROCESSOR}", settings.given())
     pinpoints = tuple((int(height), int(width)) for height, width in processor.image_grid_pinpoints)
     pictures, side = AnyresPictures(geometry, processor), geometry.image_size

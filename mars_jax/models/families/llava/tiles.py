@@ -19,14 +19,13 @@ from mars_jax.models.families.processors import (
     attempt,
     make_processor,
     read_processor,
-    require_processor,
 )
 
 _PROCESSORS = {
+    "LlavaImageProcessor": "llava",
     "CLIPImageProcessor": "clip",
     "SiglipImageProcessor": "siglip",
     "BitImageProcessor": "bit",
-    "LlavaImageProcessor": "llava",
 }
 
 
@@ -74,8 +73,7 @@ def load_tile_pictures(directory: Path, config: LlavaConfig, max_pixels: int | N
             a limit of pixels is set, which would have no effect.
     """
     refuse_max_pixels(directory, config, max_pixels)
-    settings, seen_name = read_processor(directory, SidedSettings)
-    name = require_processor(directory, seen_name, tuple(_PROCESSORS), "LlavaImageProcessor")
+    settings, name = read_processor(directory, SidedSettings, tuple(_PROCESSORS))
     pictures = TilePictures(config, make_processor(directory, f"{_PROCESSORS[name]}.{name}", settings.given()))
     side = config.vision.image_size
     seen = attempt(directory, lambda: pictures.tiles([Image.new("RGB", (side + 3, 2 * side))])["pixels"]).shape[2:]

@@ -23,7 +23,6 @@ from mars_jax.models.families.processors import (
     attempt,
     make_processor,
     read_processor,
-    require_processor,
 )
 from mars_jax.models.families.qwen2_5_vl.config import Qwen25VlConfig, QwenVisionConfig
 from mars_jax.runtime.json_object import Settings
@@ -195,8 +194,7 @@ def load_window_pictures(directory: Path, config: Qwen25VlConfig, max_pixels: in
         ConfigError: the folder has no processor, its patches differ from the model's, or `max_pixels` is below its
             smallest picture.
     """
-    settings, name = read_processor(directory, _Settings)
-    require_processor(directory, name, _PROCESSORS, _PROCESSORS[0])
+    settings, _ = read_processor(directory, _Settings, _PROCESSORS)
     least, most = settings.bounds()
     if least is None or most is None or least > most:
         raise ConfigError(
