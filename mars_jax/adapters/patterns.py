@@ -34,7 +34,7 @@ def compile_pattern(expression: str) -> Pattern:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
             re.compile(expression)
-        if short := re.search(r"\{,\d", expression):
+        if short := re.search(r"(?<!\\)\{,\d+\}", expression):
             raise ValueError(f"has a repetition without a lower bound at position {short.start()}: write {{0,N}}")
         options = re2.Options()
         options.log_errors = False

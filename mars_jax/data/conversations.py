@@ -24,28 +24,33 @@ _OTHER_IMAGE = re.compile(
     r"|(?!(?-i:<image>))<\|?(?:image|img)[ _-]?(?:\d+|here|placeholder|pad|token)?\|?>",
     re.IGNORECASE,
 )
-_NUMBER = r"\s{0,20}\d{1,5}(?:\.\d{1,9})?\s{0,20}"
-_PAIR = rf"{_NUMBER},{_NUMBER}"
-_CALLED = r"(?:click|\btap|long_?press|drag|drag_?to|move_?to|mouse_?move|hover|swipe|scroll|touch)"
-_PLACE = r"(?:coordinates?|coords?|points?|pos|positions?|locations?|box|boxes|bbox|bboxes|bounding_?box|center|centre)"
-# Every repetition has a limit, so the time is linear in the length of the text.
+# Coordinates. Every repetition has a limit, so the time is linear in the length of the text.
+_NUMBER, _SPACE = r"-?\d{1,5}(?:\.\d{1,20})?", r"\s{0,20}"
+_PAIR = rf"{_SPACE}{_NUMBER}{_SPACE},{_SPACE}{_NUMBER}{_SPACE}"
+_PLACE = (
+    r"(?:coord(?:inate)?s?|points?|pos|positions?|locations?|(?:b|bounding_?)?box(?:es)?|cent(?:er|re))(?:_?\d|_2d)?"
+)
+_EDGE = r"[\"'](?:[xy]_?[12]?|[xy]_?(?:min|max)|left|right|top|bottom|(?:c|center)_?[xy])[\"']\s?:\s?[\"']?"
+_ACTION = r"(?:\b|_)(?:click|tap|long_?press|drag(?:_?to)?|move_?to|mouse_?move|hover|swipe|scroll|touch)"
 _BOX = re.compile(
     # Lists: [1, 2, 3, 4], (1, 2), (3, 4), [[1, 2], [3, 4]].
-    rf"[\[(]{_PAIR},{_PAIR}[\])]|\({_PAIR}\),?\s?\({_PAIR}\)|\[\s{{0,20}}\[{_PAIR}\],\s{{0,20}}\[{_PAIR}\]"
+    rf"[\[(]{_PAIR},{_PAIR}[\])]|\({_PAIR}\),?\s?\({_PAIR}\)|\[{_SPACE}\[{_PAIR}\],{_SPACE}\[{_PAIR}\]"
     # Named lists: bbox_2d=[1, 2, 3, 4], start_box='(1, 2)', "coordinate": [1, 2].
-    rf"|(?:\"?(?:bbox_2d|point_2d|bbox)\"?|(?:start|end)_(?:box|point)|[\"']\w{{0,20}}{_PLACE}(?:_?\d|_2d)?[\"'])"
-    rf"\s?[:=]\s?[\"']?(?:[\[(]\s{{0,20}}){{1,2}}{_NUMBER}(?:,{_NUMBER}){{1,3}}"
+    rf"|(?:\bb?box(?:_2d)?\"?|\bpoint_2d\"?|(?:start|end)_(?:box|point)|[\"'](?:\w{{0,20}}_)?{_PLACE}[\"'])"
+    rf"\s?[:=]\s?[\"']?(?:[\[(]{_SPACE}){{1,2}}{_PAIR}"
     # Named numbers: "x": 1, "y": 2.
-    rf"|[\"'](?:x_?1?|x_?min|left|c_?x|center_?x)[\"']\s?:\s?[\"']?{_NUMBER}[\"']?,\s{{0,20}}"
-    rf"[\"'](?:[xy]_?[12]?|[xy]_?(?:min|max)|top|right|c_?y|center_?y)[\"']\s?:\s?[\"']?{_NUMBER}"
-    # Actions: click(1, 2), pyautogui.moveTo(x=1, y=2), tap([1, 2]), click at (1, 2).
-    rf"|{_CALLED}(?:\s?\(|\s(?:at|on|to)\s\()(?:\w{{1,20}}\s?=\s?)?[\"']?[\[(]?{_NUMBER},(?:\s?\w{{1,20}}\s?=\s?)?{_NUMBER}"
-    rf"|{_CALLED}\s?(?:at\s|on\s|to\s)?\[{_PAIR}\]"
-    # Tags: <box>, <point x="1" y="2">.
-    r"|<\|?(?:box|box_start|bbox|points?|quad|poly)\|?>"
-    rf"|<(?:points?|box|bbox|click|tap|region|coord\w{{0,10}})\s[^<>]{{0,80}}?\bx_?(?:1|min)?\s?=\s?[\"']?{_NUMBER}",
+    rf"|{_EDGE}{_NUMBER}[\"']?,{_SPACE}{_EDGE}{_NUMBER}"
+    # Actions: click(1, 2), pyautogui.moveTo(x=1, y=2), drag([1, 2], [3, 4]), click at (1, 2), tap [1, 2].
+    rf"|{_ACTION}(?:\(|\s(?:at|on|to)\s\()(?:\w{{1,20}}\s?=\s?)?[\"']?[\[(]?{_NUMBER}{_SPACE},{_SPACE}(?:\w{{1,20}}=)?{_NUMBER}"
+    rf"|\b(?:click|tap)\s?(?:at\s|on\s)?\[{_PAIR}\]"
+    # Tags: <box>1, 2, <point x="1" y="2">.
+    rf"|<\|?(?:box|box_start|bbox|points?|quad|poly)\|?>[\s\[(]{{0,5}}{_NUMBER}"
+    rf"|<(?:points?|box|bbox|click|tap|region|coord\w{{0,10}})\s[^<>]{{0,80}}?\b[xy]_?(?:1|min)?\s?=\s?[\"']?{_NUMBER}",
     re.IGNORECASE,
 )
+# What every one of these has; looked for first, since most texts have none of it and it is found ten times as fast.
+_BOX_PART = re.compile(r"\d[\s\"'\])]{0,20},|<(?!image>)")
+_OPENING, _CLOSING, _LONGEST_BOX = "([{<", ")]}>", 200
 
 
 class Finished(NamedTuple):
@@ -82,11 +87,21 @@ def only_last(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 def has_boxes(turns: Sequence[Turn]) -> str:
     """What looks like coordinates in pixels in the texts, or "": shares of 0 to 1 are no pixels."""
     for turn in turns:
-        for found in _BOX.finditer(turn.text):
-            numbers = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", found[0])]
-            if not numbers or max(numbers) > 1:
-                return found[0]
+        for found in _BOX.finditer(turn.text) if _BOX_PART.search(turn.text) else ():
+            box = _whole_box(turn.text, found)
+            if any(abs(float(number)) > 1 for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", box)):
+                return box
     return ""
+
+
+def _whole_box(text: str, found: re.Match[str]) -> str:
+    """The text of a match of `_BOX`, whose numbers are the first ones only, up to where its brackets close."""
+    depth = 0
+    for place, character in enumerate(text[found.start() : found.start() + _LONGEST_BOX], start=found.start() + 1):
+        depth += (character in _OPENING) - (character in _CLOSING)
+        if place >= found.end() and depth <= 0 and character in _CLOSING:
+            return text[found.start() : place]
+    return found[0]
 
 
 def oversize(turns: Sequence[Turn]) -> str:

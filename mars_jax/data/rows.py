@@ -101,13 +101,11 @@ def _layout(path: Path, split: str) -> _Layout:
     if saved := _saved_folder(path, split):
         tables = _saved_files(saved)
         return _Layout([path / _SPLITS, saved / _STATE, *tables], lambda: Rows(read_arrow(tables), path))
-    return _Layout(
-        [file for file in _table_files(path) if split in ("", _split_of(file))], partial(_tables, path, split)
-    )
-
-
-def _tables(path: Path, split: str) -> Rows:
     files = _table_files(path)
+    return _Layout([file for file in files if split in ("", _split_of(file))], partial(_tables, path, split, files))
+
+
+def _tables(path: Path, split: str, files: Sequence[Path]) -> Rows:
     if not files:
         raise DataError(f"{path}: cannot be read: {_what_is_in(path)}")
     chosen = _split(path, split, sorted({_split_of(file) for file in files}))
@@ -168,10 +166,10 @@ def _saved_folder(path: Path, split: str) -> Path | None:
 def _saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a data set that `datasets` saved, by its state.json."""
     state = _object(folder / _STATE)
-    if state.get("_indices_files") or state.get("_indices_data_files"):
+    if state.get("_indices_data_files"):
         raise DataError(
-            f"{folder / _STATE}: the data set was saved with an order or a choice of its own ('_indices_files'), which "
-            "is not read. Save it again with a newer version of datasets, which writes the rows themselves."
+            f"{folder / _STATE}: the data set was saved with an order or a choice of its own ('_indices_data_files'), "
+            "which is not read. Save it again with a newer version of datasets, which writes the rows themselves."
         )
     listed = state.get("_data_files")
     names = (

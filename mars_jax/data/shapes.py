@@ -149,7 +149,11 @@ def encode_text(record: Record, preprocessor: Preprocessor) -> tuple[Encoded, tu
 
 
 def answer_end(record: Record, preprocessor: Preprocessor) -> int:
-    """The token that ends the answers of a record in training: the template's, which may not be the tokenizer's."""
+    """The token that ends the answers of a record in training: the template's, which may not be the tokenizer's.
+
+    Raises:
+        DataError: as `encode_text`.
+    """
     encoded = encode_text(record, preprocessor)[0]
     return int(encoded.targets[encoded.supervised][-1])
 

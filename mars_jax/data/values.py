@@ -1,11 +1,10 @@
-"""Values of rows, as files hold them: which of them are absent or blank, and what texts stand for."""
+"""Values of rows, as files hold them: which of them are absent, and what texts stand for."""
 
 import math
+from decimal import Decimal
 
 _ABSENT_DEPTH = 4
 _NOTHING = ("nan", "null", "none", "[]", "{}")
-_LONGEST_NUMBER = 50
-_WORDS = {"true": 1, "yes": 1, "false": 0, "no": 0}
 
 
 def is_absent(value: object, depth: int = _ABSENT_DEPTH) -> bool:
@@ -24,26 +23,17 @@ def is_unset(value: object) -> bool:
     return is_absent(value) or value == "nan"
 
 
-def is_blank(value: object) -> bool:
-    """Whether a value is no text to ask with: an empty cell, or white space."""
-    return is_unset(value.strip() if isinstance(value, str) else value)
-
-
 def stands_for_nothing(value: object) -> bool:
-    """Whether a value is blank, or a text for null or an empty list or object."""
-    return is_blank(value) or (isinstance(value, str) and value.strip().lower() in _NOTHING)
+    """Whether a value is absent, white space, or a text for null or for an empty list or object."""
+    text = value.strip().lower() if isinstance(value, str) else None
+    return text in _NOTHING if text else text == "" or is_absent(value)
 
 
 def number_of(value: object) -> float | None:
-    """The number that a value stands for, also as text; true and yes are 1, false and no are 0. None if it is none."""
-    if isinstance(value, bool | int | float):
-        return value
-    if not isinstance(value, str) or len(value) > _LONGEST_NUMBER:
+    """The number that a value is, also as text or as a table's decimal. None if it is none."""
+    if not isinstance(value, bool | int | float | str | Decimal):
         return None
-    text = value.strip().lower()
-    if text in _WORDS:
-        return _WORDS[text]
     try:
-        return float(text)
-    except ValueError:
+        return float(value)
+    except (ValueError, OverflowError):
         return None

@@ -113,6 +113,20 @@ def test_a_windows_line_end_after_a_picture_is_set_off_like_any_other(tmp_path):
         "<bbox>1, 2, 3, 4</bbox>",
         "[[10, 20], [30, 40]]",
         "[[10, 20], [30, 40], [50, 60]]",
+        # Whose first numbers are 0, as at a corner of the picture.
+        "swipe(0, 0, 300, 400)",
+        '{"x1": 0, "y1": 0, "x2": 300, "y2": 400}',
+        '{"x": 0, "y": 0, "width": 300, "height": 400}',
+        '<point x="0" y="300">',
+        '<points x1="0" y1="0" x2="300" y2="400">',
+        "drag([0,0],[500,300])",
+        "<box>0, 0, 300, 400</box>",
+        "(0, 0), (300, 400)",
+        # Long fractions, negative numbers, y before x.
+        "[213.33333333333334, 5.0, 10.0, 20.0]",
+        "[-5, 10, 20, 30]",
+        "scroll(0, -300)",
+        '{"y": 500, "x": 300}',
     ],
 )
 def test_boxes_stayed_as_they_were_while_pictures_were_scaled(tmp_path, text):
@@ -142,6 +156,11 @@ def test_boxes_stayed_as_they_were_while_pictures_were_scaled(tmp_path, text):
         '{"page": 10, "line": 20, "size": [10, 20]}',
         '<point x="0.5" y="0.25">',
         '<rect x="10" y="20">',
+        "<box>0.1, 0.2, 0.3, 0.4</box>",
+        "<|box_start|>(0.1,0.2),(0.3,0.4)<|box_end|>",
+        "Draw a `<box>` element and 10 others.",
+        "the drag [12, 13], air drag (2, 3), scroll [1, 3], retouch(1,2)",
+        '"breakpoints": [480, 768], "endpoints": [2, 3], "checkbox": [1, 2]',
     ],
 )
 def test_numbers_that_are_no_boxes_in_pixels_are_not_noted(tmp_path, text):

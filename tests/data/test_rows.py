@@ -62,6 +62,11 @@ def test_the_splits_of_a_data_set_saved_by_datasets(tmp_path):
             r"'_data_files' is \[.*x.arrow'.*\]; a list of files is expected",
         ),
         ({"_data_files": [3]}, r"'_data_files' is \[3\]; a list of files is expected\. Save it again"),
+        (
+            {"_data_files": [{"filename": "data-00000-of-00002.arrow"}], "_indices_data_files": [{"filename": "i"}]},
+            r"state.json: the data set was saved with an order or a choice of its own \('_indices_data_files'\), which "
+            r"is not read\. Save it again with a newer version of datasets, which writes the rows themselves\.",
+        ),
         ([], r"state.json: the file holds a JSON list; an object is expected\. Fetch the file again\.$"),
     ],
 )

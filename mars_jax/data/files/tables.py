@@ -57,6 +57,11 @@ def read_csv(path: Path) -> Parsed:
         lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
         names = next(lines, [])
         other = next((char for char in _SEPARATORS if len(names) == 1 and char in names[0]), "")
+        if other == delimiter:
+            raise DataError(
+                f"{path}: the first line is {short(names[0])}, a single name: its quotes stand around the whole line. "
+                "Write them around single cells, or leave them out."
+            )
         if other:
             raise DataError(
                 f"{path}: the first line is {short(names[0])}, a single name: it has {_SEPARATORS[other]} and no "

@@ -6,15 +6,14 @@ ScienceQA, whose answer is a number, is a format of its own. The prompt is that 
 from collections.abc import Mapping
 
 from mars_jax.data.formats.base import Conversation, FaultError, Format, Keys
+from mars_jax.data.formats.keys import OPTION_LISTS
 from mars_jax.data.formats.options import LETTERS, ask_options, asks
 from mars_jax.data.values import is_absent
 from mars_jax.runtime.text import short
 
-_COLUMNS = ("choices", "options")
-
 
 def _detect(row: Mapping[str, object]) -> bool:
-    return asks(row, "question") and any(not is_absent(row.get(column)) for column in _COLUMNS)
+    return asks(row, "question") and any(not is_absent(row.get(column)) for column in OPTION_LISTS)
 
 
 def _read(row: Mapping[str, object], num_pictures: int) -> Conversation:
@@ -27,7 +26,7 @@ def option_texts(row: Mapping[str, object]) -> list[str]:
     Raises:
         FaultError: they are no list of 2 to 26 texts.
     """
-    given = [column for column in _COLUMNS if not is_absent(row.get(column))] or ["choices"]
+    given = [column for column in OPTION_LISTS if not is_absent(row.get(column))] or ["choices"]
     if len(given) > 1:
         raise FaultError("the row has 'choices' and 'options'. Take one of them out.")
     options = row.get(given[0])
@@ -40,7 +39,7 @@ def option_texts(row: Mapping[str, object]) -> list[str]:
 
 CHOICES = Format(
     name="choices",
-    keys=Keys(row=frozenset({"question", "hint", "answer", *_COLUMNS})),
+    keys=Keys(row=frozenset({"question", "hint", "answer", *OPTION_LISTS})),
     detect=_detect,
     read=_read,
     prompt="LLaVA's of MMBench",

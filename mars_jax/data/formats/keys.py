@@ -6,7 +6,9 @@ are compared without their case, spaces, "_" and "-".
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import product
+from string import ascii_lowercase
 from typing import NamedTuple
 
 from mars_jax.data.formats.base import FaultError, Keys
@@ -46,6 +48,7 @@ _SECOND_OPTIONS = "the options of this row are read from elsewhere. Keep those t
 _ASKED = "only 'question' is asked, with its options. Write it in there."
 
 
+@lru_cache(maxsize=4096)  # the same few keys stand in every row
 def _plain(key: str) -> str:
     return re.sub(r"[\s_-]+", "", key).lower()
 
@@ -110,19 +113,22 @@ _PICTURE_NAMES = frozenset(
 )
 _PICTURE_FILE = re.compile(r"[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
-_OPTION_LISTS = ("choices", "options")
+OPTION_LISTS = ("choices", "options")
+"""Columns of a row that hold its options as a list."""
 # Options of a question under names that no format reads.
 _OPTION_WORDS: tuple[str, ...] = ("candidates", "distractor", "distractors", "mc", "mcs", "endings", "alternatives")
 _OPTION_WORDS += ("opts", "multichoice", "multiplechoice", "sol1", "sol2")
 _OPTION_KINDS = ("answer", "mc", "multi", "multiple", "candidate", "possible", "wrong", "incorrect", "negative")
 _OPTION_TEXTS = product(("option", "options", "choice", "choices"), ("list", "text", "texts"))
 _OPTION_PLURALS = product(_OPTION_KINDS, ("answers", "options", "choices"))
-_OPTION_NAMES = frozenset((*_OPTION_LISTS, *_OPTION_WORDS, *map("".join, (*_OPTION_PLURALS, *_OPTION_TEXTS))))
+_OPTION_NAMES = frozenset((*_OPTION_WORDS, *map("".join, (*_OPTION_PLURALS, *_OPTION_TEXTS))))
 # One option each, as in MedMCQA ("opa") and Social IQa ("answerA").
 _NUMBERED_OPTION = re.compile(
-    r"(option|choice)s?([a-z]|[0-9]+)|op(t|tion)?([a-h]|[0-9]+)|answer[a-e]|(distractor|ending)s?[0-9]+"
+    r"(option|choice)s?([a-z]|[0-9]+)|opt?([a-h]|[0-9]+)|answer[a-e]|(distractor|ending)s?[0-9]+"
 )
-_LETTER = re.compile("[a-z]")
+# Of these another spelling beside is a fact: what it holds changes no text, and pictures are judged by `_row_reason`.
+_FACTS = frozenset({"id", "questionid", "index", "category", "image", "images"})
+_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
 MOST_FAULTS = 3
 """Faults of one kind that a row is given."""
@@ -137,7 +143,7 @@ def unread_keys(row: Mapping[str, object], keys: Keys) -> tuple[str, ...]:
     names: list[str] = []
     faults: list[str] = []
     for unread in _unread(row, keys):
-        reason = _reason(unread) if unread.column else _row_reason(unread.key, unread.value, row, keys)
+        reason = _reason(unread, row, keys)
         if reason:
             faults.append(f"{unread.where}{short(unread.key)} is {short(unread.value)}: {reason}")
         else:
@@ -190,17 +196,26 @@ def _unread(row: Mapping[str, object], keys: Keys) -> Iterator[_Unread]:
                     yield from others(f"turn {number}, a picture: ", name, source, _PICTURE)
 
 
-def _reason(unread: _Unread) -> str:
-    """Why a key of a turn, part or picture can't be left unread, or ""."""
+def _reason(unread: _Unread, row: Mapping[str, object], keys: Keys) -> str:
+    """Why a key can't be left unread, or ""."""
+    reason = _nested_reason(unread) if unread.column else _row_reason(unread.key, unread.value, row, keys)
+    name = _plain(unread.key)
+    if reason or name in LEARN or name in _FACTS:
+        return reason
+    meant = next((known for known in sorted(unread.known) if _plain(known) == name), "")
+    return f"it is read as {meant!r} alone. Rename it, or take it out." if meant else ""
+
+
+def _nested_reason(unread: _Unread) -> str:
+    """Why a key of a turn, part or picture can't be left unread by its name, or ""."""
     name = _plain(unread.key)
     of_part = _IN_PART.get(name, "") if "." in unread.column else ""
     if reason := _reason_anywhere(name) or _IN_TURN.get(name) or of_part:
         return reason
     if name in LEARN:
         meant = f"it is read as {name!r} alone. Rename it." if name in unread.known else _PART_WEIGHT
-        return "" if number_of(unread.value) == 1 else meant
-    meant = next((known for known in sorted(unread.known) if _plain(known) == name), "")
-    return f"it is read as {meant!r} alone. Rename it, or take it out." if meant else ""
+        return "" if _mark(unread.value) == 1 else meant
+    return ""
 
 
 def _reason_anywhere(name: str) -> str:
@@ -218,11 +233,11 @@ def _row_reason(key: str, value: object, row: Mapping[str, object], keys: Keys) 
             return "the row has two conversations. Take one of them out."
         return f"it is read as {name!r} alone. Rename it." if key != name else ""
     if not keys.turns:
-        if key in _OPTION_LISTS:
+        if key in OPTION_LISTS:
             return _SECOND_OPTIONS
         if name in _OPTION_NAMES or _NUMBERED_OPTION.fullmatch(name):
             return _OPTIONS
-        if _LETTER.fullmatch(key) and not any(is_absent(row.get(letter)) for letter in "ab"):
+        if key in ascii_lowercase and not any(is_absent(row.get(letter)) for letter in "ab"):
             return _OPTIONS
         if name in _BESIDE:
             return _ASKED
@@ -236,19 +251,24 @@ def _row_reason(key: str, value: object, row: Mapping[str, object], keys: Keys) 
 
 def _mark_reason(name: str, value: object, keys: Keys) -> str:
     """Why a row with this value of a mark, of training or of preference, can't be read without it, or ""."""
-    number = number_of(value)
-    if name in LEARN and number != 1:
+    mark = _mark(value)
+    if name in LEARN and mark != 1:
         return _WEIGHT
-    if (name in _ROW_TRAINS and number not in (None, 1)) or (name in _ROW_SKIPS and number == 1):
+    if (name in _ROW_TRAINS and mark not in (None, 1)) or (name in _ROW_SKIPS and mark == 1):
         return _WEIGHT
-    if name in _RIGHT and number not in (None, 1):
+    if name in _RIGHT and mark not in (None, 1):
         return _PREFERENCE
     if name == "label":
         # Beside a question it may be a class, in words or as a number.
         is_flag = isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-        is_word = isinstance(value, str) and value.strip().isalpha()
-        return _PREFERENCE if is_flag or (keys.turns and not is_word and number in (0, 1)) else ""
+        return _PREFERENCE if is_flag or (keys.turns and number_of(value) in (0, 1)) else ""
     return ""
+
+
+def _mark(value: object) -> float | None:
+    """The number that a mark stands for: true and yes are 1, false and no are 0. None if it is none."""
+    word = value.strip().lower() if isinstance(value, str) else ""
+    return _WORDS.get(word, number_of(value))
 
 
 def _is_picture_file(value: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mars_jax.data.formats.base import OPTION_PROMPT, Conversation, FaultError, ask, text_of
 from mars_jax.data.formats.keys import CONVERSATIONS
-from mars_jax.data.values import is_absent, is_blank
+from mars_jax.data.values import is_absent, stands_for_nothing
 from mars_jax.runtime.text import json_type, short
 
 LETTERS = string.ascii_uppercase
@@ -49,10 +49,8 @@ def answer_letter(answer: object, options: Sequence[str]) -> str:
     as_letter = re.fullmatch(rf"\(?([{LETTERS[: len(options)]}])[).:]{{0,2}}", text)
     letters = {as_letter[1]} if as_letter else set()
     for letter, option in zip(LETTERS, options, strict=False):
-        if (
-            text.removeprefix(next((start for start in _starts(letter) if text.startswith(start)), ""))
-            == option.strip()
-        ):
+        start = next((start for start in _starts(letter) if text.startswith(start)), "")
+        if text.removeprefix(start) == option.strip():
             letters.add(letter)
     if len(letters) != 1:
         problem = "more than one of" if letters else "none of"
@@ -88,7 +86,7 @@ def lettered(options: Sequence[str]) -> list[str]:
 
 def hint_of(row: Mapping[str, object]) -> list[str]:
     """The text of a row's `hint`, if it has one."""
-    return [] if is_blank(row.get("hint")) else [text_of(row, "hint").strip()]
+    return [] if stands_for_nothing(row.get("hint")) else [text_of(row, "hint").strip()]
 
 
 def ask_options(row: Mapping[str, object], options: Sequence[str], num_pictures: int) -> Conversation:

@@ -49,6 +49,11 @@ def test_pictures_in_tables_of_vlmevalkit_are_base64_or_another_row_s(tmp_path):
         ("sep=;\nid;question\n7;what?\n", "the first line is 'sep=;', a single name: it has ';' and no ','"),
         ("id\tquestion\n7\twhat?\n", "a single name: it has tabs and no ','"),
         ("id|question\n7|what?\n", "a single name: it has '|' and no ','"),
+        (
+            '"id,question,answer"\n"7,what?,a cat"\n',
+            "the first line is 'id,question,answer', a single name: its quotes stand around the whole line. Write them "
+            "around single cells, or leave them out.",
+        ),
         ("id,id\n1,2\n", "the first line has 'id' twice"),
         ("id,question,answer\n", "no records in the file"),
         ("", "no records in the file"),

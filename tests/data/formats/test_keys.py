@@ -1,5 +1,7 @@
 """Keys that no format reads: which of them are refused, however they and their values are written."""
 
+from decimal import Decimal
+
 import pytest
 
 from mars_jax.data.formats.base import FaultError
@@ -165,3 +167,15 @@ def test_options_of_other_benchmarks_were_left_out_of_the_question(columns):
 def test_a_single_letter_as_a_name_is_no_option(tmp_path):
     _, notes = read(tmp_path, [ASKED | {"a": "x", "n": 3}])
     assert notes == ["data.json: keys not read: a 1x, n 1x"]
+
+
+@pytest.mark.parametrize(("key", "meant"), [("Question", "question"), ("ANSWER", "answer")])
+def test_another_spelling_of_a_key_that_is_read_was_noted_and_its_text_lost(key, meant):
+    row = ASKED | {"options": ["a cat", "a dog"], "hint": "h", key: "lost"}
+    assert refusal(row) == f"'{key}' is 'lost': it is read as '{meant}' alone. Rename it, or take it out."
+
+
+@pytest.mark.parametrize("mark", [Decimal(0), Decimal("0.5")])
+def test_decimals_of_tables_were_no_numbers(mark):
+    assert refusal(ASKED | {"weight": mark}).endswith(WEIGHT)
+    assert draft(ASKED | {"weight": Decimal(1)}).unread == ("weight",)

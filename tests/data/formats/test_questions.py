@@ -231,7 +231,7 @@ def test_a_hint_of_mmstar_was_not_asked():
         draft({"image": "a.png", "question": LISTED, "answer": "B", "hint": "It barks."})
 
 
-@pytest.mark.parametrize("nothing", ["nan", " ", "", None, float("nan")])
+@pytest.mark.parametrize("nothing", ["nan", " ", "", None, float("nan"), "None", "null", "[]"])
 @pytest.mark.parametrize(
     "row",
     [
