@@ -103,6 +103,11 @@ def refusal(source: str, key: str, value: object, expected: str) -> ConfigError:
     return ConfigError(f"{source}: {key} is {shown(value)}; {expected}. {belongs(source)}")
 
 
+def key_in(section: str, *names: object) -> str:
+    """The dotted key of something in a section of a file; "" is the whole file."""
+    return ".".join(filter(None, (section, *map(str, names))))
+
+
 def belongs(source: str) -> str:
     """What to do about a file that cannot be used."""
     return f"Take the {Path(source).name} that belongs to the checkpoint."
@@ -122,7 +127,7 @@ def _faults(errors: Sequence[ErrorDetails], values: object, section: str) -> lis
         expected.setdefault(location_of(error, values), []).append(_expectation(error))
     texts = []
     for keys in innermost(expected):
-        name = ".".join(filter(None, (section, *map(str, keys)))) or "the file"
+        name = key_in(section, *keys) or "the file"
         must = _joined(expected[keys])
         texts.append(f"{name} is missing" if must == _MISSING else f"{name} is {shown(value_at(values, keys))}; {must}")
     return texts

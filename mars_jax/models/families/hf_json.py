@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from mars_jax.models.configs import RopeScaling, TextConfig, VisionConfig
 from mars_jax.models.layers import ACTIVATIONS
-from mars_jax.runtime.json_object import Settings, checked, refusal, shown
+from mars_jax.runtime.json_object import Settings, checked, key_in, refusal, shown
 
 Json = Mapping[str, Any]
 """A parsed JSON object, read only."""
@@ -196,7 +196,7 @@ def kind_of(settings: Json, kinds: Sequence[str], source: str, section: str) -> 
         ConfigError: it is not supported.
     """
     kind = settings.get("model_type", kinds[0])
-    require(source, f"{section}.model_type", kind, tuple(kinds))
+    require(source, key_in(section, "model_type"), kind, tuple(kinds))
     return str(kind)
 
 
@@ -241,20 +241,21 @@ def read_text_config(
         ConfigError: a setting that is not possible, or that this version does not implement.
     """
     settings = checked(kind, text, source, section)
-    dot = f"{section}." if section else ""
     heads = settings.num_attention_heads
     kv_heads = settings.num_key_value_heads or heads
     if settings.head_dim is None:
-        require_multiple(source, f"{dot}hidden_size", settings.hidden_size, "num_attention_heads", heads)
+        require_multiple(source, key_in(section, "hidden_size"), settings.hidden_size, "num_attention_heads", heads)
     kv_name = "num_key_value_heads" if "num_key_value_heads" in text else "num_key_value_heads (by default)"
-    require_multiple(source, f"{dot}num_attention_heads", heads, kv_name, kv_heads)
+    require_multiple(source, key_in(section, "num_attention_heads"), heads, kv_name, kv_heads)
     head_dim = settings.head_dim or settings.hidden_size // heads
     if head_dim % 2:
-        raise refusal(source, f"{dot}head_dim", head_dim, "rotary positions need an even number")
+        raise refusal(source, key_in(section, "head_dim"), head_dim, "rotary positions need an even number")
     types = settings.layer_types
     if types is not None and len(types) != settings.num_hidden_layers:
-        raise refusal(source, f"{dot}layer_types", types, f"num_hidden_layers = {settings.num_hidden_layers} expected")
-    theta, scaling = read_rope(settings, source, dot)
+        raise refusal(
+            source, key_in(section, "layer_types"), types, f"num_hidden_layers = {settings.num_hidden_layers} expected"
+        )
+    theta, scaling = read_rope(settings, source, section)
     return TextConfig(
         vocab_size=settings.vocab_size,
         hidden_size=settings.hidden_size,
@@ -269,12 +270,12 @@ def read_text_config(
         # transformers ties where either part of the file says so.
         tie_word_embeddings=bool(tied or settings.tie_word_embeddings),
         activation=settings.hidden_act,
-        mrope_section=_mrope_section(settings, head_dim, source, dot) if settings.axes > 1 else None,
+        mrope_section=_mrope_section(settings, head_dim, source, section) if settings.axes > 1 else None,
         attention_bias=settings.has_biases,
     )
 
 
-def read_rope(settings: RotarySettings, source: str, dot: str) -> tuple[float, RopeScaling | None]:
+def read_rope(settings: RotarySettings, source: str, section: str) -> tuple[float, RopeScaling | None]:
     """The base of rotary frequencies and how they are scaled.
 
     As in transformers 5.24, `rope_scaling` replaces `rope_parameters` where a file has both.
@@ -282,13 +283,13 @@ def read_rope(settings: RotarySettings, source: str, dot: str) -> tuple[float, R
     Args:
         settings: the part of the file.
         source: path of the file, for error messages.
-        dot: prefix of the part's keys.
+        section: key of the part; "" for the top level.
 
     Raises:
         ConfigError: a kind of scaling that this version does not implement, or one that lacks a number.
     """
     name, rope = _rope(settings)
-    key = f"{dot}{name}"
+    key = key_in(section, name)
     kind = rope.rope_type or rope.type or "default"
     require(source, f"{key}.rope_type", kind, settings.rope_types)
     theta = rope.rope_theta or settings.rope_theta or settings.default_theta
@@ -318,13 +319,13 @@ def _rope(settings: RotarySettings) -> tuple[str, Rope]:
     return "rope_parameters", settings.rope_parameters or Rope()
 
 
-def _mrope_section(settings: RotarySettings, head_dim: int, source: str, dot: str) -> tuple[int, ...]:
+def _mrope_section(settings: RotarySettings, head_dim: int, source: str, section: str) -> tuple[int, ...]:
     name, rope = _rope(settings)
-    section = tuple(rope.mrope_section or (16, 24, 24))
-    if len(section) != 3 or 2 * sum(section) != head_dim:
+    parts = tuple(rope.mrope_section or (16, 24, 24))
+    if len(parts) != 3 or 2 * sum(parts) != head_dim:
         expected = f"three numbers that add up to half the head size, {head_dim // 2}, are expected"
-        raise refusal(source, f"{dot}{name}.mrope_section", list(section), expected)
-    return section
+        raise refusal(source, key_in(section, name, "mrope_section"), list(parts), expected)
+    return parts
 
 
 def require(source: str, key: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from mars_jax.errors import ConfigError
-from mars_jax.runtime.json_object import Settings, checked, read_json_object, refusal
+from mars_jax.runtime.json_object import Settings, checked, key_in, read_json_object, refusal
 from mars_jax.runtime.jsonfiles import Document
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
@@ -120,7 +120,7 @@ def read_processor(directory: Path, schema: type[SchemaT], known: Sequence[str])
     if name is None and settings.get("feature_extractor_type") is not None:
         name = str(settings["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")
     if not isinstance(name, str | None):
-        raise refusal(str(file), f"{section}.image_processor_type".lstrip("."), name, "a text expected")
+        raise refusal(str(file), key_in(section, "image_processor_type"), name, "a text expected")
     read = checked(schema, settings, str(file), section)
     name = name.removesuffix("Fast").removesuffix("Pil") if name else known[0]
     if name not in known:

@@ -209,20 +209,21 @@ def _read_vision(vision: Json, source: str, width: int) -> QwenVisionConfig:
     """
     kind_of(vision, _VISION_KINDS, source, "vision_config")
     settings = checked(QwenVisionSettings, vision, source, "vision_config")
-    key = "vision_config."
-    require(source, f"{key}out_hidden_size", settings.out_hidden_size, (width,))
-    require(source, f"{key}num_hidden_layers", settings.num_hidden_layers, (None, settings.depth))
-    require(source, f"{key}num_attention_heads", settings.num_attention_heads, (None, settings.num_heads))
-    require_multiple(source, f"{key}hidden_size", settings.hidden_size, "num_heads", settings.num_heads)
+    require(source, "vision_config.out_hidden_size", settings.out_hidden_size, (width,))
+    require(source, "vision_config.num_hidden_layers", settings.num_hidden_layers, (None, settings.depth))
+    require(source, "vision_config.num_attention_heads", settings.num_attention_heads, (None, settings.num_heads))
+    require_multiple(source, "vision_config.hidden_size", settings.hidden_size, "num_heads", settings.num_heads)
     head_dim = settings.hidden_size // settings.num_heads
-    require(source, f"{key}head_dim", settings.head_dim, (None, head_dim))
+    require(source, "vision_config.head_dim", settings.head_dim, (None, head_dim))
     if head_dim % 4:
-        raise refusal(source, f"{key}hidden_size", settings.hidden_size, "heads of a multiple of 4 numbers expected")
+        raise refusal(
+            source, "vision_config.hidden_size", settings.hidden_size, "heads of a multiple of 4 numbers expected"
+        )
     group = settings.patch_size * settings.spatial_merge_size
     if settings.window_size % group or settings.window_size > _MAX_GROUPS * group:
         expected = f"it must be a multiple of patch_size x spatial_merge_size = {group}, at most {_MAX_GROUPS} times it"
-        raise refusal(source, f"{key}window_size", settings.window_size, expected)
-    theta, _ = read_rope(settings, source, key)
+        raise refusal(source, "vision_config.window_size", settings.window_size, expected)
+    theta, _ = read_rope(settings, source, "vision_config")
     return QwenVisionConfig(
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
