@@ -23,8 +23,8 @@ from mars_jax.adapters.tree import kernels_of
 from mars_jax.adapters.vector import VectorLayout
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.lane import Lane
-from mars_jax.lanes.state import EvalOutput, LaneState, Work, not_evaluated
-from mars_jax.lanes.step import StepInputs, make_step, summed_loss
+from mars_jax.lanes.state import EvalOutput, LaneState, Work, not_evaluated, rows_of
+from mars_jax.lanes.step import StepInputs, make_step, row_losses
 from mars_jax.models.multimodal import Batch
 from mars_jax.runtime.sharding import share_cores
 from mars_jax.runtime.trees import Tree
@@ -38,7 +38,7 @@ class Training:
     """What is trained and how, whatever the lanes; equal only to itself.
 
     Attributes:
-        model: a Linen module with a method `loss(batch) -> (summed loss, tokens)`.
+        model: a Linen module with a method `loss(batch) -> (summed loss of each row [B], its tokens [B])`.
         targets: the linears that take adapters.
         method: the adapter method; it must be registered, since layers look it up by its name.
         transform: gradients -> unscaled updates, without a learning rate. It acts on a lane's flat vector, so on each
@@ -237,7 +237,7 @@ def chunk(
         return jax.tree.map(lambda all_, some: all_.at[places].set(some, mode="drop"), carry, new)
 
     losses = jnp.full((local_slots, work.multipliers.shape[0]), jnp.nan, jnp.float32)
-    carry = (state, losses, not_evaluated(context.training.targets, local_slots))
+    carry = (state, losses, not_evaluated(context.training.targets, local_slots, rows_of(validation)))
     return jax.lax.fori_loop(0, work.num_blocks[0], body, carry)
 
 
@@ -260,7 +260,7 @@ def block(
         return jax.vmap(partial(evaluate, context), in_axes=(0, None, None, None))(state, base, validation, work)
 
     def skipped(state: LaneState) -> tuple[LaneState, EvalOutput]:
-        return state, not_evaluated(training.targets, lane_block)
+        return state, not_evaluated(training.targets, lane_block, rows_of(validation))
 
     losses = jnp.full((lane_block, work.multipliers.shape[0]), jnp.nan, jnp.float32)
     state, losses = jax.lax.fori_loop(0, work.num_steps, body, (state, losses))
@@ -271,19 +271,19 @@ def block(
 def evaluate(
     context: EngineContext, state: LaneState, base: Tree, validation: Batch, work: Work
 ) -> tuple[LaneState, EvalOutput]:
-    """Validation loss, norms and drift of one lane; keeps its adapters as a snapshot, and as the best if they are."""
+    """Validation losses, norms and drift of one lane; keeps its adapters as a snapshot, and as the best if they are."""
     training, layout = context.training, context.layout
     method, targets, kernels = layout.method, training.targets, kernels_of(base, training.targets)
     adapters = layout.adapters(state.average, state.fixed)
 
     def read(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         batch = jax.tree.map(lambda leaf: leaf[i], validation)
-        total, count = summed_loss(training.model, base, adapters, batch, method)
-        return sums[0] + total, sums[1] + count
+        losses, counts = row_losses(training.model, base, adapters, batch, method)
+        return sums[0].at[i].set(losses), sums[1].at[i].set(counts)
 
-    zero = jnp.zeros((), jnp.float32)
-    total, count = jax.lax.fori_loop(0, work.eval_batches, read, (zero, zero))
-    loss = total / count
+    nothing = jnp.zeros(rows_of(validation), jnp.float32)
+    row_sums, row_tokens = jax.lax.fori_loop(0, work.eval_batches, read, (nothing, nothing))
+    loss = row_sums.sum() / row_tokens.sum()
     earlier = layout.adapters(state.snapshots[0], state.fixed)
     drift = relative_change(adapters, earlier, targets, method, kernels)
     alive = state.alive & jnp.isfinite(loss)
@@ -297,6 +297,8 @@ def evaluate(
     )
     output = EvalOutput(
         validation_loss=loss,
+        row_losses=row_sums,
+        row_tokens=row_tokens,
         update_norm=update_norms(adapters, targets, method, kernels),
         drift={module: jnp.where(work.half, value, jnp.nan) for module, value in drift.items()},
         alive=alive,

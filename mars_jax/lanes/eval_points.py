@@ -37,6 +37,8 @@ class EvalPoint:
         alive: whether the lane may go on.
         reason: why it may not, else None.
         swaps: losses of module swaps, where a convergence rule needs them.
+        sample_losses: of the validation samples, in order, for paired comparisons: a sample's summed loss over the mean
+            number of supervised tokens, so that their mean is `validation_loss`. Empty where nothing asked for them.
     """
 
     step: int
@@ -47,6 +49,7 @@ class EvalPoint:
     alive: bool = True
     reason: str | None = None
     swaps: ModuleSwaps | None = None
+    sample_losses: tuple[float, ...] = ()
 
     @property
     def remaining(self) -> Mapping[str, float]:
@@ -69,6 +72,7 @@ class EvalPoint:
             "alive": self.alive,
             "reason": self.reason,
             **(swaps or {}),
+            **({"sample_losses": list(self.sample_losses)} if self.sample_losses else {}),
         }
 
     @classmethod
@@ -89,6 +93,7 @@ class EvalPoint:
             )
             if "remaining" in document
             else None,
+            sample_losses=tuple(map(number_or_nan, document.get("sample_losses", ()))),
         )
 
 

@@ -40,6 +40,7 @@ class Schedule:
         ceiling: validation loss above which a lane has diverged, nats; see `stopping.loss_ceiling`.
         checkpoint_seconds: least time between two checkpoints.
         averaging: power n of the average of a lane's adapters that eval points read; None: the newest adapters.
+        keeps_sample_losses: whether eval points keep the loss of every validation sample; see `EvalPoint`.
     """
 
     multipliers: np.ndarray
@@ -50,6 +51,7 @@ class Schedule:
     ceiling: float = math.inf
     checkpoint_seconds: float = 10.0
     averaging: float | None = None
+    keeps_sample_losses: bool = False
 
     @property
     def horizon(self) -> int:

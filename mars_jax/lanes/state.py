@@ -2,12 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from mars_jax.adapters.targets import Targets
 from mars_jax.adapters.vector import Fixed
+from mars_jax.models.multimodal import Batch
 
 
 class LaneState(NamedTuple):
@@ -29,6 +31,8 @@ class EvalOutput(NamedTuple):
     """What one evaluation of a lane finds; every leaf gains a leading axis of N slots, NaN for slots not evaluated."""
 
     validation_loss: Array  # float32 [], nats per supervised token
+    row_losses: Array  # float32 [V, B]: summed over the supervised tokens of a row, nats; 0 beyond `eval_batches`
+    row_tokens: Array  # float32 [V, B]: supervised tokens of a row; 0 where it holds no sample
     update_norm: dict[str, Array]  # Frobenius norm of the update by module
     drift: dict[str, Array]  # relative change of the update since the eval point n places before
     alive: Array  # bool []
@@ -52,8 +56,15 @@ class Work(NamedTuple):
     eval_batches: Any  # int32 []: validation batches that an evaluation reads, from the first
 
 
-def not_evaluated(targets: Targets, slots: int) -> EvalOutput:
-    """The output of slots that were not evaluated."""
+def rows_of(validation: Batch) -> tuple[int, int]:
+    """V and B of validation batches [V, B, ...]."""
+    batches, rows = jax.tree.leaves(validation)[0].shape[:2]
+    return batches, rows
+
+
+def not_evaluated(targets: Targets, slots: int, rows: tuple[int, int]) -> EvalOutput:
+    """The output of slots that were not evaluated; validation batches have `rows`, [V, B]."""
     nothing = jnp.full(slots, jnp.nan, jnp.float32)
     modules = dict.fromkeys((target.module for target in targets.values()), nothing)
-    return EvalOutput(nothing, modules, modules, jnp.zeros(slots, bool))
+    by_row = jnp.full((slots, *rows), jnp.nan, jnp.float32)
+    return EvalOutput(nothing, by_row, by_row, modules, modules, jnp.zeros(slots, bool))

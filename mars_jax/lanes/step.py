@@ -31,6 +31,14 @@ def summed_loss(
     model: nn.Module, base: Tree, adapters: Tree, batch: Batch, method: AdapterMethod = LORA
 ) -> tuple[Array, Array]:
     """Summed cross-entropy over the supervised tokens of a batch, nats, float32 [], and their number."""
+    losses, counts = row_losses(model, base, adapters, batch, method)
+    return losses.sum(), counts.sum()
+
+
+def row_losses(
+    model: nn.Module, base: Tree, adapters: Tree, batch: Batch, method: AdapterMethod = LORA
+) -> tuple[Array, Array]:
+    """Summed cross-entropy over the supervised tokens of each row, nats, float32 [B], and their numbers [B]."""
     return model.apply({"params": base, method.name: adapters}, batch, method="loss")  # type: ignore[return-value]
 
 

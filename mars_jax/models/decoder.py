@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from mars_jax.models.attention import attention, causal
 from mars_jax.models.configs import TextConfig
-from mars_jax.models.head import frozen_head_loss
+from mars_jax.models.head import frozen_head_losses
 from mars_jax.models.layers import ACTIVATIONS, SCAN_UNROLL, STACKED, Dense, RMSNorm, rematerialised, rotate
 from mars_jax.runtime.trees import Tree
 
@@ -277,14 +277,14 @@ class Qwen2Decoder(nn.Module):
             logits = self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
-    def loss(self, hidden: Array, targets: Array, weights: Array) -> Array:
-        """Weighted sum of the cross-entropies of hidden states [N, D] with targets [N], nats, float32 []."""
+    def losses(self, hidden: Array, targets: Array, weights: Array) -> Array:
+        """Weighted cross-entropies of hidden states [N, D] with targets [N], nats, float32 [N]."""
         if self.config.tie_word_embeddings:
-            return frozen_head_loss(hidden, self.embed_tokens.embedding.T, targets, weights)
+            return frozen_head_losses(hidden, self.embed_tokens.embedding.T, targets, weights)
         if self.lm_head.adapter():
             losses = optax.softmax_cross_entropy_with_integer_labels(self.head(hidden), targets)
-            return (losses * weights).sum()
-        return frozen_head_loss(hidden, self.lm_head.get_variable("params", "kernel"), targets, weights)
+            return losses * weights
+        return frozen_head_losses(hidden, self.lm_head.get_variable("params", "kernel"), targets, weights)
 
 
 def _without_params(variables: Mapping[str, Mapping[str, Any]]) -> Tree:

@@ -16,8 +16,8 @@ _MAX_LOGITS = 2**26
 
 
 @jax.custom_vjp
-def frozen_head_loss(hidden: Array, kernel: Array, targets: Array, weights: Array) -> Array:
-    """Weighted sum of the cross-entropies of `softmax(hidden @ kernel)`, nats, float32 [].
+def frozen_head_losses(hidden: Array, kernel: Array, targets: Array, weights: Array) -> Array:
+    """Weighted cross-entropies of `softmax(hidden @ kernel)`, nats, float32 [N].
 
     Under `vmap`, lanes and rows are flattened into one axis, which is processed in chunks of bounded memory.
 
@@ -28,19 +28,19 @@ def frozen_head_loss(hidden: Array, kernel: Array, targets: Array, weights: Arra
         weights: weights of the targets, float32 [N].
     """
     losses, _ = _losses_and_gradients(hidden, kernel, targets)
-    return (losses * weights).sum()
+    return losses * weights
 
 
 def _forward(hidden: Array, kernel: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
     losses, gradients = _losses_and_gradients(hidden, kernel, targets)
-    return (losses * weights).sum(), (gradients * weights[:, None]).astype(hidden.dtype)
+    return losses * weights, (gradients * weights[:, None]).astype(hidden.dtype)
 
 
 def _backward(gradients: Array, cotangent: Array) -> tuple[Array, None, None, None]:
-    return gradients * cotangent.astype(gradients.dtype), None, None, None
+    return gradients * cotangent[:, None].astype(gradients.dtype), None, None, None
 
 
-frozen_head_loss.defvjp(_forward, _backward)
+frozen_head_losses.defvjp(_forward, _backward)
 
 
 @custom_vmap

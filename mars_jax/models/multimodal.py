@@ -61,14 +61,15 @@ class Multimodal(nn.Module):
         return self.llm.head(self._supervised(batch))
 
     def loss(self, batch: Batch) -> tuple[Array, Array]:
-        """Returns the summed cross-entropy [] in nats (float32), and the number of supervised tokens [].
+        """Returns the summed cross-entropy of each row [B] in nats (float32), and its supervised tokens [B].
 
         An unadapted head has no gradient, so this loss trains adapters and not the base.
         """
         hidden = self._supervised(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        weights = batch["target_weights"].reshape(-1)
-        return self.llm.loss(rows, batch["targets"].reshape(-1), weights), weights.sum()
+        weights = batch["target_weights"]
+        losses = self.llm.losses(rows, batch["targets"].reshape(-1), weights.reshape(-1))
+        return losses.reshape(weights.shape).sum(axis=1), weights.sum(axis=1)
 
     def logits(self, batch: Batch) -> Array:
         """Returns float32 logits at every position [B, T, V]."""

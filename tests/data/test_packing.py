@@ -18,7 +18,7 @@ from mars_jax.data.preprocessor import load_preprocessor
 from mars_jax.data.shapes import Size
 from mars_jax.errors import DataError
 from mars_jax.hub.read import read_checkpoint
-from mars_jax.lanes.step import loss_and_gradients
+from mars_jax.lanes.step import loss_and_gradients, summed_loss
 from mars_jax.models.families.registry import build_model
 from mars_jax.runtime.trees import flatten
 from tests.helpers import llava_kinds, tiny_data, tiny_job, tiny_lanes, tiny_llava, tiny_qwen
@@ -249,7 +249,7 @@ def test_loss_and_gradients_are_those_of_the_batch_as_it_was(family, cached, tmp
     @partial(jax.jit, compiler_options=QUICK)
     def derived(leaves, batch, base):
         def summed(leaves, rows):
-            return model.apply({"params": base, "lora": join_trainable(leaves, scales)}, rows, method="loss")
+            return summed_loss(model, base, join_trainable(leaves, scales), rows)
 
         return loss_and_gradients(summed, leaves, batch)
 

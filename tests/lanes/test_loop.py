@@ -35,7 +35,7 @@ class Kill(Exception):
     """What stops a run."""
 
 
-def run_until(steps, directory):
+def run_until(steps, directory, timing=TIMING):
     """Runs until `steps` lane-steps are reported, and is killed there."""
     told = []
 
@@ -45,7 +45,7 @@ def run_until(steps, directory):
             raise Kill
 
     with Checkpoints(directory) as checkpoints, pytest.raises(Kill):
-        run(checkpoints=checkpoints, advance=advance)
+        run(timing=timing, checkpoints=checkpoints, advance=advance)
 
 
 # Looks.
@@ -63,6 +63,47 @@ def test_a_look_reads_the_validation_batches_that_it_is_told_to():
         for row, expected, other in zip(some, one, whole, strict=True):
             assert row.validation_loss == pytest.approx(expected.validation_loss, rel=1e-6)
             assert abs(row.validation_loss - other.validation_loss) > 1e-4
+
+
+# Losses of the samples.
+
+
+def with_weights():
+    """Validation batches whose samples have one or two supervised tokens, and a row without a sample."""
+    weights = np.ones((2, 4, 2), np.float32)
+    weights[0, 1, 1] = weights[1, 3] = 0
+    return tiny_lanes.VALIDATION | {"target_weights": weights}
+
+
+def test_losses_of_samples_are_those_of_the_samples_alone_and_their_mean_is_the_loss():
+    validation = with_weights()
+    timing = schedule([0, 4], per_doubling=0, keeps_sample_losses=True)
+    lanes = run(timing=timing, validation=validation).points
+    mean_tokens = 13 / 7
+    for points in lanes:
+        for point in points:
+            assert len(point.sample_losses) == 7
+            assert np.mean(point.sample_losses) == pytest.approx(point.validation_loss, rel=1e-6)
+    for place, (batch, row, tokens) in enumerate([(0, 1, 1), (1, 2, 2)]):
+        only = np.zeros_like(validation["target_weights"])
+        only[batch, row, :tokens] = 1
+        alone = run(timing=schedule([0, 4], per_doubling=0), validation=validation | {"target_weights": only}).points
+        for points, of_sample in zip(lanes, alone, strict=True):
+            share = points[-1].sample_losses[[1, 6][place]]
+            assert share * mean_tokens / tokens == pytest.approx(of_sample[-1].validation_loss, rel=1e-5)
+
+
+def test_losses_of_samples_are_kept_only_where_they_are_asked_for(uninterrupted):
+    assert {point.sample_losses for points in uninterrupted.points for point in points} == {()}
+    assert all("sample_losses" not in point.to_json() for points in uninterrupted.points for point in points)
+
+
+def test_losses_of_samples_survive_a_kill(tmp_path):
+    timing = schedule(LOOKS, keeps_sample_losses=True)
+    whole = run(timing=timing)
+    run_until(4 * 6, tmp_path, timing)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same_points(run(timing=timing, checkpoints=checkpoints).points, whole.points)
 
 
 # Rows.

@@ -13,7 +13,7 @@ from mars_jax.adapters.tree import init_adapters
 from mars_jax.models import head
 from mars_jax.models.configs import TextConfig
 from mars_jax.models.decoder import Qwen2Decoder, take_positions
-from mars_jax.models.head import frozen_head_loss
+from mars_jax.models.head import frozen_head_losses
 from mars_jax.models.layers import REMAT_POLICIES
 from mars_jax.runtime.trees import flatten, unflatten
 
@@ -34,6 +34,10 @@ def case(seed=0, rows=ROWS):
     )
 
 
+def frozen_loss(hidden, kernel, targets, weights):
+    return frozen_head_losses(hidden, kernel, targets, weights).sum()
+
+
 def plain_loss(hidden, kernel, targets, weights):
     logits = (hidden @ kernel).astype(jnp.float32)
     return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
@@ -51,7 +55,7 @@ def test_the_loss_and_its_gradient_are_those_of_optax():
     hidden, kernel, targets, weights = case()
     # Scaled from above, as a mean or a sum over parts scales it.
     for loss in (lambda f, *a: f(*a), lambda f, *a: 0.3 * f(*a) ** 2):
-        value, gradient = jax.value_and_grad(lambda x, loss=loss: loss(frozen_head_loss, x, kernel, targets, weights))(
+        value, gradient = jax.value_and_grad(lambda x, loss=loss: loss(frozen_loss, x, kernel, targets, weights))(
             hidden
         )
         expected, slope = jax.value_and_grad(lambda x, loss=loss: loss(plain_loss, x, kernel, targets, weights))(hidden)
@@ -69,7 +73,7 @@ def test_lanes_together_have_the_losses_and_gradients_of_lanes_alone(same_target
     hidden, targets, weights = (np.stack([each[i] for each in cases]) for i in (0, 2, 3))
     axes = (0, None, None if same_targets else 0, 0)
     chosen = targets[0] if same_targets else targets
-    together = jax.vmap(jax.value_and_grad(frozen_head_loss), in_axes=axes)(hidden, kernel, chosen, weights)
+    together = jax.vmap(jax.value_and_grad(frozen_loss), in_axes=axes)(hidden, kernel, chosen, weights)
     for k in range(3):
         lane = (hidden[k], kernel, targets[0 if same_targets else k], weights[k])
         value, gradient = jax.value_and_grad(plain_loss)(*lane)
@@ -81,7 +85,7 @@ def test_lanes_of_the_same_hidden_states_may_differ_in_their_targets():
     hidden, kernel, *_ = case()
     targets = np.stack([case(seed)[2] for seed in (1, 2)])
     weights = np.ones(ROWS, np.float32)
-    losses = jax.vmap(frozen_head_loss, in_axes=(None, None, 0, None))(hidden, kernel, targets, weights)
+    losses = jax.vmap(frozen_loss, in_axes=(None, None, 0, None))(hidden, kernel, targets, weights)
     expected = [plain_loss(hidden, kernel, each, weights) for each in targets]
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
@@ -89,13 +93,13 @@ def test_lanes_of_the_same_hidden_states_may_differ_in_their_targets():
 def test_lanes_with_heads_of_their_own_are_refused():
     hidden, kernel, targets, weights = case()
     with pytest.raises(NotImplementedError, match="lanes share one head"):
-        jax.vmap(frozen_head_loss, in_axes=(None, 0, None, None))(hidden, kernel[None], targets, weights)
+        jax.vmap(frozen_loss, in_axes=(None, 0, None, None))(hidden, kernel[None], targets, weights)
 
 
 def test_hidden_states_of_half_precision_have_a_loss_of_full_and_a_gradient_of_their_own():
     hidden, kernel, targets, weights = case()
     half = jnp.asarray(hidden, jnp.bfloat16)
-    value, gradient = jax.value_and_grad(frozen_head_loss)(half, kernel, targets, weights)
+    value, gradient = jax.value_and_grad(frozen_loss)(half, kernel, targets, weights)
     expected, slope = jax.value_and_grad(plain_loss)(hidden, kernel, targets, weights)
     assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_allclose(value, expected, rtol=0.02)
@@ -196,7 +200,7 @@ def test_every_kind_of_head_has_the_loss_and_gradients_of_its_logits(tied, patte
     embeddings = np.random.default_rng(1).normal(size=(BATCH, LENGTH, 16)).astype(np.float32)
 
     def ours(model, embeddings):
-        return model.loss(at_positions(model, embeddings).reshape(-1, 16), targets, weights)
+        return model.losses(at_positions(model, embeddings).reshape(-1, 16), targets, weights).sum()
 
     def plain(model, embeddings):
         logits = model.head(gathered(model, embeddings).reshape(-1, 16))
