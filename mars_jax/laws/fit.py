@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
-from mars_jax.laws.law_c import NAMES, ConvergenceLaw, fit_convergence_law
+from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law
 from mars_jax.laws.law_p import PerformanceLaw, can_fit, choose_form, fit_performance_law, parameter_names
 from mars_jax.laws.records import Document, LaneRecord
 from mars_jax.laws.resamples import RunResamples, resample_runs
@@ -52,7 +52,7 @@ class Laws:
             "multiplicative": None if other is None else other.to_json(),
             "diverged": self.diverged,
             "draws": {
-                "convergence": {module: _columns(NAMES, law.draws) for module, law in self.convergence.items()},
+                "convergence": {module: _columns(law.names, law.draws) for module, law in self.convergence.items()},
                 "performance": _performance_columns(self.performance),
                 "multiplicative": None if other is None else _performance_columns(other),
             },
@@ -171,6 +171,7 @@ def fit_laws(
                 samples[used],
                 time[used],
                 censored[used],
+                rates=_rates(module, kept, used),
                 weights=weights[used],
                 horizons=horizons[used],
                 resamples=resamples.of(used),
@@ -201,6 +202,12 @@ def _performance_laws(
 def _run(lane: LaneRecord) -> Hashable:
     """What lanes of one run have in common."""
     return lane.run or (tuple(sorted(lane.ranks.items())), lane.seed)
+
+
+def _rates(module: str, lanes: Sequence[LaneRecord], used: np.ndarray) -> np.ndarray | None:
+    """Learning rates of the module in the lanes that are used; None where a record has none."""
+    rates = [lane.learning_rate.get(module) for lane, is_used in zip(lanes, used, strict=True) if is_used]
+    return None if None in rates else np.array(rates, np.float64)
 
 
 def _convergence_times(module: str, lanes: Sequence[LaneRecord]) -> tuple[np.ndarray, np.ndarray]:

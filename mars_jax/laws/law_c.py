@@ -1,6 +1,8 @@
-"""Law-C: convergence time of a module from its rank and the number of samples. Data class, prediction and fit.
+"""Law-C: convergence time of a module from its rank, learning rate and number of samples. Data class and fit.
 
     t(r, D) = k * r**gamma * D**delta + E            (Cho et al., arXiv 2603.00720, "Law-C")
+
+Where the module's learning rate varied too, the power term has the factor (rate / reference)**-zeta.
 
 Several modules are fitted together in `laws.fit`; convergence times come from `laws.convergence`.
 """
@@ -25,6 +27,8 @@ from mars_jax.laws.resamples import RunResamples, percentile_intervals
 from mars_jax.laws.tobit import AICC, SPREAD, Points, fit_rows, fit_rows_without_offset
 
 NAMES = ("k", "gamma", "delta", "E")
+"""Parameters where the learning rate did not vary."""
+
 _RANK_UNIT, _SAMPLE_UNIT = 16.0, 1024.0
 _AICC_MARGIN = 4.0
 
@@ -34,7 +38,7 @@ class ConvergenceLaw:
     """A fitted Law-C in raw units: rank, D in samples, t in optimizer steps.
 
     Attributes:
-        k: amplitude, > 0 (steps at rank 1 and one sample).
+        k: amplitude, > 0 (steps at rank 1, one sample and the reference rate).
         gamma: exponent of the rank; negative when larger ranks converge sooner.
         delta: exponent of the number of samples.
         E: offset in steps, >= 0.
@@ -42,7 +46,9 @@ class ConvergenceLaw:
         points: number of points, censored ones included.
         rmse_log: root mean square of log(measured / predicted) over the points that are not censored.
         censored: number of points that are lower bounds only.
-        draws: [S, 4] bootstrap draws of (k, gamma, delta, E).
+        draws: [S, n] bootstrap draws, columns as `names`.
+        zeta: exponent of the learning rate, with a minus: positive when larger rates converge sooner.
+        rate: the reference learning rate; None where rates did not vary, and zeta is 0.
     """
 
     k: float
@@ -54,29 +60,47 @@ class ConvergenceLaw:
     rmse_log: float
     censored: int
     draws: np.ndarray = field(compare=False, repr=False)
+    zeta: float = 0.0
+    rate: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters: columns of the draws, and keys of `ci`."""
+        return NAMES if self.rate is None else (*NAMES, "zeta")
 
     def __post_init__(self) -> None:
         """Checks that predictions are real: a negative E or k could make a convergence time negative."""
-        if not (self.k > 0 and self.E >= 0 and all(math.isfinite(getattr(self, name)) for name in NAMES)):
+        if not (self.k > 0 and self.E >= 0 and all(math.isfinite(getattr(self, name)) for name in self.names)):
             raise DataError(
-                f"a convergence law has k={self.k}, gamma={self.gamma}, delta={self.delta}, E={self.E}; "
+                f"a convergence law has {', '.join(f'{name}={getattr(self, name)}' for name in self.names)}; "
                 "all must be finite, k above 0 and E not below 0. Fit the laws again."
             )
 
-    def log_steps(self, rank: ArrayLike, num_samples: float) -> np.ndarray:
-        """Natural log of the convergence time in steps, in the shape of `rank`, at D = `num_samples`."""
-        return _log_steps(np.asarray([self.k, self.gamma, self.delta, self.E]), np.asarray(rank), num_samples)
+    def log_steps(self, rank: ArrayLike, num_samples: float, rate: ArrayLike | None = None) -> np.ndarray:
+        """Natural log of the convergence time in steps, in the shape of `rank`, at D = `num_samples`.
 
-    def log_steps_draws(self, rank: ArrayLike, num_samples: float) -> np.ndarray:
+        Args:
+            rank: of the module.
+            num_samples: D.
+            rate: learning rate of the module, in the shape of `rank`; None: the reference.
+        """
+        parameters = np.asarray([getattr(self, name) for name in self.names])
+        return _log_steps(parameters, np.asarray(rank), num_samples, self._log_rate(rate))
+
+    def log_steps_draws(self, rank: ArrayLike, num_samples: float, rate: ArrayLike | None = None) -> np.ndarray:
         """`log_steps` of every bootstrap draw: ranks of shape [...] give [S, ...]."""
         rank = np.asarray(rank)
-        columns = self.draws.T.reshape(4, -1, *([1] * rank.ndim))
-        return _log_steps(columns, rank[None], num_samples)
+        columns = self.draws.T.reshape(len(self.names), -1, *([1] * rank.ndim))
+        return _log_steps(columns, rank[None], num_samples, self._log_rate(rate))
+
+    def _log_rate(self, rate: ArrayLike | None) -> np.ndarray:
+        return np.zeros(()) if rate is None or self.rate is None else np.log(np.asarray(rate) / self.rate)
 
     def to_json(self) -> Document:
         """The entry of this module under `convergence` in laws.json, without the draws, which have their own key."""
         return {
-            **{name: getattr(self, name) for name in NAMES},
+            **{name: getattr(self, name) for name in self.names},
+            **({} if self.rate is None else {"rate": self.rate}),
             "ci": {name: list(interval) for name, interval in self.ci.items()},
             "points": self.points,
             "rmse_log": self.rmse_log,
@@ -85,15 +109,20 @@ class ConvergenceLaw:
 
     @classmethod
     def from_json(cls, entry: Document, draws: np.ndarray) -> "ConvergenceLaw":
-        """The inverse of `to_json`, with the [S, 4] draws."""
+        """The inverse of `to_json`, with the [S, n] draws."""
         ci = {name: (float(low), float(high)) for name, (low, high) in entry["ci"].items()}
-        numbers = {name: float(entry[name]) for name in (*NAMES, "rmse_log")}
+        optional = [name for name in ("zeta", "rate") if name in entry]
+        numbers = {name: float(entry[name]) for name in (*NAMES, "rmse_log", *optional)}
         return cls(**numbers, ci=ci, points=int(entry["points"]), censored=int(entry["censored"]), draws=draws)
 
 
-def _log_steps(parameters: np.ndarray, rank: np.ndarray, num_samples: np.ndarray | float) -> np.ndarray:
-    k, gamma, delta, offset = parameters
+def _log_steps(
+    parameters: np.ndarray, rank: np.ndarray, num_samples: np.ndarray | float, log_rate: np.ndarray | float = 0.0
+) -> np.ndarray:
+    k, gamma, delta, offset, *zeta = parameters
     power = np.log(k) + gamma * np.log(rank) + delta * np.log(num_samples)
+    if zeta:
+        power = power - zeta[0] * log_rate
     with np.errstate(divide="ignore"):
         return np.logaddexp(power, np.log(offset))
 
@@ -119,6 +148,7 @@ def fit_convergence_law(
     steps: ArrayLike,
     censored: ArrayLike,
     *,
+    rates: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     horizons: ArrayLike | None = None,
     resamples: RunResamples | None = None,
@@ -137,6 +167,7 @@ def fit_convergence_law(
         num_samples: [N] samples D.
         steps: [N] convergence times in optimizer steps; the horizon where censored.
         censored: [N] True where the time is a lower bound.
+        rates: [N] learning rates of the module; None, or all the same: they take no part.
         weights: [N] relative inverse variances of log t; None: equal.
         horizons: [N] steps beyond which times are censored, in resamples too; None: those of censored points are
             `steps`, and the others have none.
@@ -152,17 +183,19 @@ def fit_convergence_law(
     rank = np.asarray(ranks, np.float64)
     samples, time = np.asarray(num_samples, np.float64), np.asarray(steps, np.float64)
     is_censored = np.asarray(censored, bool)
-    _check_design(module, rank, samples, is_censored)
+    rate, reference = _rates(rates, is_censored)
+    _check_design(module, rank, samples, rate, is_censored)
     weight = np.ones_like(time) if weights is None else np.asarray(weights, np.float64)
     weight = weight / weight.mean()
 
     # Centring the logs makes the columns nearly orthogonal; the units are put back below.
-    log_rank, log_samples = np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)
-    rank_mean, samples_mean = log_rank.mean(), log_samples.mean()
+    logs = [np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)]
+    if rate is not None:
+        logs.append(np.log(rate / reference))
+    means = [column.mean() for column in logs]
     time_mean = np.log(time).mean()
     points = Points(
-        x=device_column(log_rank - rank_mean),
-        d=device_column(log_samples - samples_mean),
+        columns=jnp.stack([device_column(log - mean) for log, mean in zip(logs, means, strict=True)], axis=1),
         weight=device_column(weight),
         known=device_column(np.ones_like(time)),
     )
@@ -174,24 +207,25 @@ def fit_convergence_law(
     share = _offset_share(with_offset[AICC], plain[AICC])
     fitted = (with_offset if share == 1.0 else plain)[None]
     if resamples is not None:
-        columns = np.stack([np.ones_like(time), log_rank - rank_mean, log_samples - samples_mean], axis=1)
+        columns = np.stack([np.ones_like(time), *(log - mean for log, mean in zip(logs, means, strict=True))], axis=1)
         last = np.where(is_censored, log_time, np.inf) if horizons is None else np.log(horizons) - time_mean
         data = _Data(columns, log_time, is_censored, weight, last)
         fitted = np.concatenate([fitted, _draws(module, forms, (with_offset, plain), share, data, resamples)])
 
-    intercept, gamma, delta, scaled_offset = fitted[:, :4].T
-    log_k = intercept + time_mean - gamma * (rank_mean + math.log(_RANK_UNIT))
-    log_k = log_k - delta * (samples_mean + math.log(_SAMPLE_UNIT))
-    parameters = np.stack([np.exp(log_k), gamma, delta, scaled_offset * np.exp(time_mean)], axis=1)
-    residuals = np.log(time) - _log_steps(parameters[0], rank, samples)
+    intercept, gamma, delta, *slopes, scaled_offset = fitted[:, :AICC].T
+    log_k = intercept + time_mean - gamma * (means[0] + math.log(_RANK_UNIT))
+    log_k = log_k - delta * (means[1] + math.log(_SAMPLE_UNIT))
+    log_k = log_k - sum(slope * mean for slope, mean in zip(slopes, means[2:], strict=True))
+    offsets = scaled_offset * np.exp(time_mean)
+    parameters = np.stack([np.exp(log_k), gamma, delta, offsets, *(-slope for slope in slopes)], axis=1)
+    log_rate = 0.0 if rate is None else np.log(rate / reference)
+    residuals = np.log(time) - _log_steps(parameters[0], rank, samples, log_rate)
     draws = parameters[1:]
-    k, gamma, delta, offset = map(float, parameters[0])
+    names = NAMES if rate is None else (*NAMES, "zeta")
     return ConvergenceLaw(
-        k=k,
-        gamma=gamma,
-        delta=delta,
-        E=offset,
-        ci=percentile_intervals(NAMES, draws),
+        **dict(zip(names, map(float, parameters[0]), strict=True)),
+        rate=None if rate is None else reference,
+        ci=percentile_intervals(names, draws),
         points=len(time),
         rmse_log=float(np.sqrt(np.mean(residuals[~is_censored] ** 2))),
         censored=int(is_censored.sum()),
@@ -199,8 +233,21 @@ def fit_convergence_law(
     )
 
 
-def _check_design(module: str, ranks: np.ndarray, num_samples: np.ndarray, censored: np.ndarray) -> None:
-    """Refuses points that do not determine k, gamma and delta; names the column at fault and what to add."""
+def _rates(rates: ArrayLike | None, censored: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """Learning rates [N], None where those of converged points are all the same, and the most frequent of them."""
+    rate = None if rates is None else np.asarray(rates, np.float64)
+    if rate is None:
+        return None, 1.0
+    values, counts = np.unique(rate[~censored], return_counts=True)
+    if len(values) < 2:
+        return None, 1.0
+    return rate, float(values[np.argmax(counts)])
+
+
+def _check_design(
+    module: str, ranks: np.ndarray, num_samples: np.ndarray, rates: np.ndarray | None, censored: np.ndarray
+) -> None:
+    """Refuses points that do not determine the parameters; names the column at fault and what to add."""
     rank, samples = ranks[~censored], num_samples[~censored]
     where = f"Law-C of module {module!r}"
     size = f"{len(ranks)} points, {int(censored.sum())} of them censored"
@@ -215,14 +262,20 @@ def _check_design(module: str, ranks: np.ndarray, num_samples: np.ndarray, censo
             "cannot be fitted. Add probe lanes with at least one other number of samples, or longer ones if those "
             "are censored."
         )
-    if len(rank) < 3:
+    columns = [np.log(rank), np.log(samples), *([] if rates is None else [np.log(rates[~censored])])]
+    needed = 1 + len(columns)
+    if len(rank) < needed:
         raise NoValidResultError(
-            f"{where}: {len(rank)} converged points for 3 parameters ({size}). Add probe lanes, or let them run longer."
+            f"{where}: {len(rank)} converged points for {needed} parameters ({size}). Add probe lanes, or let them run "
+            "longer."
         )
-    columns = np.stack([np.ones_like(rank), np.log(rank), np.log(samples)], axis=1)
-    if np.linalg.matrix_rank(columns - np.mean(columns, axis=0) * [0, 1, 1], tol=1e-6) < 3:
+    apart = np.stack([np.ones_like(rank), *(column - column.mean() for column in columns)], axis=1)
+    if np.linalg.matrix_rank(apart, tol=1e-6) < needed:
+        what, exponents = ("ranks and numbers of samples", "gamma and delta")
+        if rates is not None:
+            what, exponents = "ranks, learning rates and numbers of samples", "gamma, zeta and delta"
         raise NoValidResultError(
-            f"{where}: ranks and numbers of samples change together ({size}), so gamma and delta cannot be separated. "
+            f"{where}: {what} change together ({size}), so {exponents} cannot be separated. "
             "Add a probe lane with one of these ranks at another number of samples."
         )
 
@@ -234,11 +287,11 @@ def _offset_share(with_offset: float, plain: float) -> float:
 
 
 def _centred_log_time(theta: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return np.log(np.exp(columns @ theta[:3]) + theta[3])
+    return np.log(np.exp(columns @ theta[: columns.shape[1]]) + theta[columns.shape[1]])
 
 
 class _Data(NamedTuple):
-    """Points of a fit: [N, 3] columns of the linear part, and [N] each: centred log t, censored, weight, last log t."""
+    """Points of a fit: [N, n] columns of the linear part, and [N] each: centred log t, censored, weight, last log t."""
 
     columns: np.ndarray
     log_time: np.ndarray
@@ -255,7 +308,7 @@ def _draws(
     data: _Data,
     resamples: RunResamples,
 ) -> np.ndarray:
-    """Refits of all resamples, [S, 6]: a share of them, evenly spread, of the form with an offset, the rest without.
+    """Refits of all resamples, [S, n]: a share of them, evenly spread, of the form with an offset, the rest without.
 
     Raises:
         NoValidResultError: the runs are too few.
@@ -290,7 +343,7 @@ def _errors(fitted: np.ndarray, data: _Data, resamples: RunResamples) -> np.ndar
     hazard = np.exp(-0.5 * z**2 - 0.5 * np.log(2 * np.pi) - np.asarray(log_ndtr(-z), np.float64))
     beyond = spread * np.sqrt(np.maximum(1.0 + z * hazard, 0.0))
     residuals = np.where(data.censored, beyond, data.log_time - expected)
-    offset = fitted[3]
+    offset = fitted[data.columns.shape[1]]
     jacobian = data.columns * (1.0 - offset * np.exp(-expected))[:, None]
     if offset > 0:
         jacobian = np.column_stack([jacobian, np.exp(-expected)])

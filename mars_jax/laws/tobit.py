@@ -14,7 +14,7 @@ from jax.scipy.special import log_ndtr
 
 from mars_jax.laws.least_squares import levenberg_marquardt
 
-AICC, SPREAD = 4, 5
+AICC, SPREAD = -2, -1
 """Columns of a fitted row, after the parameters."""
 
 _EM_ITERATIONS, _INNER_ITERATIONS, _OFFSETS = 60, 3, 48
@@ -23,21 +23,20 @@ _SMALLEST_SPREAD = 1e-3
 
 
 class Points(NamedTuple):
-    """Centred logs of rank and samples, all [N]; weights with mean 1; 1 for points, 0 for padding."""
+    """Centred logs of what times depend on, [N, n]; [N] weights with mean 1, and 1 for points, 0 for padding."""
 
-    x: jax.Array
-    d: jax.Array
+    columns: jax.Array
     weight: jax.Array
     known: jax.Array
 
 
 def _log_time(theta: jax.Array, points: Points) -> jax.Array:
-    return jnp.log(jnp.exp(theta[0] + theta[1] * points.x + theta[2] * points.d) + theta[3])
+    return jnp.log(jnp.exp(theta[0] + points.columns @ theta[1:-1]) + theta[-1])
 
 
 @jax.jit
 def fit_rows(points: Points, largest_offset: jax.Array, log_times: jax.Array, censored: jax.Array) -> jax.Array:
-    """[S, N] centred log t -> [S, 6]: intercept, gamma, delta, scaled E, the corrected AIC, and the spread."""
+    """[S, N] centred log t -> [S, n + 4]: intercept, exponents, scaled E, the corrected AIC, and the spread."""
     return jax.vmap(partial(_fit_row, points, largest_offset))(log_times, censored > 0)
 
 
@@ -51,13 +50,13 @@ def _fit_row_without_offset(points: Points, y: jax.Array, censored: jax.Array) -
     weight = points.weight
 
     def refit(theta: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        theta = jnp.append(_linear_fit(points.x, points.d, target, weight), 0.0)
+        theta = jnp.append(_linear_fit(points.columns, target, weight), 0.0)
         return theta, jnp.sum(weight * (target - _log_time(theta, points)) ** 2)
 
     measured = jnp.where(censored, 0.0, weight)
-    theta = jnp.append(_linear_fit(points.x, points.d, y, measured), 0.0)
+    theta = jnp.append(_linear_fit(points.columns, y, measured), 0.0)
     cost = jnp.sum(measured * (y - _log_time(theta, points)) ** 2)
-    return _expectation_maximisation(points, y, censored, (theta, cost), refit, 4.0)
+    return _expectation_maximisation(points, y, censored, (theta, cost), refit, has_offset=False)
 
 
 def _fit_row(points: Points, largest_offset: jax.Array, y: jax.Array, censored: jax.Array) -> jax.Array:
@@ -67,13 +66,13 @@ def _fit_row(points: Points, largest_offset: jax.Array, y: jax.Array, censored: 
     # Start: the closed form on log(t - E) of the measured points at each E of a grid, compared by the error of log t.
     def at_offset(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
         left = jnp.maximum(1.0 - offset * jnp.exp(-y), 0.02)
-        theta = _linear_fit(points.x, points.d, y + jnp.log(left), measured * left**2)
+        theta = _linear_fit(points.columns, y + jnp.log(left), measured * left**2)
         theta = jnp.append(theta, offset)
         return theta, jnp.sum(measured * (y - _log_time(theta, points)) ** 2)
 
     starts, costs = jax.vmap(at_offset)(jnp.linspace(0.0, 0.98, _OFFSETS) * largest_offset)
-    lower = jnp.array([-jnp.inf, -jnp.inf, -jnp.inf, 0.0])
-    upper = jnp.array([jnp.inf, jnp.inf, jnp.inf, 1.0]) * jnp.where(jnp.arange(4) == 3, largest_offset, 1.0)
+    free = jnp.full(1 + points.columns.shape[1], jnp.inf)
+    lower, upper = jnp.append(-free, 0.0), jnp.append(free, largest_offset)
 
     def refit(theta: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         def residual(theta: jax.Array) -> jax.Array:
@@ -82,7 +81,7 @@ def _fit_row(points: Points, largest_offset: jax.Array, y: jax.Array, censored: 
         return levenberg_marquardt(residual, theta, lower, upper, _INNER_ITERATIONS)
 
     start = starts[jnp.argmin(costs)], jnp.min(costs)
-    return _expectation_maximisation(points, y, censored, start, refit, 5.0)
+    return _expectation_maximisation(points, y, censored, start, refit, has_offset=True)
 
 
 def _expectation_maximisation(
@@ -91,7 +90,8 @@ def _expectation_maximisation(
     censored: jax.Array,
     start: tuple[jax.Array, jax.Array],
     refit: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    parameters: float,
+    *,
+    has_offset: bool,
 ) -> jax.Array:
     """A row of `fit_rows`, from parameters and their weighted sum of squares over measured points."""
     theta, cost = start
@@ -114,28 +114,43 @@ def _expectation_maximisation(
     z = (y - _log_time(theta, points)) / (spread * noise)
     log_density = -0.5 * z**2 - jnp.log(spread * noise) - 0.5 * jnp.log(2 * jnp.pi)
     log_likelihood = jnp.sum(points.known * jnp.where(censored, log_ndtr(-z), log_density))
-    aicc = _aicc(log_likelihood, jnp.sum(points.known), parameters)
+    aicc = _aicc(log_likelihood, jnp.sum(points.known), theta.size + has_offset, has_offset=has_offset)
     return jnp.concatenate([theta, jnp.stack([aicc, spread])])
 
 
-def _aicc(log_likelihood: jax.Array, points: jax.Array, parameters: float) -> jax.Array:
+def _aicc(log_likelihood: jax.Array, points: jax.Array, parameters: int, *, has_offset: bool) -> jax.Array:
     """Corrected AIC; `parameters` counts the spread. Infinite where too few points are left for an offset."""
     freedom = points - parameters - 1.0
     aicc = 2 * parameters - 2 * log_likelihood + 2 * parameters * (parameters + 1) / jnp.maximum(freedom, 1e-9)
-    return jnp.where((parameters > 4) & (freedom <= 0), jnp.inf, aicc)
+    return jnp.where(freedom <= 0, jnp.inf, aicc) if has_offset else aicc
 
 
-def _linear_fit(x: jax.Array, d: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
-    """Weighted least squares of y on (1, x, d), columns centred by their weighted means; [3]."""
+def _linear_fit(columns: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
+    """Weighted least squares of y [N] on 1 and the columns [N, n]; [1 + n].
+
+    Columns are made orthogonal one after the other (Gram and Schmidt): of a few columns that is fast under `vmap`.
+    """
     total = jnp.sum(weight)
 
     def centred(column: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean = jnp.sum(weight * column) / total
         return mean, column - mean
 
-    (x_mean, x), (d_mean, d), (y_mean, y) = centred(x), centred(d), centred(y)
-    xx, dd, xd = jnp.sum(weight * x * x), jnp.sum(weight * d * d), jnp.sum(weight * x * d)
-    xy, dy = jnp.sum(weight * x * y), jnp.sum(weight * d * y)
-    determinant = jnp.maximum(xx * dd - xd**2, 1e-12)
-    gamma, delta = (dd * xy - xd * dy) / determinant, (xx * dy - xd * xy) / determinant
-    return jnp.stack([y_mean - gamma * x_mean - delta * d_mean, gamma, delta])
+    y_mean, left = centred(y)
+    means, apart = map(list, zip(*map(centred, columns.T), strict=True))
+    parts = {}
+    for i, column in enumerate(apart):
+        for j in range(i):
+            parts[j, i] = jnp.sum(weight * apart[j] * column) / _square(apart[j], weight)
+            column = column - parts[j, i] * apart[j]
+        apart[i] = column
+    slopes = [jnp.sum(weight * column * left) / _square(column, weight) for column in apart]
+    for i in reversed(range(len(slopes))):
+        for j in range(i):
+            slopes[j] = slopes[j] - parts[j, i] * slopes[i]
+    intercept = y_mean - sum(slope * mean for slope, mean in zip(slopes, means, strict=True))
+    return jnp.stack([intercept, *slopes])
+
+
+def _square(column: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.sum(weight * column**2), 1e-12)

@@ -41,6 +41,50 @@ def test_noise_free_convergence_law_comes_back(offset):
     np.testing.assert_allclose(np.exp(law.log_steps(64, 512)), 6.0 * 64**-0.3 * 512**0.7 + offset, rtol=1e-4)
 
 
+def planted_with_rates(offset=0.0, noise=0.0):
+    """Ranks, samples, learning rates and times, every combination: larger rates converge sooner."""
+    grid = np.meshgrid([4.0, 8.0, 16.0, 32.0], [128.0, 512.0, 2048.0], [1e-3, 3e-3, 9e-3])
+    rank, samples, rates = (column.reshape(-1) for column in grid)
+    error = noise * np.random.default_rng(0).normal(size=rank.size)
+    steps = (6.0 * rank**-0.3 * (rates / 3e-3) ** -0.8 * samples**0.7 + offset) * np.exp(error)
+    return rank, samples, rates, steps
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+def test_a_convergence_law_with_learning_rates_comes_back(offset):
+    rank, samples, rates, steps = planted_with_rates(offset)
+    hidden = np.zeros(len(steps), bool)
+    hidden[rates == 9e-3] = np.arange(12) < 2  # so that one rate is not the most frequent
+    law = fit_convergence_law("llm", rank, samples, steps, hidden, rates=rates)
+    assert law.names == ("k", "gamma", "delta", "E", "zeta")
+    np.testing.assert_allclose([law.gamma, law.delta, law.zeta], [-0.3, 0.7, 0.8], rtol=1e-2)
+    known = 6.0 * 64**-0.3 * 512**0.7
+    np.testing.assert_allclose(np.exp(law.log_steps(64, 512, 3e-3)), known + offset, rtol=1e-2)
+    np.testing.assert_allclose(np.exp(law.log_steps(64, 512, 6e-3)), known * 2**-0.8 + offset, rtol=1e-2)
+    assert law.log_steps(64, 512) == law.log_steps(64, 512, law.rate)
+
+
+def test_a_convergence_law_with_learning_rates_is_least_squares_of_the_logs():
+    rank, samples, rates, steps = planted_with_rates(noise=0.1)
+    columns = np.stack([np.ones(len(rank)), np.log(rank), np.log(samples), -np.log(rates / 1e-3)], axis=1)
+    reference = np.linalg.lstsq(columns, np.log(steps), rcond=None)[0]
+    law = fit_convergence_law("llm", rank, samples, steps, np.zeros(len(steps), bool), rates=rates)
+    assert law.rate == 1e-3
+    np.testing.assert_allclose([np.log(law.k), law.gamma, law.delta, law.zeta], reference, rtol=1e-4)
+
+
+def test_one_learning_rate_takes_no_part_in_a_convergence_law():
+    law = fit_grid(planted_steps(0.0, 0.05), rates=np.full(GRID_RANK.size, 3e-3))
+    assert law == fit_grid(planted_steps(0.0, 0.05))
+    assert (law.rate, law.zeta, law.names) == (None, 0.0, ("k", "gamma", "delta", "E"))
+
+
+def test_learning_rates_that_change_with_the_ranks_are_refused():
+    rank, samples, _, steps = planted_with_rates()
+    with pytest.raises(NoValidResultError, match="ranks, learning rates and numbers of samples change together"):
+        fit_convergence_law("llm", rank, samples, steps, np.zeros(len(steps), bool), rates=1e-3 * rank)
+
+
 def test_an_offset_that_noise_does_not_demand_stays_zero():
     assert all(fit_grid(planted_steps(0.0, 0.05, seed)).E == 0.0 for seed in range(5))
 
