@@ -16,7 +16,13 @@ GoesOn = Callable[[int, float], bool]
 
 
 class StoppingRule(ABC):
-    """What ends lanes before their horizon."""
+    """What ends lanes before their horizon.
+
+    Attributes:
+        needs_sample_losses: whether it reads `EvalPoint.sample_losses`.
+    """
+
+    needs_sample_losses = False
 
     @abstractmethod
     def running(self, points: Sequence[Points]) -> list[int]:

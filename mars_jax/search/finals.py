@@ -87,6 +87,7 @@ def final_schedule(config: Config, vocabulary: int, stopping: StoppingRule | Non
         chunk_steps=config.probe.chunk_steps,
         stopping=stopping,
         ceiling=loss_ceiling(vocabulary),
+        keeps_sample_losses=stopping.needs_sample_losses,
     )
 
 

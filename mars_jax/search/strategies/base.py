@@ -70,6 +70,10 @@ class Space:
         every = [self.configuration(ranks, factors) for ranks in vectors if any(ranks.values()) for factors in rates]
         return distinct(every)  # The rates of a frozen module change nothing.
 
+    def parameters(self, configuration: Configuration) -> int:
+        """Trainable parameters of a configuration."""
+        return sum(rank * self.parameters_per_rank[module] for module, rank in configuration.ranks.items())
+
     def of_adapted(self, ranks: Ranks) -> dict[str, int]:
         """Ranks without the frozen modules."""
         return {module: ranks[module] for module in self.adapted}

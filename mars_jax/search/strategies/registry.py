@@ -21,6 +21,7 @@ STRATEGIES: "Registry[Strategy]" = Registry(
         "best_probes": f"{_HERE}.best_probes:BEST_PROBES",
         "laws": f"{_HERE}.laws:LAWS",
         "paper": f"{_HERE}.paper:PAPER",
+        "race": f"{_HERE}.race:RACE",
         "halving": f"{_HERE}.halving:HALVING",
         "random": f"{_HERE}.random:RANDOM",
         "uniform": f"{_HERE}.uniform:UNIFORM",

@@ -1,0 +1,99 @@
+"""Paired race: lanes leave once the losses of the same validation samples say that they can't win any more.
+
+Pure functions of eval points. A lane's final loss is not known at a rung, so what a rung shows is widened by how much
+standings changed over the last doubling of steps: the race measures its own noise, whatever the model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mars_jax.lanes.eval_points import EvalPoint, Points
+from mars_jax.lanes.stopping import StoppingRule, alive_lanes
+
+RUNGS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Parts of a run at which lanes may leave."""
+
+
+@dataclass(frozen=True)
+class PairedRace(StoppingRule):
+    """At each rung, lanes leave whose chance to end below the leader by more than a margin is small.
+
+    The difference of two lanes at the end is taken for normal about that at the rung, with the standard error of the
+    paired difference over validation samples and a spread for what is still to come: how much differences of log losses
+    changed from half the rung's step to the rung (standard deviation over lanes, at least half of that of the rung
+    before), times the doublings of the step that are left. The leader is the lane with the lowest loss at the rung.
+
+    Attributes:
+        horizon: the last step.
+        margin: share of the leader's loss by which a win counts, such as 0.005.
+        chance: probability of such a win below which a lane leaves, in (0, 0.5).
+    """
+
+    horizon: int
+    margin: float = 0.005
+    chance: float = 0.05
+
+    needs_sample_losses = True
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Steps at which lanes may leave."""
+        return tuple(dict.fromkeys(max(1, round(part * self.horizon)) for part in RUNGS))
+
+    @property
+    def eval_steps(self) -> tuple[int, ...]:
+        """The rungs, and half of the step of each."""
+        return tuple(sorted({*self.rungs, *(max(1, rung // 2) for rung in self.rungs)}))
+
+    def running(self, points: Sequence[Points]) -> list[int]:
+        """See `StoppingRule`."""
+        step = max((of_lane[-1].step for of_lane in points if of_lane), default=0)
+        kept, spread = list(range(len(points))), 0.0
+        for rung in self.rungs:
+            if step < rung:
+                break
+            here = {k: point for k in kept if (point := _at(points[k], rung)) is not None}
+            before = {k: point for k in here if (point := _at(points[k], max(1, rung // 2))) is not None}
+            spread = max(spread / 2, _spread([here[k] for k in before], list(before.values())))
+            kept = self._kept(here, spread * math.log2(self.horizon / rung))
+        return [k for k in alive_lanes(points) if k in kept]
+
+    def _kept(self, here: dict[int, EvalPoint], spread: float) -> list[int]:
+        """Lanes that may still win, from their eval points at a rung."""
+        if not here:
+            return []
+        leader = min(here, key=lambda k: here[k].validation_loss)
+        return [k for k in here if k == leader or self.win_chance(here[k], here[leader], spread) >= self.chance]
+
+    def win_chance(self, point: EvalPoint, leader: EvalPoint, spread: float) -> float:
+        """Probability that a lane ends below the leader by more than the margin, from an eval point of both.
+
+        Args:
+            point: of the lane.
+            leader: of the leader, at the same step.
+            spread: standard deviation of what log losses still change, of one lane against another.
+        """
+        difference = point.validation_loss - leader.validation_loss
+        deviation = math.hypot(paired_error(point, leader), spread * leader.validation_loss)
+        behind = difference + self.margin * leader.validation_loss
+        return 0.0 if deviation == 0 else 0.5 * math.erfc(behind / deviation / math.sqrt(2))
+
+
+def paired_error(left: EvalPoint, right: EvalPoint) -> float:
+    """Standard error of the difference of two validation losses over the same samples, nats; 0 if they aren't kept."""
+    differences = np.subtract(left.sample_losses, right.sample_losses)
+    return float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
+
+
+def _at(points: Points, step: int) -> EvalPoint | None:
+    """The eval point at a step; None where the lane had left or diverged by then."""
+    return next((point for point in points if point.step == step and point.alive), None)
+
+
+def _spread(here: Sequence[EvalPoint], before: Sequence[EvalPoint]) -> float:
+    """Standard deviation of the change of a difference of two log losses between two eval points of some lanes."""
+    changes = [math.log(new.validation_loss / old.validation_loss) for new, old in zip(here, before, strict=True)]
+    return math.sqrt(2.0) * float(np.std(changes, ddof=1)) if len(changes) > 1 else 0.0

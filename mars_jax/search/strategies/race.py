@@ -1,0 +1,66 @@
+"""Strategy `race`: a few spread configurations are begun as final runs, and leave once they can't win any more."""
+
+from collections.abc import Sequence
+
+from mars_jax.lanes.race import PairedRace, paired_error
+from mars_jax.search.selection import choice_text, without_laws
+from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.lowest import winner
+from mars_jax.search.strategies.spread import spread_configurations
+from mars_jax.search.trainer import Configuration, Curve, Trainer
+
+BEGUN = 6
+"""Final runs that are begun where the config has no number."""
+
+
+class Race:
+    """Final runs of spread configurations, raced."""
+
+    name = "race"
+    needs_probes = False
+    takes_budget = True
+    needs_convergence = False
+
+    def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
+        """See `Strategy`; the budget is the number of runs that are begun."""
+        number = min(budget.runs or BEGUN, space.most_together)
+        return raced(self.name, spread_configurations(space, number), space, trainer)
+
+
+RACE = Race()
+
+
+def raced(method: str, configurations: Sequence[Configuration], space: Space, trainer: Trainer) -> Outcome:
+    """Final runs of configurations under `PairedRace`; of those that end as well as the best, the smallest is kept.
+
+    Args:
+        method: name of the strategy.
+        configurations: that are begun.
+        space: that was searched.
+        trainer: of the runs.
+
+    Raises:
+        NoValidResultError: no final run came to its end.
+    """
+    curves = trainer.train(configurations, PairedRace(space.steps))
+    best = winner(curves, space)
+    equal = [curve for curve in curves if curve.steps == space.steps and is_equal(curve, best)]
+    final = min(equal, key=lambda curve: (space.parameters(curve.configuration), curve.loss))
+    ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
+    text = f"{len(curves)} final runs were begun; {sum(c.steps == space.steps for c in curves)} came to their end. "
+    lowest = choice_text(space.of_adapted(best.configuration.ranks), best.configuration.factors)
+    if final is best:
+        text += f"That of {lowest} has the lowest validation loss, {best.loss:.4f} nats."
+    else:
+        text += (
+            f"These are equal within the noise of the validation samples: "
+            f"{'; '.join(f'{c.configuration.name} {c.loss:.4f}' for c in equal)} nats. The pick has the fewest "
+            "parameters of them."
+        )
+    return Outcome(without_laws(method, ranks, space.num_samples, text, factors), final, tuple(curves))
+
+
+def is_equal(curve: Curve, best: Curve) -> bool:
+    """Whether the difference of two final losses is within two standard errors over the validation samples."""
+    left, right = (min(one.points, key=lambda point: point.validation_loss) for one in (curve, best))
+    return curve is best or left.validation_loss - right.validation_loss <= 2 * paired_error(left, right)
