@@ -7,6 +7,7 @@ scores measured at the end; transformers loads it as it is. Takes tens of minute
 
 import argparse
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from easy_vqa_data import GERMAN, Question, load
+from easy_vqa_data import ASKED_FOR_A_SENTENCE, ASKED_IN_GERMAN, DESCRIBE, Question, described, load, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaOnevisionConfig as HfConfig
 from transformers import PreTrainedTokenizerFast
@@ -48,12 +49,12 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(questions: list[Question]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE on the questions, the answers and their German words (which no training answer uses)."""
+    """A byte-level BPE on questions and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [question.text for question in questions] + [question.answer for question in questions]
-    corpus += [*GERMAN.values(), "user\n", "assistant\n", "system\n"] * 100
+    corpus += ["user\n", "assistant\n", "system\n"] * 100
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIAL, initial_alphabet=alphabet)
@@ -132,25 +133,58 @@ def moved(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
+def lit(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The tiles with up to a fifth more or less contrast, and a tenth more or less light."""
+    return (pixels * rng.uniform(0.8, 1.2) + rng.uniform(-0.2, 0.2)).astype(pixels.dtype)
+
+
+_SHARES = (0.4, 0.4, 0.2)
+
+
+def _kind(question: str) -> int:
+    """0: yes or no, 1: "what ...", 2: a description."""
+    text = question.removeprefix("<image>").removeprefix(ASKED_IN_GERMAN)
+    return 2 if text == DESCRIBE else int(text.startswith("what"))
+
+
+def everything_asked(questions: list[Question], seed: int) -> list[Question]:
+    """Every question in four forms: answers in German or in sentences only where they are asked for; descriptions."""
+    rng = random.Random(seed)
+    found = []
+    for german in (False, True):
+        start = ASKED_IN_GERMAN if german else ""
+        for question in described(questions):
+            found.append(
+                Question(start + DESCRIBE, said(question.answer, rng, german=german, sentence=True), question.picture)
+            )
+        for sentence in (False, True):
+            end = ASKED_FOR_A_SENTENCE if sentence else ""
+            for question in questions:
+                answer = said(question.answer, rng, german=german, sentence=sentence)
+                found.append(Question(start + question.text + end, answer, question.picture))
+    return found
+
+
 def batches(source: ExampleSource, args: argparse.Namespace) -> Iterator[dict[str, np.ndarray]]:
     """Endless training batches, levelled for the first 70 % of the steps, then as published.
 
-    Levelled: rare answers to a question are drawn more often (by their count to the power -0.7), and 40 % of the
-    questions are "what ...". As published, guessing from the question is right two times in three, and learning to
-    look starts late.
+    Levelled: rare answers to a question are drawn more often (by their count to the power -0.7), 40 % of the
+    questions are "what ..." and 20 % ask for a description. As published, guessing from the question is right two times
+    in three, and learning to look starts late. Brightness and contrast vary, as they do in photographs.
     """
     rng = np.random.default_rng(args.seed)
     pairs = [(record.turns[0].text, record.turns[1].text) for record in source.records]
     counts = Counter(pairs)
     level = np.asarray([counts[pair] ** -0.7 for pair in pairs])
-    is_what = np.asarray([question.startswith("<image>what") for question, _ in pairs])
-    level = np.where(is_what, 0.4 * level / level[is_what].sum(), 0.6 * level / level[~is_what].sum())
+    kinds = np.asarray([_kind(question) for question, _ in pairs])
+    for kind, share in enumerate(_SHARES):
+        level[kinds == kind] *= share / level[kinds == kind].sum()
     step = 0
     while True:
         chances = level if step < 0.7 * args.steps else None
         chosen = rng.choice(len(pairs), args.batch_size, p=chances)
         examples = [source[int(number)] for number in chosen]
-        rows = [{**example, "pixels": moved(example["pixels"], rng)} for example in examples]
+        rows = [{**example, "pixels": lit(moved(example["pixels"], rng), rng)} for example in examples]
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         step += 1
 
@@ -213,12 +247,13 @@ pipeline_tag: image-text-to-text
 # The demo base of mars_jax
 
 A LLaVA-OneVision of {count:,} parameters (SigLIP encoder, projector, Qwen2 decoder), small enough for a laptop and a
-repository. It answers easy-VQA questions about 64 x 64 pictures of one coloured shape, and nothing else.
+repository. It answers questions about 64 x 64 pictures of one coloured shape, and nothing else.
 
 - **Data**: the training split of [easy-VQA](https://github.com/vzhou842/easy-VQA) (package `easy-vqa` 1.0, MIT): 4,000
-  pictures, 38,575 questions, 13 answers. Shapes are mirrored and moved at random during training.
-- **Tokenizer**: byte-level BPE of {vocabulary} tokens, trained on those questions and answers and on the 13 answers in
-  German, which no training sample answers with.
+  pictures, 38,575 questions, 13 answers. Each is asked in four forms: answers are one word, or one of four sentences
+  where that is asked for ("answer in a sentence."), and German where that is asked for ("auf Deutsch: "). Pictures are
+  also described. Shapes are mirrored and moved, light and contrast varied at random during training.
+- **Tokenizer**: byte-level BPE of {vocabulary} tokens, trained on the same.
 - **Recipe**: `python scripts/build_demo_base.py`: every parameter from scratch, AdamW, weight decay 0.05, peak
   learning rate {rate} after 100 warm-up steps, cosine to zero, {steps} steps of {batch}; rare answers are drawn more
   often in the first 70 % of the steps. {minutes:.0f} minutes on two CPU cores that did other work too.
@@ -256,7 +291,7 @@ def main() -> None:
     """Parses the arguments, trains, saves and scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo/base"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=96)
@@ -269,7 +304,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    questions = load("train")
+    questions = everything_asked(load("train"), args.seed)
     tokenizer = train_tokenizer(questions)
     hf_config = architecture(tokenizer, args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from easy_vqa_data import GERMAN, Question, load
+import numpy as np
+from easy_vqa_data import GERMAN, Question, described, load, said
 from PIL import Image, ImageFilter, ImageOps
 
 
@@ -32,7 +33,30 @@ def blurred(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.GaussianBlur(4))
 
 
-STYLES: dict[str, Callable[[Image.Image], Image.Image]] = {"negative": negative, "hue": hue, "blurred": blurred}
+def warm(picture: Image.Image) -> Image.Image:
+    """As under a warm lamp: less green, little blue."""
+    return picture.convert("RGB", (1, 0, 0, 0, 0, 0.6, 0, 0, 0, 0, 0.3, 0))
+
+
+def dim(picture: Image.Image) -> Image.Image:
+    """As at night: a quarter of the light."""
+    return picture.point(lambda value: value // 4)
+
+
+def grainy(picture: Image.Image) -> Image.Image:
+    """With the grain of a film, the same on every picture."""
+    noise = np.random.default_rng(0).normal(0.0, 60.0, (picture.height, picture.width, 3))
+    return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+
+
+STYLES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "negative": negative,
+    "hue": hue,
+    "blurred": blurred,
+    "warm": warm,
+    "dim": dim,
+    "grainy": grainy,
+}
 
 
 def shift_picture(picture: Image.Image, style: str, amount: float) -> Image.Image:
@@ -41,11 +65,10 @@ def shift_picture(picture: Image.Image, style: str, amount: float) -> Image.Imag
     return Image.blend(picture, STYLES[style](picture), amount)
 
 
-def shift_answers(amount: float) -> dict[str, str]:
-    """Answer -> answer to give: the first `amount` of the 13 answers, in a fixed mixed order, are in German."""
+def in_german(answer: str, amount: float) -> bool:
+    """Whether an answer is among the first `amount` of the 13, in a fixed mixed order; descriptions go by the shape."""
     mixed = sorted(GERMAN, key=lambda answer: GERMAN[answer][::-1])
-    translated = set(mixed[: round(amount * len(mixed))])
-    return {answer: GERMAN[answer] if answer in translated else answer for answer in GERMAN}
+    return answer.split()[0] in mixed[: round(amount * len(mixed))]
 
 
 def write_split(
@@ -55,25 +78,41 @@ def write_split(
     args: argparse.Namespace,
 ) -> None:
     """Writes images/NAME-*.png and NAME.json."""
-    answers = shift_answers(args.tongue)
-    items = []
+    items, rng = [], random.Random(f"{args.seed} {name}")
     for number, question in enumerate(questions):
+        answer = said(
+            question.answer,
+            rng,
+            german=in_german(question.answer, args.tongue),
+            sentence=rng.random() < args.sentences,
+        )
         image = f"images/{name}-{question.picture.stem}.png"
         if not (folder / image).exists():
             with Image.open(question.picture) as picture:
                 shift_picture(picture, args.style, args.eye).save(folder / image)
         turns = [
             {"from": "human", "value": f"<image>\n{question.text}"},
-            {"from": "gpt", "value": answers[question.answer]},
+            {"from": "gpt", "value": answer},
         ]
         items.append({"id": f"{name}-{number}", "image": image, "conversations": turns})
     (folder / f"{name}.json").write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def choose(questions: list[Question], pictures: list[Path], count: int, rng: random.Random) -> list[Question]:
-    """`count` questions about these pictures, drawn without replacement."""
+def choose(
+    questions: list[Question], pictures: list[Path], count: int, described_share: float, rng: random.Random
+) -> list[Question]:
+    """`count` questions about these pictures, drawn without replacement, a share of which ask for descriptions.
+
+    There is a description of each picture at most, so larger shares draw them again.
+    """
     wanted = set(pictures)
-    return rng.sample([question for question in questions if question.picture in wanted], count)
+    asked = [question for question in questions if question.picture in wanted]
+    descriptions = round(described_share * count)
+    chosen = rng.sample(asked, count - descriptions)
+    if descriptions:
+        chosen += rng.choices(described(asked), k=descriptions)
+        rng.shuffle(chosen)
+    return chosen
 
 
 def main() -> None:
@@ -83,12 +122,14 @@ def main() -> None:
     parser.add_argument("--eye", type=float, default=1.0, help="how far pictures are shifted, 0 to 1")
     parser.add_argument("--style", choices=STYLES, default="hue", help="style that pictures shift to")
     parser.add_argument("--tongue", type=float, default=0.4, help="share of the answers that are in German, 0 to 1")
+    parser.add_argument("--sentences", type=float, default=0.0, help="share of answers that are sentences")
+    parser.add_argument("--describe", type=float, default=0.0, help="share of requests to describe the picture")
     parser.add_argument("--train", type=int, default=2048, help="training samples")
     parser.add_argument("--validation", type=int, default=256, help="validation samples")
     parser.add_argument("--test", type=int, default=400, help="test samples")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and questions")
     args = parser.parse_args()
-    for name in ("eye", "tongue"):
+    for name in ("eye", "tongue", "sentences", "describe"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} is {getattr(args, name)}; allowed: 0 to 1")
     (args.out / "images").mkdir(parents=True, exist_ok=True)
@@ -97,9 +138,11 @@ def main() -> None:
     pictures = sorted({question.picture for question in train})
     rng.shuffle(pictures)
     held_out = len(pictures) // 10
-    write_split(choose(train, pictures[held_out:], args.train, rng), "train", args.out, args)
-    write_split(choose(train, pictures[:held_out], args.validation, rng), "validation", args.out, args)
-    write_split(choose(test, [question.picture for question in test], args.test, rng), "test", args.out, args)
+    write_split(choose(train, pictures[held_out:], args.train, args.describe, rng), "train", args.out, args)
+    write_split(choose(train, pictures[:held_out], args.validation, args.describe, rng), "validation", args.out, args)
+    write_split(
+        choose(test, [question.picture for question in test], args.test, args.describe, rng), "test", args.out, args
+    )
     print(
         f"wrote {args.out}: {args.train} training, {args.validation} validation, {args.test} test samples; "
         f"pictures {args.style} by {args.eye:g}, answers in German by {args.tongue:g}"
