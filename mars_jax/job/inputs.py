@@ -37,6 +37,7 @@ class InputsOf:
             validation=self.data.validation_batches(settings.batch_size, cached_encoder=cached),
             rates=rates or self.config.learning_rates(),
             eval_batches=self.data.num_eval_batches(settings.validation_samples, settings.batch_size),
+            seed=self.config.seed,
         )
 
     def final_runs(
@@ -55,4 +56,5 @@ class InputsOf:
             rates=rates,
             eval_batches=self.data.num_eval_batches(settings.validation_samples, settings.batch_size),
             initial=initial,
+            seed=self.config.seed,
         )

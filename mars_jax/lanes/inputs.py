@@ -29,6 +29,7 @@ class LaneInputs:
         rates: learning rates, for all lanes or for each.
         eval_batches: how many of the validation batches an eval point reads, from the first; None: all.
         initial: lane -> adapters [P] that it starts from in place of its own draw.
+        seed: added to the seed of each lane for the draw of its adapters.
     """
 
     base: Tree
@@ -37,6 +38,7 @@ class LaneInputs:
     rates: Rates | Sequence[Rates]
     eval_batches: int | None = None
     initial: Mapping[int, np.ndarray] | None = None
+    seed: int = 0
 
     @property
     def num_eval_batches(self) -> int:

@@ -200,7 +200,7 @@ def _start(
     in_slot = [by_slot.get(slot, len(lanes) - 1) for slot in range(engine.num_slots)]
     state = engine.init(
         inputs.base,
-        np.asarray([lanes[k].seed for k in in_slot], np.int32),
+        np.asarray([inputs.seed + lanes[k].seed for k in in_slot], np.int32),
         {m: np.asarray([lanes[k].ranks[m] for k in in_slot], np.int32) for m in lanes[0].ranks},
         {m: np.asarray([inputs.rates_of(k)[m] for k in in_slot], np.float32) for m in lanes[0].ranks},
     )

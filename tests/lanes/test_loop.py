@@ -1,6 +1,7 @@
 """The host loop over lanes: rows, drift, killing and going on; and what becomes a lane's record."""
 
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -186,6 +187,15 @@ def test_multipliers_warm_up_and_fall(shape, expected):
     multipliers = warmup_multipliers(6, 2, shape)
     assert multipliers.dtype == np.float32
     np.testing.assert_allclose(multipliers, expected, atol=1e-6)
+
+
+def test_a_seed_of_the_inputs_draws_the_adapters_of_lanes_with_that_seed_added():
+    # The config's seed changed the order of the data and left every run the same adapters.
+    timing = schedule([0, 4], per_doubling=0)
+    moved = run(timing=timing, seed=3, stream=Stream(LANES[0]))
+    lanes = [replace(lane, seed=lane.seed + 3) for lane in LANES]
+    assert_same_points(moved.points, run(lanes=lanes, timing=timing, stream=Stream(LANES[0])).points)
+    assert moved.points[0][-1].validation_loss != run(timing=timing).points[0][-1].validation_loss
 
 
 # Killing and going on.
