@@ -325,14 +325,69 @@ def test_rates_and_frozen_modules_are_searched_and_trained_as_they_were_picked(j
     assert "Final runs that the pick was chosen from" in page
     assert f"rank\u00a02 for llm at {factor:.3g} times its learning rate" in page
     # The final run that the search kept is gone: the pick is trained again, at the picked rates.
-    (run / "sweep" / "final.json").unlink()
-    state = read(run / "state.json")
-    del state["phases"]["select"]["outputs"]["sweep/final.json"]
-    (run / "state.json").write_text(json.dumps(state))
+    _forget_final_run(run)
     again = job.mars("finetune", run)
     assert not again["from_sweep"]
     assert again["learning_rate"] == summary["learning_rate"]
     assert again["best_validation_loss"] == pytest.approx(summary["best_validation_loss"], rel=1e-3)
+
+
+def test_restarts_are_drawn_anew_and_the_pick_keeps_its_draw(job, tmp_path):
+    run, modules = tmp_path / "run", read_yaml(job.config)["lora"]["modules"]
+    settings = [
+        f"lora.modules={json.dumps(modules)}",
+        "selection={method: restarts, sweep: 3}",
+        "evaluate={max_samples: 3, controls: false, batch_size: 4}",
+    ]
+    job.mars("run", job.config, f"run_dir={run}", *settings)
+    runs = read(run / "sweep" / "runs.json")["runs"]
+    assert [one["seed"] for one in runs] == [0, 1, 2]
+    assert len({json.dumps(one["looks"][1:]) for one in runs}) == 3
+    assert len({json.dumps(one["ranks"]) for one in runs}) == 1
+    selection, summary = read(run / "selection.json"), read(run / "finetune" / "summary.json")
+    best = min(runs, key=lambda one: min(loss for _, loss in one["looks"]))
+    assert selection["seed"] == best["seed"]
+    _forget_final_run(run)
+    again = job.mars("finetune", run)
+    assert not again["from_sweep"]
+    assert again["best_validation_loss"] == pytest.approx(summary["best_validation_loss"], rel=1e-3)
+    # The config's seed draws other adapters and another order.
+    job.mars("run", job.config, f"run_dir={tmp_path / 'other'}", "seed=1", *settings)
+    others = read(tmp_path / "other" / "sweep" / "runs.json")["runs"]
+    assert {json.dumps(one["looks"][1:]) for one in runs}.isdisjoint(json.dumps(one["looks"][1:]) for one in others)
+
+
+def test_a_race_is_decided_at_its_rungs_and_resumes_where_it_was(job, tmp_path):
+    run, modules = tmp_path / "run", read_yaml(job.config)["lora"]["modules"]
+    modules["llm"] |= {"rates": [0.01, 1.0, 10.0]}
+    document = job.mars(
+        "run",
+        job.config,
+        f"run_dir={run}",
+        f"lora.modules={json.dumps(modules)}",
+        "selection={method: race, sweep: 5}",
+        "finetune={steps: 16, look_every: 8, warmup_steps: 1}",
+        "evaluate={max_samples: 3, controls: false, batch_size: 4}",
+    )
+    runs = read(run / "sweep" / "runs.json")["runs"]
+    assert len(runs) == 5
+    assert {step for one in runs for step, _ in one["looks"]} == {0, 1, 2, 4, 6, 8, 12, 16}
+    ends = [one["looks"][-1][0] for one in runs]
+    assert 16 in ends
+    assert set(ends) <= {2, 4, 8, 12, 16}
+    selection = read(run / "selection.json")
+    assert selection["method"] == "race"
+    whole = [one for one in runs if one["looks"][-1][0] == 16]
+    assert document["pick"] in [one["ranks"] for one in whole]
+    assert selection["explanation"].startswith(f"5 final runs were begun; {len(whole)} came to their end.")
+
+
+def _forget_final_run(run):
+    """Removes the final run that a search kept, so that the pick is trained again."""
+    (run / "sweep" / "final.json").unlink()
+    state = read(run / "state.json")
+    del state["phases"]["select"]["outputs"]["sweep/final.json"]
+    (run / "state.json").write_text(json.dumps(state))
 
 
 def test_factors_that_belong_to_no_trained_module_are_refused(job, tmp_path):

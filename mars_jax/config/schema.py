@@ -198,8 +198,8 @@ class SelectionConfig(Section):
 
     method: str = Field(
         default="best_probes",
-        description="the strategy: best_probes (final runs of the best probes, halved in rungs), laws, paper, halving, "
-        "random, uniform, separate_rates or tpe",
+        description="the strategy: best_probes (final runs of the best probes, halved in rungs), laws, paper, race, "
+        "halving, random, restarts, uniform, separate_rates or tpe",
     )
     target_num_samples: Count | None = Field(default=None, description="D to pick for; null: all training samples")
     sweep: Few | None = Field(
@@ -221,6 +221,11 @@ class FinetuneConfig(Section):
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="shape after the warm-up")
     look_every: Steps = Field(default=50, description="steps between two eval points")
     validation_samples: Count = Field(default=256, description="validation samples of an eval point")
+    averaging: PositiveOrZero | None = Field(
+        default=8.0,
+        description="eval points, and so the result, use the mean of the adapters over the steps t so far, weighted by "
+        "t^averaging: of about the last ninth of the steps at 8; null: they use the newest adapters",
+    )
     warm_start: Flag = Field(
         default=False,
         description="start from the adapters of the probe with the picked ranks and the largest D, if there is one",

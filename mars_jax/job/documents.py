@@ -220,6 +220,7 @@ class Selection:
     fallback: str | None = None
     tau: Number = None
     factors: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class BegunRun:
     ranks: Counts
     looks: list[list[float | None]]
     factors: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class KeptRun:
     learning_rate: dict[str, float]
     points: list[Point]
     warm_start: str | None
+    seed: int = 0
 
 
 @dataclass(frozen=True)

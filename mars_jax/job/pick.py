@@ -8,8 +8,8 @@ from mars_jax.job.checks import check_there
 from mars_jax.job.job import Job
 
 
-def picked(job: Job) -> tuple[Mapping[str, int], Mapping[str, float]]:
-    """Picked ranks, 0 where a module is frozen, and the factors on learning rates that aren't 1, by module.
+def picked(job: Job) -> tuple[Mapping[str, int], Mapping[str, float], int]:
+    """Picked ranks, 0 where a module is frozen, factors on learning rates that aren't 1, by module; and the seed.
 
     Raises:
         ConfigError: nothing is picked yet, or not for the modules of the config.
@@ -31,4 +31,4 @@ def picked(job: Job) -> tuple[Mapping[str, int], Mapping[str, float]]:
             f"{file}: factors has {', '.join(odd)}; a factor is above 0 and of a module that the pick trains. Run "
             "`mars select` for a pick, or give a whole one of your own."
         )
-    return dict.fromkeys(modules, 0) | pick, factors
+    return dict.fromkeys(modules, 0) | pick, factors, document.get("seed", 0)

@@ -180,7 +180,8 @@ def is_pick(run: RunRecord, final: Record) -> bool:
     """Whether a final run of the sweep is that of the pick."""
     trained = {module: rank for module, rank in final["ranks"].items() if rank}
     pick = {module: rank for module, rank in (run.selection.get("pick") or {}).items() if rank}
-    return trained == pick and (final.get("factors") or {}) == (run.selection.get("factors") or {})
+    how = [(one.get("factors") or {}, one.get("seed") or 0) for one in (final, run.selection)]
+    return trained == pick and how[0] == how[1]
 
 
 def _condition(run: RunRecord, name: str) -> Record:

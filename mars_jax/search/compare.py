@@ -62,7 +62,7 @@ def compare_run(job: Job, programs: Sequence[Program], selection: Selection) -> 
     evaluator, _ = held_out_evaluator(job.config, job.reporter, job.base, job.data, controls=False)
     folder = job.directory / files.COMPARISON_CHECKPOINTS
     trainer = TrialTrainer(LaneTrainer(job, programs, folder, "compare"), evaluator)
-    pick = Configuration(space.configuration(selection.pick).ranks, selection.factors)
+    pick = Configuration(space.configuration(selection.pick).ranks, selection.factors, selection.seed)
     searched = _search(job, selection, pick)
     # As many runs as the search cost.
     budget = Budget(max(2, round(1 + searched.search_flops / job.prices.final_run(pick.ranks))))

@@ -39,6 +39,7 @@ class FinalRun:
         learning_rate: module -> learning rate.
         points: its eval points.
         warm_start: name of the probe that it started from, if any.
+        seed: added to the config's for the draw of the adapters.
     """
 
     ranks: Ranks
@@ -46,6 +47,7 @@ class FinalRun:
     learning_rate: Rates
     points: tuple[EvalPoint, ...]
     warm_start: str | None
+    seed: int = 0
 
     def to_json(self) -> Document:
         """The run in the document sweep/final.json."""
@@ -55,13 +57,15 @@ class FinalRun:
             "learning_rate": dict(self.learning_rate),
             "warm_start": self.warm_start,
             "points": [point.to_json() for point in self.points],
+            "seed": self.seed,
         }
 
     @classmethod
     def from_json(cls, document: Document) -> "FinalRun":
         """The inverse of `to_json`."""
         points = tuple(EvalPoint.from_json(point) for point in document["points"])
-        return cls(**{name: document[name] for name in cls.__dataclass_fields__} | {"points": points})
+        known = {name: document[name] for name in cls.__dataclass_fields__ if name in document}
+        return cls(**known | {"points": points})
 
 
 def rates_of(config: Config, configuration: Configuration) -> dict[str, float]:
@@ -87,6 +91,7 @@ def final_schedule(config: Config, vocabulary: int, stopping: StoppingRule | Non
         chunk_steps=config.probe.chunk_steps,
         stopping=stopping,
         ceiling=loss_ceiling(vocabulary),
+        averaging=settings.averaging,
         keeps_sample_losses=stopping.needs_sample_losses,
     )
 
@@ -99,6 +104,7 @@ def final_run(job: Job, curve: Curve) -> FinalRun:
         rates_of(job.config, curve.configuration),
         curve.points,
         curve.start,
+        curve.configuration.seed,
     )
 
 
@@ -116,8 +122,8 @@ def left_final_run(job: Job, configuration: Configuration) -> tuple[FinalRun, Tr
         return None
     document = job.directory.read(files.FINAL_RUN)
     run = FinalRun.from_json(document["run"])
-    same = run.ranks == configuration.ranks and run.learning_rate == rates_of(job.config, configuration)
-    if not same or document["settings"] != settings_of(job.config):
+    wanted = (configuration.ranks, rates_of(job.config, configuration), configuration.seed)
+    if (run.ranks, run.learning_rate, run.seed) != wanted or document["settings"] != settings_of(job.config):
         return None
     return run, read_adapters(job.directory / files.FINAL_ADAPTERS)
 

@@ -1,7 +1,7 @@
 """The trainer of real lanes: probes and final runs of a job, each group in one program, resumed where it was killed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class LaneTrainer:
         job, settings = self.job, self.job.config.finetune
         schedule = final_schedule(job.config, job.base.model_config.text.vocab_size, stopping)
         vectors = [configuration.ranks for configuration in configurations]
-        lanes = [Lane(ranks, job.data.target_num_samples(), seed=0) for ranks in vectors]
+        lanes = [Lane(one.ranks, job.data.target_num_samples(), one.seed) for one in configurations]
         steps = stopping.lane_steps(len(lanes), schedule.horizon) // len(lanes)
         planned = [self.padded] * (self.together or len(vectors)) if self.padded else vectors
         engine = covering_engine(job, self.programs, planned, steps)
@@ -75,7 +75,8 @@ class LaneTrainer:
             def report(progress: Progress) -> None:
                 advance(progress.lane_steps, progress.text)
 
-            inputs = job.inputs.final_runs(lanes[0], engine, rates, initial)
+            # All read the data in the order of seed 0: restarts differ in their adapters alone.
+            inputs = job.inputs.final_runs(replace(lanes[0], seed=0), engine, rates, initial)
             hooks = Hooks(checkpoints, interrupts=interrupts, advance=report)
             result = run_group(lanes, engine, inputs, schedule, hooks)
         return [

@@ -227,6 +227,7 @@ def _begun(curve: Curve) -> Document:
     return {
         "ranks": dict(curve.configuration.ranks),
         "factors": dict(curve.configuration.factors),
+        "seed": curve.configuration.seed,
         "looks": [(point.step, point.validation_loss if point.alive else None) for point in curve.points],
     }
 

@@ -53,6 +53,7 @@ class Selection:
         candidates: every rank vector of the grid, fewest parameters first; empty where the laws took no part.
         explanation: why this pick, in plain words.
         factors: module -> picked factor on its learning rate, for those where it isn't 1.
+        seed: added to the config's for the draw of the final run's adapters.
     """
 
     target_num_samples: int
@@ -64,6 +65,7 @@ class Selection:
     candidates: tuple[Candidate, ...]
     explanation: str
     factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
 
     def to_json(self) -> Document:
         """The document selection.json, of which `load_json` is the inverse."""
@@ -80,6 +82,7 @@ def without_laws(
     target_num_samples: int,
     explanation: str,
     factors: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Selection:
     """A selection that no law took part in."""
     return Selection(
@@ -92,6 +95,7 @@ def without_laws(
         candidates=(),
         explanation=explanation,
         factors=dict(factors or {}),
+        seed=seed,
     )
 
 

@@ -22,16 +22,19 @@ class Configuration:
     Attributes:
         ranks: module -> rank, 0 where the module is frozen.
         factors: module -> factor on its learning rate, for those where it isn't 1.
+        seed: added to the config's for the draw of the adapters.
     """
 
     ranks: Ranks
     factors: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def name(self) -> str:
         """Readable, and unique within a search."""
         ranks = "-".join(f"{module}{rank}" for module, rank in self.ranks.items())
-        return ranks + "".join(f"-{module}x{factor!r}" for module, factor in self.factors.items())
+        rates = "".join(f"-{module}x{factor!r}" for module, factor in self.factors.items())
+        return ranks + rates + (f"-seed{self.seed}" if self.seed else "")
 
 
 def distinct(configurations: Iterable[Configuration]) -> list[Configuration]:

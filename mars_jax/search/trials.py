@@ -38,6 +38,7 @@ class TrialRecord:
         test_losses: summed loss of each test sample, nats.
         test_tokens: supervised tokens of each.
         test_correct: whether each was answered rightly.
+        seed: added to the config's for the draw of the adapters.
     """
 
     trial: str
@@ -49,6 +50,7 @@ class TrialRecord:
     test_losses: Sequence[FloatOrNan] = field(default_factory=tuple)
     test_tokens: Sequence[float] = field(default_factory=tuple)
     test_correct: Sequence[bool] = field(default_factory=tuple)
+    seed: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -64,13 +66,13 @@ class TrialRecord:
             )
             for step, loss in self.looks
         )
-        return Curve(Configuration(self.ranks, self.factors), points)
+        return Curve(Configuration(self.ranks, self.factors, self.seed), points)
 
     def to_json(self) -> Document:
         """A record of trials.jsonl, of which `load_jsonl` is the inverse."""
         document = asdict(self)
         if not self.is_whole:
-            return {name: document[name] for name in ("trial", "ranks", "factors", "looks")}
+            return {name: document[name] for name in ("trial", "ranks", "factors", "looks", "seed")}
         return document
 
 
@@ -134,7 +136,13 @@ class TrialTrainer:
         looks = [(point.step, point.validation_loss if point.alive else None) for point in curve.points]
         configuration = curve.configuration
         if last.alive and last.step < self._job.config.finetune.steps:
-            return TrialRecord(configuration.name + _STOPPED, configuration.ranks, configuration.factors, looks)
+            return TrialRecord(
+                configuration.name + _STOPPED,
+                configuration.ranks,
+                configuration.factors,
+                looks,
+                seed=configuration.seed,
+            )
         # Padded, so that one compiled program scores them all.
         base = self._job.base
         padded = pad(adapters_of(curve), base.targets, widest, base.method)
@@ -149,4 +157,5 @@ class TrialTrainer:
             test_losses=outcome.losses.tolist(),
             test_tokens=outcome.tokens.tolist(),
             test_correct=outcome.correct.tolist(),
+            seed=configuration.seed,
         )

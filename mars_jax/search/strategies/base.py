@@ -29,6 +29,7 @@ class Space:
         most_together: final runs that one stopping rule can decide over.
         seed: of strategies that draw.
         factors: module -> factors on its learning rate to choose among, rising; the others keep theirs.
+        only: names of the configurations that may be chosen; None: all combinations.
     """
 
     grids: Mapping[str, Sequence[int]]
@@ -42,6 +43,7 @@ class Space:
     most_together: int
     seed: int = 0
     factors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    only: frozenset[str] | None = None
 
     @property
     def searched(self) -> list[str]:
@@ -52,6 +54,11 @@ class Space:
     def adapted(self) -> dict[str, Sequence[int]]:
         """The grids of modules that are not frozen."""
         return {module: ranks for module, ranks in self.grids.items() if max(ranks) > 0}
+
+    @property
+    def middle(self) -> Configuration:
+        """The middle rank of every grid, at the usual rates."""
+        return self.configuration({module: sorted(grid)[len(grid) // 2] for module, grid in self.grids.items()})
 
     def configuration(self, ranks: Ranks, factors: Mapping[str, float] | None = None) -> Configuration:
         """Ranks and factors of some modules, with the ranks that the others have in any case and their usual factors.
@@ -64,11 +71,12 @@ class Space:
         return Configuration(whole, {m: factor for m, factor in chosen.items() if factor != 1.0 and whole[m]})
 
     def every(self) -> list[Configuration]:
-        """All configurations; without those that train no module."""
+        """All configurations that may be chosen; without those that train no module."""
         rates = [dict(zip(self.factors, chosen, strict=True)) for chosen in product(*self.factors.values())]
         vectors = [dict(zip(self.grids, ranks, strict=True)) for ranks in product(*self.grids.values())]
         every = [self.configuration(ranks, factors) for ranks in vectors if any(ranks.values()) for factors in rates]
-        return distinct(every)  # The rates of a frozen module change nothing.
+        # The rates of a frozen module change nothing.
+        return [one for one in distinct(every) if self.only is None or one.name in self.only]
 
     def parameters(self, configuration: Configuration) -> int:
         """Trainable parameters of a configuration."""

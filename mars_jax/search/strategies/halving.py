@@ -39,7 +39,7 @@ def cross_design(space: Space) -> list[Configuration]:
         for ranks in space.probed
         if any(ranks.values()) and all(ranks[module] in grid for module, grid in space.grids.items())
     ]
-    middle = {module: sorted(grid)[len(grid) // 2] for module, grid in space.grids.items()}
+    middle = space.middle.ranks
     rated = [space.configuration(middle, {module: factor}) for module, grid in space.factors.items() for factor in grid]
     mixed = itertools.chain.from_iterable(itertools.zip_longest(vectors, rated))
     return distinct(configuration for configuration in mixed if configuration)

@@ -38,4 +38,6 @@ def lowest_of(method: str, among: str, curves: Sequence[Curve], space: Space) ->
     final = winner(curves, space)
     ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
     text = f"{among}, that of {choice_text(ranks, factors)} has the lowest validation loss, {final.loss:.4f} nats."
-    return Outcome(without_laws(method, ranks, space.num_samples, text, factors), final, tuple(curves))
+    return Outcome(
+        without_laws(method, ranks, space.num_samples, text, factors, final.configuration.seed), final, tuple(curves)
+    )

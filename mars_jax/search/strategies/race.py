@@ -57,7 +57,9 @@ def raced(method: str, configurations: Sequence[Configuration], space: Space, tr
             f"{'; '.join(f'{c.configuration.name} {c.loss:.4f}' for c in equal)} nats. The pick has the fewest "
             "parameters of them."
         )
-    return Outcome(without_laws(method, ranks, space.num_samples, text, factors), final, tuple(curves))
+    return Outcome(
+        without_laws(method, ranks, space.num_samples, text, factors, final.configuration.seed), final, tuple(curves)
+    )
 
 
 def is_equal(curve: Curve, best: Curve) -> bool:

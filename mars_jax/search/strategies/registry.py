@@ -24,6 +24,7 @@ STRATEGIES: "Registry[Strategy]" = Registry(
         "race": f"{_HERE}.race:RACE",
         "halving": f"{_HERE}.halving:HALVING",
         "random": f"{_HERE}.random:RANDOM",
+        "restarts": f"{_HERE}.restarts:RESTARTS",
         "uniform": f"{_HERE}.uniform:UNIFORM",
         "separate_rates": f"{_HERE}.separate_rates:SEPARATE_RATES",
         "tpe": f"{_HERE}.tpe:TPE",

@@ -23,9 +23,9 @@ def spread_configurations(space: Space, number: int) -> list[Configuration]:
     """
     every = space.every()
     places = coordinates(space, every)
-    middle = int(np.argmin(np.linalg.norm(places - coordinates(space, [space.configuration(_middle(space))]), axis=1)))
-    chosen = [middle]
-    nearest = np.linalg.norm(places - places[middle], axis=1)
+    from_middle = np.linalg.norm(places - coordinates(space, [space.middle]), axis=1)
+    chosen = [int(np.argmin(from_middle))]
+    nearest = np.linalg.norm(places - places[chosen[0]], axis=1)
     while len(chosen) < min(number, len(every)):
         chosen.append(int(np.argmax(nearest)))
         nearest = np.minimum(nearest, np.linalg.norm(places - places[chosen[-1]], axis=1))
@@ -43,7 +43,3 @@ def coordinates(space: Space, configurations: Sequence[Configuration]) -> np.nda
             for one in configurations
         ]
     ).reshape(len(configurations), -1)
-
-
-def _middle(space: Space) -> dict[str, int]:
-    return {module: sorted(grid)[len(grid) // 2] for module, grid in space.grids.items()}

@@ -67,10 +67,15 @@ def curve(configuration):
     return Curve(configuration, tuple(points))
 
 
+def restarts_of(space):
+    return [dataclasses.replace(space.middle, seed=seed) for seed in (1, 2, 3)]
+
+
 def trainer():
     whole = SPACE.every()
     factors = [{module: factor} for module in SPACE.searched for factor in (1 / 3, 3.0)]
     rated = [SPACE.configuration(c.ranks, f) for c in whole for f in factors]
+    rated += restarts_of(SPACE)
     records = [record(ranks, samples) for ranks in SPACE.probed for samples in SIZES]
     return RecordedTrainer(map(curve, [*whole, *rated]), records)
 
@@ -152,6 +157,17 @@ def test_a_search_whose_runs_all_diverge_names_them_and_the_rates():
         STRATEGIES["random"].search(SPACE, RecordedTrainer(dead), Budget())
 
 
+def test_restarts_keep_the_seed_of_the_best_run():
+    ends = {0: 1.0, 1: 0.9, 2: 0.7, 3: 0.8}
+    drawn = [dataclasses.replace(SPACE.middle, seed=seed) for seed in ends]
+    curves = [Curve(one, (EvalPoint(0, 3.0), EvalPoint(STEPS, ends[one.seed]))) for one in drawn]
+    outcome = STRATEGIES["restarts"].search(SPACE, RecordedTrainer(curves), Budget())
+    assert (outcome.selection.pick, outcome.selection.seed) == (SPACE.middle.ranks, 2)
+    assert outcome.final.configuration.name == "vision8-projector8-llm8-seed2"
+    twice = STRATEGIES["restarts"].search(SPACE, RecordedTrainer(curves), Budget(runs=2))
+    assert twice.selection.seed == 1
+
+
 class Smallest:
     """A strategy of somebody else's: the smallest ranks, trained."""
 
@@ -213,7 +229,7 @@ def rated_trainer():
         end = rated_loss(configuration)
         return Curve(configuration, tuple(EvalPoint(step, end + 3.0 * (1 - step / STEPS)) for step in range(0, 65, 8)))
 
-    return RecordedTrainer(map(recorded, RATED.every()))
+    return RecordedTrainer(map(recorded, [*RATED.every(), *restarts_of(RATED)]))
 
 
 def test_every_configuration_of_a_space_with_rates_is_listed_once():
@@ -224,6 +240,8 @@ def test_every_configuration_of_a_space_with_rates_is_listed_once():
     # 0.3 is nearer to 1 than 3 is; a factor of 1 is left out.
     assert RATED.configuration({"vision": 8, "llm": 2}).factors == {"llm": 3.0}
     assert RATED.configuration({"vision": 8, "llm": 2}, {"llm": 0.3, "vision": 1.0}).factors == {"llm": 0.3}
+    few = dataclasses.replace(RATED, only=frozenset(one.name for one in every[3:5]))
+    assert few.every() == every[3:5]
     bare = dataclasses.replace(SPACE, grids={"vision": (0, 2), "llm": (0, 2)}).every()
     assert [c.ranks for c in bare] == [{"vision": 0, "llm": 2}, {"vision": 2, "llm": 0}, {"vision": 2, "llm": 2}]
 
@@ -258,7 +276,7 @@ RATES_ALONE = dataclasses.replace(
 @pytest.mark.parametrize("name", TRAINING)
 def test_rates_alone_may_be_searched(name):
     curves = []
-    for configuration in RATES_ALONE.every():
+    for configuration in [*RATES_ALONE.every(), *restarts_of(RATES_ALONE)]:
         end = rated_loss(configuration)
         curves.append(Curve(configuration, tuple(EvalPoint(step, end + 3.0 - step / 32) for step in range(0, 65, 8))))
     selection = STRATEGIES[name].search(RATES_ALONE, RecordedTrainer(curves), Budget()).selection
