@@ -1,0 +1,181 @@
+"""Strategies replayed on a cell of the tabular benchmark: what they come to, and what that costs.
+
+The package's own strategies train through its `RecordedTrainer`, so none is written twice. Compute is counted in final
+runs: the steps of all runs that a strategy began, over the steps of one.
+
+    python -m benchmarks.evidence.replays [STRATEGY ...]
+
+replays strategies on every cell of the shorter length, and prints for each budget, as JSON, the means over cells of the
+regret (how much the delivered run is above the lowest of the cell), of the excess (above an average run of the best
+configuration, for tasks with two seeds), and of the compute. Strategies that draw at random are replayed ten times.
+"""
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.evidence.design import LENGTHS, SEARCHED
+from benchmarks.evidence.table import Cell, read_table
+from mars_jax.laws.fit import Laws
+from mars_jax.laws.records import LaneRecord
+from mars_jax.runtime.jsonfiles import Document, dump_json
+from mars_jax.search.recorded_trainer import RecordedTrainer
+from mars_jax.search.strategies.base import Budget, Space, Strategy
+from mars_jax.search.strategies.registry import STRATEGIES
+from mars_jax.search.trainer import Configuration, distinct
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a strategy came to in a cell.
+
+    Attributes:
+        configuration: of the run that it delivered.
+        loss: of that run, nats a token.
+        test_loss: of the same.
+        runs: compute in final runs.
+    """
+
+    configuration: Configuration
+    loss: float
+    test_loss: float
+    runs: float
+
+
+def space_of(cell: Cell, seed: int = 0) -> Space:
+    """All that is recorded in a cell, to choose from."""
+    curves = [run.curve for run in cell.runs]
+    modules = list(curves[0].configuration.ranks)
+    grids = {module: sorted({curve.configuration.ranks[module] for curve in curves}) for module in modules}
+    factors = {m: sorted({curve.configuration.factors.get(m, 1.0) for curve in curves}) for m in SEARCHED}
+    return Space(
+        grids=grids,
+        num_samples=cell.num_samples,
+        steps=cell.steps,
+        probed=[one.ranks for one in distinct(Configuration(curve.configuration.ranks) for curve in curves)],
+        sizes=(),
+        parameters_per_rank=cell.parameters_per_rank,
+        rates=cell.rates,
+        fit=_no_laws,
+        most_together=len(curves),
+        seed=seed,
+        factors=factors,
+        only=frozenset(curve.configuration.name for curve in curves),
+    )
+
+
+def _no_laws(records: Sequence[LaneRecord]) -> Laws:
+    raise NotImplementedError("the cells have no probes")
+
+
+def replayed(cell: Cell, strategy: Strategy, budget: Budget | None = None, seed: int = 0) -> Replayed:
+    """Replays a strategy."""
+    trainer = RecordedTrainer(run.curve for run in cell.runs)
+    outcome = strategy.search(space_of(cell, seed), trainer, budget or Budget())
+    assert outcome.final is not None
+    name = outcome.final.configuration.name
+    (run,) = [run for run in cell.runs if run.curve.configuration.name == name]
+    steps = sum(curve.steps for curve in trainer.trained)
+    return Replayed(run.curve.configuration, run.curve.loss, run.test_loss, steps / cell.steps)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of a task from all its cells of one length.
+
+    Attributes:
+        losses: name of a configuration -> its mean loss over seeds, the seeds' common effects divided out.
+        effects: seed -> its common effect, a factor on losses.
+        deviation: standard deviation of the log loss of a run about its configuration's mean, over the five best.
+    """
+
+    losses: Mapping[str, float]
+    effects: Mapping[int, float]
+    deviation: float
+
+    @property
+    def best(self) -> float:
+        """Mean loss of the best configuration."""
+        return min(self.losses.values())
+
+    def excess(self, seed: int, loss: float) -> float:
+        """How much a run of a seed is above an average run of the best configuration, as a share."""
+        return loss / self.effects[seed] / self.best - 1.0
+
+
+def truth_of(cells: Sequence[Cell]) -> Truth:
+    """The truth of a task from its cells, one a seed, at least two."""
+    by_seed = {cell.seed: {run.curve.configuration.name: run.curve.loss for run in cell.runs} for cell in cells}
+    names = [
+        n
+        for n in next(iter(by_seed.values()))
+        if all(np.isfinite(losses.get(n, np.inf)) for losses in by_seed.values())
+    ]
+    logs = np.log([[losses[name] for name in names] for losses in by_seed.values()])
+    effects = np.median(logs - logs.mean(axis=0), axis=1)
+    apart = logs - effects[:, None]
+    means = apart.mean(axis=0)
+    best = np.argsort(means)[:5]
+    deviation = float(np.sqrt(np.var(apart[:, best], axis=0, ddof=1).mean()))
+    losses = dict(zip(names, np.exp(means).tolist(), strict=True))
+    return Truth(losses, dict(zip(by_seed, np.exp(effects).tolist(), strict=True)), deviation)
+
+
+BUDGETS: Mapping[str, Sequence[int | None]] = {
+    "race": (4, 6, 8),
+    "halving": (4, 8, None),
+    "random": (2, 4, 8),
+    "restarts": (1, 2, 4),
+    "tpe": (2, 4, 8),
+}
+"""Final runs that strategies begin; None: as many as they would."""
+
+REPLAYS = 10
+_DRAWN = ("random", "tpe")
+
+
+def rows_of(names: Sequence[str], cells: Sequence[Cell]) -> list[Document]:
+    """What strategies come to on average, a row for each and its budgets."""
+    by_task: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_task.setdefault(cell.task, []).append(cell)
+    truths = {task: truth_of(some) for task, some in by_task.items() if len(some) > 1}
+    return [_row(name, runs, cells, truths) for name in names for runs in BUDGETS.get(name, (None,))]
+
+
+def _row(name: str, runs: int | None, cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Document:
+    regrets, excesses, compute = [], [], []
+    for cell in cells:
+        lowest = min(run.curve.loss for run in cell.runs)
+        for seed in range(REPLAYS if name in _DRAWN else 1):
+            found = replayed(cell, STRATEGIES[name], Budget(runs), seed)
+            regrets.append(found.loss / lowest - 1.0)
+            compute.append(found.runs)
+            if cell.task in truths:
+                excesses.append(truths[cell.task].excess(cell.seed, found.loss))
+    return {
+        "strategy": name,
+        "begun": runs,
+        "cells": len(cells),
+        "regret": statistics.mean(regrets),
+        "excess": statistics.mean(excesses) if excesses else None,
+        "runs": statistics.mean(compute),
+    }
+
+
+def main() -> None:
+    """Prints the rows."""
+    known = [name for name in STRATEGIES.names if not STRATEGIES[name].needs_probes]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("strategies", nargs="*", metavar="STRATEGY", help=f"of {', '.join(known)}; all by default")
+    names = parser.parse_args().strategies or known
+    for name in names:
+        STRATEGIES.check(name)
+    print(dump_json(rows_of(names, [cell for cell in read_table() if cell.steps == LENGTHS[0]]), indent=1))
+
+
+if __name__ == "__main__":
+    main()
