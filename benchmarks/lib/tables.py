@@ -25,7 +25,7 @@ from mars_jax.runtime.jsonfiles import read_json, write_text
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent
 ROOT = BENCHMARKS.parent
-EVIDENCE = ("evidence", "law_fits", "coverage", "planted")
+EVIDENCE = ("evidence", "noise", "law_fits", "coverage", "planted")
 ORDER = (
     "probe_grid",
     "step_beside_peft",

@@ -24,7 +24,7 @@ class PairedRace(StoppingRule):
     The difference of two lanes at the end is taken for normal about that at the rung, with the standard error of the
     paired difference over validation samples and a spread for what is still to come: how much differences of log losses
     changed from half the rung's step to the rung (standard deviation over lanes, at least half of that of the rung
-    before), times the doublings of the step that are left. The leader is the lane with the lowest loss at the rung.
+    before), times the share of the steps that is left. The leader is the lane with the lowest loss at the rung.
 
     Attributes:
         horizon: the last step.
@@ -58,7 +58,7 @@ class PairedRace(StoppingRule):
             here = {k: point for k in kept if (point := _at(points[k], rung)) is not None}
             before = {k: point for k in here if (point := _at(points[k], max(1, rung // 2))) is not None}
             spread = max(spread / 2, _spread([here[k] for k in before], list(before.values())))
-            kept = self._kept(here, spread * math.log2(self.horizon / rung))
+            kept = self._kept(here, spread * (1 - rung / self.horizon))
         return [k for k in alive_lanes(points) if k in kept]
 
     def _kept(self, here: dict[int, EvalPoint], spread: float) -> list[int]:

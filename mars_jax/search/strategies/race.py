@@ -63,6 +63,5 @@ def raced(method: str, configurations: Sequence[Configuration], space: Space, tr
 
 
 def is_equal(curve: Curve, best: Curve) -> bool:
-    """Whether the difference of two final losses is within two standard errors over the validation samples."""
-    left, right = (min(one.points, key=lambda point: point.validation_loss) for one in (curve, best))
-    return curve is best or left.validation_loss - right.validation_loss <= 2 * paired_error(left, right)
+    """Whether two final losses differ by at most two standard errors, over the validation samples at the last step."""
+    return curve is best or curve.loss - best.loss <= 2 * paired_error(curve.points[-1], best.points[-1])

@@ -1,45 +1,63 @@
-"""Configurations spread over a space: the middle first, then each as far from those before as there is."""
+"""Configurations spread evenly over a space: a Sobol sequence over its ranks and rates, the middle first."""
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from mars_jax.search.strategies.base import Space
 from mars_jax.search.trainer import Configuration
 
-_RATE_OCTAVES = 2.0  # A rate matters more than a rank: an octave of it counts as two.
+T = TypeVar("T")
+
+_DRAWN_PER_ASKED = 64  # points of the sequence that may fall on configurations which are chosen already
 
 
 def spread_configurations(space: Space, number: int) -> list[Configuration]:
-    """Some of a space's configurations, without repeats.
+    """Some of a space's configurations, without repeats; those first asked for stay when more are.
 
-    Distances are in octaves of ranks and rates. Those that freeze a module are far from all others, so they come early
-    where the space has them.
+    Each module's ranks, and its rates, are an axis of equally likely levels (Sobol 1967, unscrambled, without its first
+    point). A point that may not be chosen stands for the nearest that may, in octaves of ranks and rates.
 
     Args:
         space: to choose from.
         number: how many, at most.
     """
-    every = space.every()
-    places = coordinates(space, every)
-    from_middle = np.linalg.norm(places - coordinates(space, [space.middle]), axis=1)
-    chosen = [int(np.argmin(from_middle))]
-    nearest = np.linalg.norm(places - places[chosen[0]], axis=1)
-    while len(chosen) < min(number, len(every)):
-        chosen.append(int(np.argmax(nearest)))
-        nearest = np.minimum(nearest, np.linalg.norm(places - places[chosen[-1]], axis=1))
-    return [every[place] for place in chosen]
+    from scipy.stats import qmc
+
+    every, searched = space.every(), space.searched
+    if not searched and not space.factors:
+        return every[:1]
+    places = _octaves(space, every)
+    count = 2 ** math.ceil(math.log2(_DRAWN_PER_ASKED * number + 1))
+    points = qmc.Sobol(len(searched) + len(space.factors), scramble=False).random(count)[1:]
+    chosen: dict[str, Configuration] = {}
+    for point in points:
+        ranks = {m: _level(space.grids[m], share) for m, share in zip(searched, point, strict=False)}
+        rates = zip(space.factors, point[len(searched) :], strict=True)
+        factors = {module: _level(space.factors[module], share) for module, share in rates}
+        wanted = _octaves(space, [space.configuration(ranks, factors)])
+        nearest = every[int(np.argmin(np.linalg.norm(places - wanted, axis=1)))]
+        chosen.setdefault(nearest.name, nearest)
+        if len(chosen) == min(number, len(every)):
+            break
+    return list(chosen.values())
 
 
-def coordinates(space: Space, configurations: Sequence[Configuration]) -> np.ndarray:
-    """Octaves of the ranks and of the rates of what can be chosen, [Q, n]; a frozen module is two below rank 1."""
+def _level(grid: Sequence[T], share: float) -> T:
+    """The element of a grid at a share in [0, 1) of its length."""
+    return grid[int(share * len(grid))]
+
+
+def _octaves(space: Space, configurations: Sequence[Configuration]) -> np.ndarray:
+    """Octaves of the ranks and rates that can be chosen, [Q, n]; a frozen module is two octaves below rank 1."""
     return np.asarray(
         [
             [
                 *(math.log2(one.ranks[module]) if one.ranks[module] else -2.0 for module in space.searched),
-                *(_RATE_OCTAVES * math.log2(one.factors.get(module, 1.0)) for module in space.factors),
+                *(math.log2(one.factors.get(module, 1.0)) for module in space.factors),
             ]
             for one in configurations
         ]
-    ).reshape(len(configurations), -1)
+    )

@@ -15,6 +15,7 @@ from mars_jax.search.recorded_trainer import RecordedTrainer
 from mars_jax.search.selection import without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
 from mars_jax.search.strategies.registry import STRATEGIES
+from mars_jax.search.strategies.spread import spread_configurations
 from mars_jax.search.trainer import Curve
 from tests.helpers.planted_laws import law_p, laws
 
@@ -266,6 +267,50 @@ def test_a_search_finds_that_a_module_is_best_left_frozen_and_another_trained_fa
     assert (halved.selection.pick, halved.selection.factors) == (best, {"llm": 3.0})
     by_tpe = STRATEGIES["tpe"].search(RATED, rated_trainer(), Budget(runs=20))
     assert rated_loss(by_tpe.final.configuration) <= rated_loss(RATED.configuration(best, {"llm": 3.0})) + 0.15
+
+
+def test_spread_configurations_begin_in_the_middle_and_use_every_level_alike():
+    first = spread_configurations(RATED, 4)
+    assert first[0].ranks == RATED.middle.ranks
+    more = spread_configurations(RATED, 12)
+    assert more[:4] == first
+    assert len({one.name for one in more}) == 12
+    for module, grid in RATED.grids.items():
+        counts = [sum(one.ranks[module] == rank for one in more) for rank in grid]
+        assert max(counts) <= 2 * min(counts)
+    everything = spread_configurations(RATED, 1000)
+    assert {one.name for one in everything} == {one.name for one in RATED.every()}
+
+
+def test_spread_configurations_are_among_those_that_may_be_chosen():
+    only = frozenset(one.name for one in RATED.every()[::3])
+    chosen = spread_configurations(dataclasses.replace(RATED, only=only), 5)
+    assert len(chosen) == 5
+    assert {one.name for one in chosen} <= only
+
+
+def test_of_raced_runs_that_end_alike_the_smallest_is_picked():
+    samples = np.random.default_rng(0).exponential(1.0, 100)
+
+    def ended(configuration, loss, noise):
+        shares = samples / samples.mean() * loss + noise * np.random.default_rng(configuration.ranks["llm"]).normal(
+            size=100
+        )
+        points = [
+            EvalPoint(step, loss + 1 - step / STEPS, sample_losses=tuple(shares)) for step in range(0, STEPS + 1, 8)
+        ]
+        return Curve(configuration, tuple(points))
+
+    def picked(noise):
+        ends = {2: 1.01, 8: 1.0, 32: 1.005}
+        curves = [ended(one, ends[one.ranks["llm"]], noise) for one in SPACE.every()]
+        return STRATEGIES["race"].search(SPACE, RecordedTrainer(curves), Budget(9)).selection
+
+    assert picked(0.0).pick["llm"] == 8
+    alike = picked(0.3)
+    assert alike.pick == {"vision": 2, "projector": 8, "llm": 2}
+    assert "equal within the noise of the validation samples" in alike.explanation
+    assert "The pick has the fewest parameters" in alike.explanation
 
 
 RATES_ALONE = dataclasses.replace(
