@@ -199,7 +199,7 @@ class SelectionConfig(Section):
     method: str = Field(
         default="best_probes",
         description="the strategy: best_probes (final runs of the best probes, halved in rungs), laws, paper, race, "
-        "halving, random, restarts, uniform, separate_rates or tpe",
+        "halving, random, restarts, uniform, separate_rates, tpe, gp or hyperband",
     )
     target_num_samples: Count | None = Field(default=None, description="D to pick for; null: all training samples")
     sweep: Few | None = Field(

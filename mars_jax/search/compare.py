@@ -21,9 +21,10 @@ from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.selection import Selection
 from mars_jax.search.space import job_space
 from mars_jax.search.strategies.base import Budget, Space
+from mars_jax.search.strategies.model_search import is_installed
 from mars_jax.search.strategies.random import RANDOM
 from mars_jax.search.strategies.separate_rates import SEPARATE_RATES
-from mars_jax.search.strategies.tpe import TPE, is_installed
+from mars_jax.search.strategies.tpe import TPE
 from mars_jax.search.strategies.uniform import Uniform, shared_ranks
 from mars_jax.search.trainer import Configuration
 from mars_jax.search.trials import TrialRecord, TrialTrainer

@@ -28,5 +28,7 @@ STRATEGIES: "Registry[Strategy]" = Registry(
         "uniform": f"{_HERE}.uniform:UNIFORM",
         "separate_rates": f"{_HERE}.separate_rates:SEPARATE_RATES",
         "tpe": f"{_HERE}.tpe:TPE",
+        "gp": f"{_HERE}.gp:GP",
+        "hyperband": f"{_HERE}.hyperband:HYPERBAND",
     },
 )

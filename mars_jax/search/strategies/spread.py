@@ -4,9 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-import numpy as np
-
 from mars_jax.search.strategies.base import Space
+from mars_jax.search.strategies.octaves import nearest
 from mars_jax.search.trainer import Configuration
 
 T = TypeVar("T")
@@ -29,7 +28,6 @@ def spread_configurations(space: Space, number: int) -> list[Configuration]:
     every, searched = space.every(), space.searched
     if not searched and not space.factors:
         return every[:1]
-    places = _octaves(space, every)
     count = 2 ** math.ceil(math.log2(_DRAWN_PER_ASKED * number + 1))
     points = qmc.Sobol(len(searched) + len(space.factors), scramble=False).random(count)[1:]
     chosen: dict[str, Configuration] = {}
@@ -37,9 +35,8 @@ def spread_configurations(space: Space, number: int) -> list[Configuration]:
         ranks = {m: _level(space.grids[m], share) for m, share in zip(searched, point, strict=False)}
         rates = zip(space.factors, point[len(searched) :], strict=True)
         factors = {module: _level(space.factors[module], share) for module, share in rates}
-        wanted = _octaves(space, [space.configuration(ranks, factors)])
-        nearest = every[int(np.argmin(np.linalg.norm(places - wanted, axis=1)))]
-        chosen.setdefault(nearest.name, nearest)
+        found = nearest(space, space.configuration(ranks, factors))
+        chosen.setdefault(found.name, found)
         if len(chosen) == min(number, len(every)):
             break
     return list(chosen.values())
@@ -48,16 +45,3 @@ def spread_configurations(space: Space, number: int) -> list[Configuration]:
 def _level(grid: Sequence[T], share: float) -> T:
     """The element of a grid at a share in [0, 1) of its length."""
     return grid[int(share * len(grid))]
-
-
-def _octaves(space: Space, configurations: Sequence[Configuration]) -> np.ndarray:
-    """Octaves of the ranks and rates that can be chosen, [Q, n]; a frozen module is two octaves below rank 1."""
-    return np.asarray(
-        [
-            [
-                *(math.log2(one.ranks[module]) if one.ranks[module] else -2.0 for module in space.searched),
-                *(math.log2(one.factors.get(module, 1.0)) for module in space.factors),
-            ]
-            for one in configurations
-        ]
-    )

@@ -1,12 +1,17 @@
 """TPE with successive halving, on curves that are known."""
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
+import pytest
 
+from mars_jax.errors import ConfigError
 from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.stopping import replay
+from mars_jax.search.strategies import model_search
 from mars_jax.search.strategies.base import Budget, Space
+from mars_jax.search.strategies.gp import GP
 from mars_jax.search.strategies.tpe import TPE
 from mars_jax.search.trainer import Curve
 
@@ -81,3 +86,31 @@ def test_tpe_goes_on_after_runs_that_diverged():
 def test_tpe_ends_when_all_pairs_were_run():
     runs = suggested({"llm": [2, 8]}, 4, 25, 0, lambda ranks: [EvalPoint(0, 2.0), EvalPoint(4, 1.0 / ranks["llm"])])
     assert sorted(run.configuration.ranks["llm"] for run in runs) == [2, 8]
+
+
+def test_a_sampler_knows_that_ranks_are_ordered():
+    """Told that the loss falls with the rank up to the last but one, it asks for the largest before the smallest."""
+    ranks = [2**k for k in range(10)]
+
+    def curve(asked):
+        return [EvalPoint(0, 9.0), EvalPoint(4, 1.0 + abs(math.log2(asked["llm"]) - 8))]
+
+    space = Space(
+        {"llm": ranks}, 64, 4, probed=(), sizes=(), parameters_per_rank={}, rates={}, fit=lambda records: None,
+        most_together=1, seed=1,
+    )  # fmt: skip
+    asked = [run.configuration.ranks["llm"] for run in GP.search(space, Trainer(curve), Budget(7)).curves]
+    assert 256 in asked[4:]  # after four at random
+    assert np.mean(np.log2(asked[4:])) > 6
+
+
+def test_a_package_that_is_missing_is_named_with_its_extras(monkeypatch):
+    monkeypatch.setattr(model_search, "find_spec", lambda package: None if package == "torch" else find_spec(package))
+    with pytest.raises(ConfigError) as error:
+        suggested_by(GP)
+    assert str(error.value) == "selection.method: gp needs torch. Run `pip install 'mars_jax[compare,torch]'`."
+
+
+def suggested_by(strategy):
+    space = Space({"llm": [2, 8]}, 64, 4, (), (), {}, {}, fit=lambda records: None, most_together=1)
+    return strategy.search(space, Trainer(lambda ranks: [EvalPoint(0, 2.0), EvalPoint(4, 1.0)]), Budget(2))
