@@ -231,6 +231,8 @@ class BegunRun:
     looks: list[list[float | None]]
     factors: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+    parameters: dict[str, int] = field(default_factory=dict)
+    sample_losses: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

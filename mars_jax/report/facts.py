@@ -6,6 +6,7 @@ from mars_jax.adapters.registry import METHODS
 from mars_jax.report.collect import Record, RunRecord
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.words import count, listing, number, percent, ranks_text
+from mars_jax.report.worth import worth_of_modules, worth_sentence
 from mars_jax.runtime.jsonfiles import Document
 
 SCHEMA = 1
@@ -25,8 +26,8 @@ CLOSE = 0.06  # final losses of one pair differ by about this share between seed
 def build_report(run: RunRecord) -> Document:
     """The document of report.json without its figures. A part whose files are absent is null or empty.
 
-    Keys: `schema`, `run`, `sources`, `verdict`, `evaluation`, `selection`, `sweep`, `laws` (without draws), `probes`,
-    `finetune`, `data`, `costs`, `phases`, `versions`.
+    Keys: `schema`, `run`, `sources`, `verdict`, `evaluation`, `selection`, `sweep`, `worth`, `laws` (without draws),
+    `probes`, `finetune`, `data`, `costs`, `phases`, `versions`.
     """
     selection = dict(run.selection)
     selection["candidates"] = sorted(
@@ -41,6 +42,7 @@ def build_report(run: RunRecord) -> Document:
         "evaluation": dict(run.evaluation) or None,
         "selection": selection if run.selection else None,
         "sweep": _sweep(run) or None,
+        "worth": worth_of_modules(run) or None,
         "laws": {key: value for key, value in run.laws.items() if key != "draws"} or None,
         "probes": {"statuses": _statuses(run), "lanes": list(run.lanes)} if run.lanes else None,
         "finetune": dict(run.summary) or None,
@@ -121,7 +123,7 @@ def _choice_sentences(run: RunRecord) -> list[str]:
         sentences.append(f"With these ranks the modules {together}: {times} steps.")
     if selection.get("explanation"):
         sentences.append(str(selection["explanation"]))
-    return sentences
+    return [*sentences, *map(worth_sentence, worth_of_modules(run))]
 
 
 def _field(selection: Record, balanced: int) -> str:

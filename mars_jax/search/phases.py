@@ -219,16 +219,22 @@ def _searched(job: Job) -> Selection:
     if outcome.final:
         leave_final_run(job, outcome.final)
     if outcome.curves:
-        write_json(job.directory / files.SWEEP, {"runs": [_begun(curve) for curve in outcome.curves]})
+        write_json(job.directory / files.SWEEP, {"runs": [_begun(job, curve) for curve in outcome.curves]})
     return outcome.selection
 
 
-def _begun(curve: Curve) -> Document:
+def _begun(job: Job, curve: Curve) -> Document:
+    ranks = curve.configuration.ranks
     return {
-        "ranks": dict(curve.configuration.ranks),
+        "ranks": dict(ranks),
+        "parameters": {module: rank * job.base.parameters_per_rank[module] for module, rank in ranks.items()},
         "factors": dict(curve.configuration.factors),
         "seed": curve.configuration.seed,
         "looks": [(point.step, point.validation_loss if point.alive else None) for point in curve.points],
+        # For paired comparisons, where the strategy asked for them; five digits will do.
+        "sample_losses": [
+            [float(f"{loss:.5g}") for loss in point.sample_losses if point.alive] for point in curve.points
+        ],
     }
 
 
