@@ -45,6 +45,19 @@ def planted(detail: Row) -> Section:
     )
 
 
+def noise(detail: Row) -> Section:
+    """Pooled deviations, and the spread that they are to be held against."""
+    pooled = ", ".join(f"{name} {number(100 * value)} %" for name, value in detail["deviations"].items())
+    spread = detail.get("spread")
+    beside = (
+        f" Of the configurations that the benchmark holds of the task, the median is {number(100 * spread['median'])} % "
+        f"above the lowest, the worst (with the vision encoder alone) {number(100 * spread['worst'])} %."
+        if spread
+        else ""
+    )
+    return Section(detail["tables"], f"Pooled standard deviations by what differs: {pooled}.{beside}")
+
+
 def evidence(detail: Row) -> Section:
     """The methods that the page speaks of, and every other table."""
     shown, tables = {}, detail["tables"]
@@ -61,4 +74,9 @@ def _of(methods: re.Pattern[str], rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if "method" not in row or methods.fullmatch(row["method"])]
 
 
-SECTIONS: dict[str, Callable[[Row], Section]] = {"law_fits": law_fits, "planted": planted, "evidence": evidence}
+SECTIONS: dict[str, Callable[[Row], Section]] = {
+    "law_fits": law_fits,
+    "planted": planted,
+    "noise": noise,
+    "evidence": evidence,
+}
