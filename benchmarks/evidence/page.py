@@ -50,8 +50,8 @@ def noise(detail: Row) -> Section:
     pooled = ", ".join(f"{name} {number(100 * value)} %" for name, value in detail["deviations"].items())
     spread = detail.get("spread")
     beside = (
-        f" Of the configurations that the benchmark holds of the task, the median is {number(100 * spread['median'])} % "
-        f"above the lowest, the worst (with the vision encoder alone) {number(100 * spread['worst'])} %."
+        " Of the configurations that the benchmark holds of the task, the median is "
+        f"{number(100 * spread['median'])} % above the lowest, the worst (with the vision encoder alone) {number(100 * spread['worst'])} %."
         if spread
         else ""
     )

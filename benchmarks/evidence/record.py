@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jax
+
 from benchmarks.evidence.design import (
     BATCH,
     LENGTHS,
@@ -34,6 +36,7 @@ from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.losses import best_of, losses_of
 from mars_jax.runtime import compile_cache
+from mars_jax.runtime.environment import cpu_device_for_each_core
 from mars_jax.search.finals import final_schedule, rates_of
 from mars_jax.search.trainer import Configuration, Curve
 
@@ -49,6 +52,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no cell after them")
     parser.add_argument("--work", type=Path, help="folder that keeps the tasks' data")
     options = parser.parse_args()
+    for devices in cpu_device_for_each_core().values():
+        jax.config.update("jax_num_cpu_devices", int(devices))
     compile_cache.enable()
     start = time.monotonic()
     steps = LENGTHS[1] if options.long else LENGTHS[0]
