@@ -48,13 +48,13 @@ def planted(detail: Row) -> Section:
 def noise(detail: Row) -> Section:
     """Pooled deviations, and the spread that they are to be held against."""
     pooled = ", ".join(f"{name} {number(100 * value)} %" for name, value in detail["deviations"].items())
-    spread = detail.get("spread")
-    beside = (
-        " Of the configurations that the benchmark holds of the task, the median is "
-        f"{number(100 * spread['median'])} % above the lowest, the worst (with the vision encoder alone) {number(100 * spread['worst'])} %."
-        if spread
-        else ""
-    )
+    beside = ""
+    if spread := detail.get("spread"):
+        median, worst = (number(100 * spread[name]) for name in ("median", "worst"))
+        beside = (
+            f" Of the configurations that the benchmark holds of the task, the median is {median} % above the lowest, "
+            f"the worst (with the vision encoder alone) {worst} %."
+        )
     return Section(detail["tables"], f"Pooled standard deviations by what differs: {pooled}.{beside}")
 
 
