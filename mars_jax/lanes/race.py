@@ -13,6 +13,7 @@ import numpy as np
 from mars_jax.lanes.eval_points import EvalPoint, Points
 from mars_jax.lanes.stopping import StoppingRule, alive_lanes
 
+_LEAST_LOSS = 1e-9  # nats; the log of a loss of 0 is no number
 RUNGS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Parts of a run at which lanes may leave."""
 
@@ -95,5 +96,6 @@ def _at(points: Points, step: int) -> EvalPoint | None:
 
 def _spread(here: Sequence[EvalPoint], before: Sequence[EvalPoint]) -> float:
     """Standard deviation of the change of a difference of two log losses between two eval points of some lanes."""
-    changes = [math.log(new.validation_loss / old.validation_loss) for new, old in zip(here, before, strict=True)]
+    losses = np.array([[new.validation_loss, old.validation_loss] for new, old in zip(here, before, strict=True)])
+    changes = np.diff(np.log(np.maximum(losses, _LEAST_LOSS))) if len(losses) else losses
     return math.sqrt(2.0) * float(np.std(changes, ddof=1)) if len(changes) > 1 else 0.0

@@ -1,5 +1,7 @@
 """Paired race: who leaves at a rung, and that it is decided by samples and by how much standings still change."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,11 @@ def test_rungs_and_half_of_their_steps_are_eval_points():
     assert PairedRace(320).eval_steps == (20, 40, 80, 120, 160, 240)
     assert PairedRace(2).eval_steps == (1, 2)
     assert PairedRace(1).running([curve(1.0)[:1]]) == [0]
+
+
+def test_a_loss_of_nothing_ended_in_a_traceback():
+    perfect = [replace(point, validation_loss=0.0) for point in curve(1.0)]
+    assert ends([perfect, curve(1.0)])[0] == 64
 
 
 @pytest.mark.parametrize("settings", [{}, {"margin": 0.0, "chance": 0.2}])
