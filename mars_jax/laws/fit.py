@@ -3,6 +3,7 @@
 Law-C of one module is fitted in `law_c`, Law-P in `law_p`.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -106,8 +107,9 @@ def fit_laws(
     """Fits Law-C of every searched module and Law-P to probe lanes.
 
     A module is searched when the lanes have more than one rank of it. Its Law-C is fitted to every lane with a
-    convergence time (or a censored one) for it, Law-P to the lanes that adapt all modules, so not to those with a rank
-    of 0 (frozen). Lanes that diverged are left out and counted. Points of Law-C are weighted by
+    convergence time (or a censored one) for it, with its learning rates where they vary. Law-P knows no learning rates:
+    it is fitted to the lanes that adapt all modules, so not to those with a rank of 0 (frozen), at the most frequent
+    rates. Lanes that diverged are left out and counted. Points of Law-C are weighted by
     1 / (sigma_seed**2 + (interval / t)**2 / 12): the spread between seeds and the rounding to the grid of eval points.
 
     Args:
@@ -152,6 +154,7 @@ def fit_laws(
             f"Law-P: none of the {len(kept)} lanes adapts all of {', '.join(modules)} with a finite loss. "
             "Add probe lanes that adapt them together."
         )
+    joint &= _at_usual_rates(kept, joint)
 
     # Only runs whose lanes serve the same laws can exchange residuals.
     serves = np.stack([joint, *(np.isfinite(time) for time, _ in times.values())], axis=1).tolist()
@@ -202,6 +205,14 @@ def _performance_laws(
 def _run(lane: LaneRecord) -> Hashable:
     """What lanes of one run have in common."""
     return lane.run or (tuple(sorted(lane.ranks.items())), lane.seed)
+
+
+def _at_usual_rates(lanes: Sequence[LaneRecord], joint: np.ndarray) -> np.ndarray:
+    """[N] whether a lane has the learning rates that most of the joint ones have."""
+    rates = [tuple(sorted(lane.learning_rate.items())) for lane in lanes]
+    counts = Counter(rate for rate, is_joint in zip(rates, joint, strict=True) if is_joint)
+    usual = counts.most_common(1)[0][0]
+    return np.array([rate == usual for rate in rates])
 
 
 def _rates(module: str, lanes: Sequence[LaneRecord], used: np.ndarray) -> np.ndarray | None:

@@ -90,6 +90,36 @@ def test_laws_json_has_the_documented_keys_and_comes_back(laws):
     np.testing.assert_array_equal(again.convergence["llm"].draws, laws.convergence["llm"].draws)
 
 
+def test_laws_of_lanes_at_several_learning_rates_have_its_exponent_and_come_back(lanes):
+    """Every fourth lane at a third of the rate converges 2.4 times as late."""
+    rated = []
+    for place, record in enumerate(lanes):
+        factor = 1 / 3 if place % 4 == 0 else 1.0
+        late = {m: t and t * factor**-0.8 for m, t in record["convergence_steps"].items()}
+        rated.append(
+            {
+                **record,
+                "steps": 10 * HORIZON,
+                "learning_rate": {module: 1e-3 * factor for module in record["ranks"]},
+                "convergence_steps": {m: t for m, t in late.items() if t},
+                "censored": {m: False for m, t in late.items() if t},
+            }
+        )
+    found = fit_laws(read_records(rated), key=jax.random.key(0), num_bootstraps=20)
+    for module, (_, gamma, delta) in TRUE_C.items():
+        law = found.convergence[module]
+        assert (law.zeta, law.rate) == (pytest.approx(0.8, abs=0.05), 1e-3)
+        assert (law.gamma, law.delta) == (pytest.approx(gamma, abs=0.06), pytest.approx(delta, abs=0.06))
+        assert law.ci["zeta"][0] < law.zeta < law.ci["zeta"][1]
+    # Law-P, which knows no rates, is that of the lanes at the usual ones.
+    usual = [record for record in rated if record["learning_rate"]["llm"] == 1e-3]
+    alone = fit_laws(read_records(usual), key=jax.random.key(0), num_bootstraps=20)
+    assert found.performance.alpha == pytest.approx(alone.performance.alpha, rel=1e-3)
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert set(document["draws"]["convergence"]["llm"]) == {"k", "gamma", "delta", "E", "zeta"}
+    assert Laws.from_json(document) == found
+
+
 def test_over_fitting_form_comes_back_from_json(laws):
     vision, llm = (np.tile([pair[i] for pair in PLANTED_RANKS], 5) for i in (0, 1))
     samples = np.repeat([128, 256, 512, 1024, 2048], 6)
