@@ -28,6 +28,7 @@ from .laws.convergence.registry import RULES as RULES
 from .laws.fit import fit_laws as fit_laws
 from .laws.fit import Laws as Laws
 from .laws.law_c import ConvergenceLaw as ConvergenceLaw
+from .laws.law_c import ConvergenceTimes as ConvergenceTimes
 from .laws.law_c import fit_convergence_law as fit_convergence_law
 from .laws.law_p import fit_performance_law as fit_performance_law
 from .laws.law_p import PerformanceLaw as PerformanceLaw

@@ -64,7 +64,7 @@ def load(split: str) -> list[Question]:
 
 
 def described(questions: list[Question]) -> list[Question]:
-    """A request to describe it for every picture whose shape and colour the answers give away: "circle red"."""
+    """Requests to describe the pictures whose shape and colour the answers give away; answers are as "circle red"."""
     known: dict[Path, dict[str, str]] = {}
     for question in questions:
         words = {*question.text.rstrip("?").split(), question.answer}

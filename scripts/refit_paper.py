@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from paper_points import RANKS, convergence_points, performance_points
 
-from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law, fit_data_exponent
+from mars_jax.laws.law_c import ConvergenceLaw, ConvergenceTimes, fit_convergence_law, fit_data_exponent
 from mars_jax.laws.law_p import PerformanceLaw, choose_form, fit_performance_law
 from mars_jax.laws.resamples import resample_runs
 from mars_jax.report.style import LIGHT, WIDTH, figure_style, plain_log_axis, ramp, rank_handles, to_svg
@@ -44,7 +44,8 @@ def convergence() -> ConvergenceLaw:
     """Law-C of all points; for its intervals each of the 28 cells is a run by itself."""
     rank, samples, steps = convergence_points()
     resamples = resample_runs(jax.random.key(0), range(len(rank)), [None] * len(rank), BOOTSTRAPS)
-    return fit_convergence_law("llm", rank, samples, steps, np.zeros(len(rank), bool), resamples=resamples)
+    times = ConvergenceTimes(rank, samples, steps, np.zeros(len(rank), bool))
+    return fit_convergence_law("llm", times, resamples)
 
 
 def performance() -> Fits:

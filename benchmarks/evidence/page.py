@@ -53,7 +53,7 @@ def noise(detail: Row) -> Section:
         median, worst = (number(100 * spread[name]) for name in ("median", "worst"))
         beside = (
             f" Of the configurations that the benchmark holds of the task, the median is {median} % above the lowest, "
-            f"the worst (with the vision encoder alone) {worst} %."
+            f"the worst {worst} %."
         )
     return Section(detail["tables"], f"Pooled standard deviations by what differs: {pooled}.{beside}")
 

@@ -1,11 +1,10 @@
 """Trains the lanes of the tabular benchmark that are not recorded yet; a stopped run goes on where it was.
 
-    python -m benchmarks.evidence.record [--tasks NAME ...] [--seeds N] [--long] [--minutes N] [--work FOLDER]
+    python -m benchmarks.evidence.record [--tasks NAME ...] [--seeds N] [--long] [--work FOLDER]
 
 A cell is a task and a seed: all configurations of benchmarks/evidence/design.py, trained as `mars finetune` trains
-them, as lanes of a few programs. It takes some eight minutes on two cores, and leaves one file in
-benchmarks/evidence/table. With --long the configurations of the longer runs. With --minutes no cell is begun after that
-time.
+them, as lanes of a few programs. It leaves one file in benchmarks/evidence/table. With --long the configurations of the
+longer runs.
 """
 
 import argparse
@@ -32,9 +31,12 @@ from benchmarks.evidence.table import TABLE, VALIDATION, Cell, RecordedRun, cell
 from benchmarks.evidence.tasks import LONG_TASKS, TASKS, Task
 from benchmarks.lib.trials import by_width, make_data, one_engine, task_job
 from mars_jax.job.job import Job
+from mars_jax.lanes.engine import Engine
+from mars_jax.lanes.inputs import LaneInputs
 from mars_jax.lanes.lane import Lane
 from mars_jax.lanes.loop import run_group
 from mars_jax.lanes.losses import best_of, losses_of
+from mars_jax.lanes.result import GroupResult
 from mars_jax.runtime import compile_cache
 from mars_jax.runtime.environment import cpu_device_for_each_core
 from mars_jax.search.finals import final_schedule, rates_of
@@ -49,13 +51,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), help="those to record; all by default")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument("--long", action="store_true", help="the longer runs of some tasks")
-    parser.add_argument("--minutes", type=float, help="begin no cell after them")
     parser.add_argument("--work", type=Path, help="folder that keeps the tasks' data")
     options = parser.parse_args()
-    for devices in cpu_device_for_each_core().values():
+    for devices in cpu_device_for_each_core().values():  # none where the user has set their number
         jax.config.update("jax_num_cpu_devices", int(devices))
     compile_cache.enable()
-    start = time.monotonic()
     steps = LENGTHS[1] if options.long else LENGTHS[0]
     wanted = long_configurations() if options.long else configurations()
     names = options.tasks or (LONG_TASKS if options.long else list(TASKS))
@@ -64,8 +64,6 @@ def main() -> None:
             for name in names:
                 if (TABLE / f"{cell_name(name, seed, steps)}.parquet").exists():
                     continue
-                if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
-                    return
                 began = time.monotonic()
                 job = cell_job(TASKS[name], seed, steps, options.work or Path(folder))
                 cell = Cell(
@@ -109,12 +107,7 @@ def trained(job: Job, wanted: Sequence[Configuration]) -> list[RecordedRun]:
 
 
 def _group(job: Job, wanted: Sequence[Configuration]) -> list[RecordedRun]:
-    lanes = [Lane(one.ranks, job.data.target_num_samples(), one.seed) for one in wanted]
-    engine = one_engine(job, lanes)
-    schedule = final_schedule(job.config, job.base.model_config.text.vocab_size)
-    schedule = replace(schedule, eval_steps=eval_steps(schedule.horizon), keeps_sample_losses=True)
-    inputs = job.inputs.final_runs(replace(lanes[0], seed=0), engine, [rates_of(job.config, one) for one in wanted])
-    result = run_group(lanes, engine, inputs, schedule)
+    engine, inputs, result = run_together(job, wanted)
     tested = losses_of(
         best_of(result),
         engine,
@@ -126,6 +119,16 @@ def _group(job: Job, wanted: Sequence[Configuration]) -> list[RecordedRun]:
         RecordedRun(Curve(one, tuple(points)), loss)
         for one, points, loss in zip(wanted, result.points, tested, strict=True)
     ]
+
+
+def run_together(job: Job, wanted: Sequence[Configuration], order: int = 0) -> tuple[Engine, LaneInputs, GroupResult]:
+    """Final runs of configurations as lanes of one program, which read the data in one order."""
+    lanes = [Lane(one.ranks, job.data.target_num_samples(), one.seed) for one in wanted]
+    engine = one_engine(job, lanes)
+    schedule = final_schedule(job.config, job.base.model_config.text.vocab_size)
+    schedule = replace(schedule, eval_steps=eval_steps(schedule.horizon), keeps_sample_losses=True)
+    inputs = job.inputs.final_runs(replace(lanes[0], seed=order), engine, [rates_of(job.config, one) for one in wanted])
+    return engine, inputs, run_group(lanes, engine, inputs, schedule)
 
 
 if __name__ == "__main__":

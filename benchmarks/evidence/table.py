@@ -6,7 +6,7 @@ mean is in docs/evidence.md. Nothing is trained here.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 
 from benchmarks.evidence.design import SEARCHED
 from mars_jax.lanes.eval_points import EvalPoint
+from mars_jax.runtime.durable import replacing
 from mars_jax.runtime.jsonfiles import Document, dump_json
 from mars_jax.search.trainer import Configuration, Curve
 
 TABLE = Path(__file__).parent / "table"
 VALIDATION = 256  # samples of an eval point
-_ABOUT = ("task", "seed", "steps", "num_samples", "rates", "parameters_per_rank")  # kept in the file's metadata
 
 SCHEMA = pa.schema(
     [
@@ -88,12 +88,10 @@ def cell_name(task: str, seed: int, steps: int) -> str:
 def write_cell(cell: Cell, rungs: Sequence[int], folder: Path = TABLE) -> None:
     """Writes a cell; losses of single samples are kept at the steps `rungs` alone."""
     rows = [_row(number, run, point, rungs) for number, run in enumerate(cell.runs) for point in run.curve.points]
-    about = {name: getattr(cell, name) for name in _ABOUT}
+    about = {one.name: getattr(cell, one.name) for one in fields(cell) if one.name != "runs"}
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"cell": dump_json(about)}))
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{cell.name}.tmp"
-    pq.write_table(table, temporary, compression="zstd", compression_level=19)
-    temporary.replace(folder / f"{cell.name}.parquet")
+    with replacing(folder / f"{cell.name}.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd", compression_level=19)
 
 
 def _row(number: int, run: RecordedRun, point: EvalPoint, rungs: Sequence[int]) -> Document:

@@ -161,6 +161,7 @@ class PeftGrid:
         self.model = LlavaOnevisionForConditionalGeneration.from_pretrained(
             checkpoint, dtype=settings.dtype, attn_implementation=settings.attention, local_files_only=True
         )
+        # transformers wraps `Module.to` in a type that takes no name of a device.
         self.model.to(settings.device)  # type: ignore[arg-type]
         self._device, self._dtype = settings.device, settings.dtype
         self.model.eval().requires_grad_(False)

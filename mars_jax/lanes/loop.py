@@ -77,12 +77,14 @@ def run_group(
         computed = active if call.stop else active[:1]
         places = [slots[k] for k in computed]
         work = chunk_work(engine, places, batches, call, schedule, inputs.num_eval_batches)
-        state, *results = engine.chunk(state, inputs.base, validation, work)
-        losses, output = jax.device_get(results)
+        state, chunk_losses, found = engine.chunk(state, inputs.base, validation, work)
+        if not (call.evaluate and schedule.keeps_sample_losses):
+            found = found._replace(row_losses=None, row_tokens=None)  # Not worth their way to the host.
+        losses, output = jax.device_get((chunk_losses, found))
         group.take_steps(active, losses[places], call, work, engine)
         if call.evaluate:
             for k in active:
-                group.add_point(k, output, slots[k] if call.stop else places[0], schedule)
+                group.add_point(k, output, slots[k] if call.stop else places[0], schedule.ceiling)
             if hooks.snapshots:
                 vectors = np.asarray(state.average)
                 for k in active:
@@ -155,11 +157,11 @@ class _Group:
         room = int(work.num_blocks.sum()) * engine.lane_block
         self.lane_steps = [self.lane_steps[0] + steps * len(active), self.lane_steps[1] + steps * room]
 
-    def add_point(self, k: int, output: EvalOutput, place: int, schedule: Schedule) -> None:
+    def add_point(self, k: int, output: EvalOutput, place: int, ceiling: float) -> None:
         """Adds an eval point to lane k, which was evaluated at `place`."""
         loss, alive = float(output.validation_loss[place]), bool(output.alive[place])
         before = self.points[k][-1].step if self.points[k] else 0
-        reason = divergence(self.points[k][0].validation_loss, loss, schedule.ceiling) if self.points[k] else None
+        reason = divergence(self.points[k][0].validation_loss, loss, ceiling) if self.points[k] else None
         if not alive:
             reason = f"the loss was not finite between steps {before} and {self.step}"
         train_losses, self.train_losses[k] = self.train_losses[k], []
@@ -172,13 +174,15 @@ class _Group:
                 drift={module: float(drift[place]) for module, drift in output.drift.items()},
                 alive=reason is None,
                 reason=reason,
-                sample_losses=_sample_losses(output, place) if schedule.keeps_sample_losses else (),
+                sample_losses=_sample_losses(output, place),
             )
         )
 
 
 def _sample_losses(output: EvalOutput, place: int) -> tuple[float, ...]:
-    """See `EvalPoint.sample_losses`."""
+    """See `EvalPoint.sample_losses`; empty where they did not come to the host."""
+    if output.row_losses is None or output.row_tokens is None:
+        return ()
     tokens = np.asarray(output.row_tokens[place])
     samples = tokens > 0
     shares = np.asarray(output.row_losses[place])[samples] / tokens[samples].mean()

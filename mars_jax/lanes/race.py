@@ -1,4 +1,4 @@
-"""Paired race: lanes leave once the losses of the same validation samples say that they can't win any more.
+"""Paired race: lanes stop once the losses of the same validation samples say that they can't win any more.
 
 Pure functions of eval points. A lane's final loss is not known at a rung, so what a rung shows is widened by how much
 standings changed over the last doubling of steps: the race measures its own noise, whatever the model.
@@ -15,12 +15,12 @@ from mars_jax.lanes.stopping import StoppingRule, alive_lanes
 
 _LEAST_LOSS = 1e-9  # nats; the log of a loss of 0 is no number
 RUNGS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Parts of a run at which lanes may leave."""
+"""Parts of a run at which lanes may stop."""
 
 
 @dataclass(frozen=True)
 class PairedRace(StoppingRule):
-    """At each rung, lanes leave whose chance to end below the leader by more than a margin is small.
+    """At each rung, lanes stop whose chance to end below the leader by more than a margin is small.
 
     The difference of two lanes at the end is taken for normal about that at the rung, with the standard error of the
     paired difference over validation samples and a spread for what is still to come: how much differences of log losses
@@ -30,7 +30,7 @@ class PairedRace(StoppingRule):
     Attributes:
         horizon: the last step.
         margin: share of the leader's loss by which a win counts, such as 0.005.
-        chance: probability of such a win below which a lane leaves, in (0, 0.5).
+        chance: probability of such a win below which a lane stops, in (0, 0.5).
     """
 
     horizon: int
@@ -41,7 +41,7 @@ class PairedRace(StoppingRule):
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Steps at which lanes may leave."""
+        """Steps at which lanes may stop."""
         return tuple(dict.fromkeys(max(1, round(part * self.horizon)) for part in RUNGS))
 
     @property
@@ -78,19 +78,19 @@ class PairedRace(StoppingRule):
             spread: standard deviation of what log losses still change, of one lane against another.
         """
         difference = point.validation_loss - leader.validation_loss
-        deviation = math.hypot(paired_error(point, leader), spread * leader.validation_loss)
+        deviation = math.hypot(paired_error(point.sample_losses, leader.sample_losses), spread * leader.validation_loss)
         behind = difference + self.margin * leader.validation_loss
         return 0.0 if deviation == 0 else 0.5 * math.erfc(behind / deviation / math.sqrt(2))
 
 
-def paired_error(left: EvalPoint, right: EvalPoint) -> float:
-    """Standard error of the difference of two validation losses over the same samples, nats; 0 if they aren't kept."""
-    differences = np.subtract(left.sample_losses, right.sample_losses)
+def paired_error(left: Sequence[float], right: Sequence[float]) -> float:
+    """Standard error of the mean difference of two models' losses of the same samples [N], nats; 0 where N < 2."""
+    differences = np.subtract(left, right)
     return float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
 
 
 def _at(points: Points, step: int) -> EvalPoint | None:
-    """The eval point at a step; None where the lane had left or diverged by then."""
+    """The eval point at a step; None where the lane had stopped or diverged by then."""
     return next((point for point in points if point.step == step and point.alive), None)
 
 

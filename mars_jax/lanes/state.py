@@ -28,11 +28,16 @@ class LaneState(NamedTuple):
 
 
 class EvalOutput(NamedTuple):
-    """What one evaluation of a lane finds; every leaf gains a leading axis of N slots, NaN for slots not evaluated."""
+    """What one evaluation of a lane finds; every leaf gains a leading axis of N slots, NaN for slots not evaluated.
+
+    Losses of rows are None on the host where nothing keeps them.
+    """
 
     validation_loss: Array  # float32 [], nats per supervised token
-    row_losses: Array  # float32 [V, B]: summed over the supervised tokens of a row, nats; 0 beyond `eval_batches`
-    row_tokens: Array  # float32 [V, B]: supervised tokens of a row; 0 where it holds no sample
+    row_losses: (
+        Array | None
+    )  # float32 [V, B]: summed over the supervised tokens of a row, nats; 0 beyond `eval_batches`
+    row_tokens: Array | None  # float32 [V, B]: supervised tokens of a row; 0 where it holds no sample
     update_norm: dict[str, Array]  # Frobenius norm of the update by module
     drift: dict[str, Array]  # relative change of the update since the eval point n places before
     alive: Array  # bool []

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
-from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law
+from mars_jax.laws.law_c import ConvergenceLaw, ConvergenceTimes, fit_convergence_law
 from mars_jax.laws.law_p import PerformanceLaw, can_fit, choose_form, fit_performance_law, parameter_names
 from mars_jax.laws.records import Document, LaneRecord
 from mars_jax.laws.resamples import RunResamples, resample_runs
@@ -167,18 +167,17 @@ def fit_laws(
         time, censored = times[module]
         used = np.isfinite(time)
         weights = _weights(kept, time, measured[module], every_rank, samples, measuring_interval)
+        measured_times = ConvergenceTimes(
+            ranks[module][used],
+            samples[used],
+            time[used],
+            censored[used],
+            rates=_rates(module, kept, used),
+            weights=weights[used],
+            horizons=horizons[used],
+        )
         try:
-            convergence[module] = fit_convergence_law(
-                module,
-                ranks[module][used],
-                samples[used],
-                time[used],
-                censored[used],
-                rates=_rates(module, kept, used),
-                weights=weights[used],
-                horizons=horizons[used],
-                resamples=resamples.of(used),
-            )
+            convergence[module] = fit_convergence_law(module, measured_times, resamples.of(used))
         except NoValidResultError as error:
             untimed[module] = str(error)
     points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]

@@ -141,18 +141,31 @@ def fit_data_exponent(num_samples: ArrayLike, steps: ArrayLike) -> tuple[float, 
     return float(np.exp(log_k)), float(delta)
 
 
-def fit_convergence_law(
-    module: str,
-    ranks: ArrayLike,
-    num_samples: ArrayLike,
-    steps: ArrayLike,
-    censored: ArrayLike,
-    *,
-    rates: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    horizons: ArrayLike | None = None,
-    resamples: RunResamples | None = None,
-) -> ConvergenceLaw:
+@dataclass(frozen=True)
+class ConvergenceTimes:
+    """Convergence times of one module in N lanes or prefixes of lanes; every field is [N].
+
+    Attributes:
+        ranks: of the module, >= 1.
+        num_samples: D.
+        steps: convergence times in optimizer steps; the horizon where censored.
+        censored: True where the time is a lower bound.
+        rates: learning rates of the module; None, or all the same: they take no part.
+        weights: relative inverse variances of log t; None: equal.
+        horizons: steps beyond which times are censored, in resamples too; None: those of censored points are `steps`,
+            and the others have none.
+    """
+
+    ranks: ArrayLike
+    num_samples: ArrayLike
+    steps: ArrayLike
+    censored: ArrayLike
+    rates: ArrayLike | None = None
+    weights: ArrayLike | None = None
+    horizons: ArrayLike | None = None
+
+
+def fit_convergence_law(module: str, times: ConvergenceTimes, resamples: RunResamples | None = None) -> ConvergenceLaw:
     """Fits Law-C of one module by weighted least squares of log t, with censored points as in a Tobit model.
 
     A censored point contributes the probability that its time lies beyond its horizon (Tobin 1958), by
@@ -163,14 +176,7 @@ def fit_convergence_law(
 
     Args:
         module: name of the module, for messages.
-        ranks: [N] rank of the module, >= 1.
-        num_samples: [N] samples D.
-        steps: [N] convergence times in optimizer steps; the horizon where censored.
-        censored: [N] True where the time is a lower bound.
-        rates: [N] learning rates of the module; None, or all the same: they take no part.
-        weights: [N] relative inverse variances of log t; None: equal.
-        horizons: [N] steps beyond which times are censored, in resamples too; None: those of censored points are
-            `steps`, and the others have none.
+        times: of the module.
         resamples: bootstrap resamples of the N points; None: no intervals.
 
     Returns:
@@ -180,26 +186,24 @@ def fit_convergence_law(
         NoValidResultError: the measured points do not determine the parameters, or the runs not the intervals; the
             message names what to add.
     """
-    rank = np.asarray(ranks, np.float64)
-    samples, time = np.asarray(num_samples, np.float64), np.asarray(steps, np.float64)
-    is_censored = np.asarray(censored, bool)
-    rate, reference = _rates(rates, is_censored)
+    rank, samples, time = (np.asarray(one, np.float64) for one in (times.ranks, times.num_samples, times.steps))
+    is_censored = np.asarray(times.censored, bool)
+    rate, reference = _rates(times.rates, is_censored)
     _check_design(module, rank, samples, rate, is_censored)
-    weight = np.ones_like(time) if weights is None else np.asarray(weights, np.float64)
+    weight = np.ones_like(time) if times.weights is None else np.asarray(times.weights, np.float64)
     weight = weight / weight.mean()
+    log_rate = np.zeros_like(time) if rate is None else np.log(rate / reference)
 
     # Centring the logs makes the columns nearly orthogonal; the units are put back below.
-    logs = [np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT)]
-    if rate is not None:
-        logs.append(np.log(rate / reference))
-    means = [column.mean() for column in logs]
-    time_mean = np.log(time).mean()
+    logs = np.stack([np.log(rank / _RANK_UNIT), np.log(samples / _SAMPLE_UNIT), log_rate], axis=1)
+    logs = logs[:, : 2 if rate is None else 3]
+    means, time_mean = logs.mean(axis=0), np.log(time).mean()
+    columns, log_time = logs - means, np.log(time) - time_mean
     points = Points(
-        columns=jnp.stack([device_column(log - mean) for log, mean in zip(logs, means, strict=True)], axis=1),
+        columns=jnp.stack([device_column(column) for column in columns.T], axis=1),
         weight=device_column(weight),
         known=device_column(np.ones_like(time)),
     )
-    log_time = np.log(time) - time_mean
     # E is at most the shortest measured time.
     largest = jnp.float32(np.exp(log_time[~is_censored].min()))
     forms = partial(fit_rows, points, largest), partial(fit_rows_without_offset, points)
@@ -207,18 +211,13 @@ def fit_convergence_law(
     share = _offset_share(with_offset[AICC], plain[AICC])
     fitted = (with_offset if share == 1.0 else plain)[None]
     if resamples is not None:
-        columns = np.stack([np.ones_like(time), *(log - mean for log, mean in zip(logs, means, strict=True))], axis=1)
+        linear = np.column_stack([np.ones_like(time), columns])
+        horizons = times.horizons
         last = np.where(is_censored, log_time, np.inf) if horizons is None else np.log(horizons) - time_mean
-        data = _Data(columns, log_time, is_censored, weight, last)
+        data = _Data(linear, log_time, is_censored, weight, last)
         fitted = np.concatenate([fitted, _draws(module, forms, (with_offset, plain), share, data, resamples)])
 
-    intercept, gamma, delta, *slopes, scaled_offset = fitted[:, :AICC].T
-    log_k = intercept + time_mean - gamma * (means[0] + math.log(_RANK_UNIT))
-    log_k = log_k - delta * (means[1] + math.log(_SAMPLE_UNIT))
-    log_k = log_k - sum(slope * mean for slope, mean in zip(slopes, means[2:], strict=True))
-    offsets = scaled_offset * np.exp(time_mean)
-    parameters = np.stack([np.exp(log_k), gamma, delta, offsets, *(-slope for slope in slopes)], axis=1)
-    log_rate = 0.0 if rate is None else np.log(rate / reference)
+    parameters = _raw_units(fitted, means, time_mean)
     residuals = np.log(time) - _log_steps(parameters[0], rank, samples, log_rate)
     draws = parameters[1:]
     names = NAMES if rate is None else (*NAMES, "zeta")
@@ -231,6 +230,15 @@ def fit_convergence_law(
         censored=int(is_censored.sum()),
         draws=draws,
     )
+
+
+def _raw_units(fitted: np.ndarray, means: np.ndarray, time_mean: float) -> np.ndarray:
+    """Rows of `tobit.fit_rows` [S, n + 4] -> [S, n + 2]: k, gamma, delta, E, and zeta where rates varied."""
+    intercept, slopes, scaled_offset = fitted[:, 0], fitted[:, 1 : AICC - 1], fitted[:, AICC - 1]
+    units = np.zeros_like(means)
+    units[:2] = math.log(_RANK_UNIT), math.log(_SAMPLE_UNIT)
+    k = np.exp(intercept + time_mean - slopes @ (means + units))
+    return np.column_stack([k, slopes[:, :2], scaled_offset * np.exp(time_mean), -slopes[:, 2:]])
 
 
 def _rates(rates: ArrayLike | None, censored: np.ndarray) -> tuple[np.ndarray | None, float]:

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
+from mars_jax.lanes.race import paired_error
 from mars_jax.report.collect import Record, RunRecord
 from mars_jax.report.words import count, number
 from mars_jax.runtime.jsonfiles import Document
@@ -35,7 +34,8 @@ def worth_of_modules(run: RunRecord) -> list[Document]:
         if without is None or with_it is None:
             continue
         losses = [_loss_at(one, step) for one in (without, with_it)]
-        error = _paired_error(*(_samples_at(one, step) for one in (without, with_it)))
+        samples = [_samples_at(one, step) for one in (without, with_it)]
+        error = paired_error(*samples) if all(samples) else None
         worth = losses[0] - losses[1]
         found.append(
             {
@@ -73,10 +73,3 @@ def _lowest_at(some: Sequence[Record], step: int) -> Record | None:
 def _samples_at(one: Record, step: int) -> Sequence[float]:
     kept = one.get("sample_losses") or []
     return next((samples for (at, _), samples in zip(one["looks"], kept, strict=False) if at == step), ())
-
-
-def _paired_error(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Standard error of the mean difference; None where samples weren't kept."""
-    if len(left) < 2 or len(left) != len(right):
-        return None
-    return float(np.subtract(left, right).std(ddof=1) / math.sqrt(len(left)))

@@ -1,4 +1,4 @@
-"""Paired race: who leaves at a rung, and that it is decided by samples and by how much standings still change."""
+"""Paired race: which lanes stop at a rung, and that it is decided by samples and by how much standings still change."""
 
 from dataclasses import replace
 
@@ -32,13 +32,13 @@ def ends(curves, **settings):
     return [points[-1].step for points in replay(curves, PairedRace(HORIZON, **settings))]
 
 
-def test_lanes_that_are_far_behind_leave_at_the_first_rung_and_the_leader_runs_to_the_end():
+def test_lanes_that_are_far_behind_stop_at_the_first_rung_and_the_leader_runs_to_the_end():
     assert ends([curve(1.0), curve(1.5), curve(2.0)]) == [64, 8, 8]
 
 
-def test_a_lane_that_can_win_by_less_than_the_margin_leaves():
+def test_a_lane_that_can_win_by_less_than_the_margin_stops():
     level = [curve(1.0, noise=0.1, seed=1), curve(1.001, noise=0.1, seed=2)]
-    error = paired_error(level[0][-1], level[1][-1])
+    error = paired_error(level[0][-1].sample_losses, level[1][-1].sample_losses)
     assert 0.005 < error < 0.02
     assert ends(level, margin=0.001) == [64, 64]
     assert ends(level, margin=0.1) == [64, 8]

@@ -10,7 +10,7 @@ from paper_points import RANKS, convergence_points, performance_points
 from scipy import optimize
 
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
-from mars_jax.laws.law_c import ConvergenceLaw, fit_convergence_law, fit_data_exponent
+from mars_jax.laws.law_c import ConvergenceLaw, ConvergenceTimes, fit_convergence_law, fit_data_exponent
 from mars_jax.laws.law_p import choose_form, fit_performance_law
 from mars_jax.laws.variable_projection import exponent_bounds, linearised
 from tests.helpers.planted_laws import ALPHA, BETA, PLANTED_RANKS, planted_loss
@@ -27,7 +27,8 @@ def planted_steps(offset=0.0, noise=0.0, seed=0):
 
 def fit_grid(steps, censored=None, **options):
     hidden = np.zeros(len(steps), bool) if censored is None else censored
-    return fit_convergence_law("llm", GRID_RANK, GRID_SAMPLES, steps, hidden, **options)
+    resamples = options.pop("resamples", None)
+    return fit_convergence_law("llm", ConvergenceTimes(GRID_RANK, GRID_SAMPLES, steps, hidden, **options), resamples)
 
 
 # Law-C
@@ -55,7 +56,7 @@ def test_a_convergence_law_with_learning_rates_comes_back(offset):
     rank, samples, rates, steps = planted_with_rates(offset)
     hidden = np.zeros(len(steps), bool)
     hidden[rates == 9e-3] = np.arange(12) < 2  # so that one rate is not the most frequent
-    law = fit_convergence_law("llm", rank, samples, steps, hidden, rates=rates)
+    law = fit_convergence_law("llm", ConvergenceTimes(rank, samples, steps, hidden, rates=rates))
     assert law.names == ("k", "gamma", "delta", "E", "zeta")
     np.testing.assert_allclose([law.gamma, law.delta, law.zeta], [-0.3, 0.7, 0.8], rtol=1e-2)
     known = 6.0 * 64**-0.3 * 512**0.7
@@ -68,7 +69,7 @@ def test_a_convergence_law_with_learning_rates_is_least_squares_of_the_logs():
     rank, samples, rates, steps = planted_with_rates(noise=0.1)
     columns = np.stack([np.ones(len(rank)), np.log(rank), np.log(samples), -np.log(rates / 1e-3)], axis=1)
     reference = np.linalg.lstsq(columns, np.log(steps), rcond=None)[0]
-    law = fit_convergence_law("llm", rank, samples, steps, np.zeros(len(steps), bool), rates=rates)
+    law = fit_convergence_law("llm", ConvergenceTimes(rank, samples, steps, np.zeros(len(steps), bool), rates=rates))
     assert law.rate == 1e-3
     np.testing.assert_allclose([np.log(law.k), law.gamma, law.delta, law.zeta], reference, rtol=1e-4)
 
@@ -82,7 +83,7 @@ def test_one_learning_rate_takes_no_part_in_a_convergence_law():
 def test_learning_rates_that_change_with_the_ranks_are_refused():
     rank, samples, _, steps = planted_with_rates()
     with pytest.raises(NoValidResultError, match="ranks, learning rates and numbers of samples change together"):
-        fit_convergence_law("llm", rank, samples, steps, np.zeros(len(steps), bool), rates=1e-3 * rank)
+        fit_convergence_law("llm", ConvergenceTimes(rank, samples, steps, np.zeros(len(steps), bool), 1e-3 * rank))
 
 
 def test_an_offset_that_noise_does_not_demand_stays_zero():
@@ -137,7 +138,9 @@ def test_censoring_recovers_better_than_dropping():
         hidden, seen = true > horizon, np.minimum(true, horizon)
         censored = fit_grid(seen, hidden)
         kept = ~hidden
-        dropped = fit_convergence_law("llm", GRID_RANK[kept], GRID_SAMPLES[kept], seen[kept], hidden[kept])
+        dropped = fit_convergence_law(
+            "llm", ConvergenceTimes(GRID_RANK[kept], GRID_SAMPLES[kept], seen[kept], hidden[kept])
+        )
         errors.append([abs(censored.delta - 0.7), abs(dropped.delta - 0.7)])
     with_tobit, without = np.mean(errors, axis=0)
     assert with_tobit < 0.8 * without
@@ -151,7 +154,7 @@ def test_paper_slopes():
 
 def test_paper_joint_fit():
     rank, samples, steps = convergence_points()
-    law = fit_convergence_law("llm", rank, samples, steps, np.zeros(28, bool))
+    law = fit_convergence_law("llm", ConvergenceTimes(rank, samples, steps, np.zeros(28, bool)))
     assert law.gamma == pytest.approx(-0.327, abs=1e-3)
     assert law.delta == pytest.approx(0.684, abs=1e-3)
     assert law.k == pytest.approx(6.19, abs=0.01)
@@ -171,7 +174,9 @@ def test_paper_joint_fit():
 )
 def test_designs_that_determine_nothing_are_refused(rank, samples, hidden, text):
     with pytest.raises(NoValidResultError, match=text):
-        fit_convergence_law("vision", rank, samples, np.arange(len(rank)) + 10.0, np.array(hidden, bool))
+        fit_convergence_law(
+            "vision", ConvergenceTimes(rank, samples, np.arange(len(rank)) + 10.0, np.array(hidden, bool))
+        )
 
 
 def test_a_law_with_a_negative_offset_is_refused():

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.evidence.coverage import CONVERGENCE, DESIGNS, coverage, lanes
 from mars_jax.errors import NoValidResultError
 from mars_jax.laws.fit import fit_laws
-from mars_jax.laws.law_c import fit_convergence_law
+from mars_jax.laws.law_c import ConvergenceTimes, fit_convergence_law
 from mars_jax.laws.resamples import central_interval, resample_runs
 
 
@@ -22,7 +22,9 @@ def covered(design, data_sets, points_are_runs=False, module="llm"):
         )
         runs = range(len(records)) if points_are_runs else [r.run for r in records]
         resamples = resample_runs(jax.random.key(seed), runs, list(samples), 99)
-        law = fit_convergence_law(module, rank, samples, time, np.zeros(len(records), bool), resamples=resamples)
+        law = fit_convergence_law(
+            module, ConvergenceTimes(rank, samples, time, np.zeros(len(records), bool)), resamples
+        )
         for name, true in truth.items():
             held[name] += law.ci[name][0] <= true <= law.ci[name][1]
     return {name: number / data_sets for name, number in held.items()}

@@ -36,8 +36,17 @@ def lowest_of(method: str, among: str, curves: Sequence[Curve], space: Space) ->
         NoValidResultError: no final run came to its end.
     """
     final = winner(curves, space)
+    text = f"{among}, that of {chosen_text(final, space)} has the lowest validation loss, {final.loss:.4f} nats."
+    return outcome_of(method, text, final, curves, space)
+
+
+def outcome_of(method: str, text: str, final: Curve, curves: Sequence[Curve], space: Space) -> Outcome:
+    """The outcome of a strategy that keeps one of its final runs; `text` says why."""
     ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
-    text = f"{among}, that of {choice_text(ranks, factors)} has the lowest validation loss, {final.loss:.4f} nats."
-    return Outcome(
-        without_laws(method, ranks, space.num_samples, text, factors, final.configuration.seed), final, tuple(curves)
-    )
+    selection = without_laws(method, ranks, space.num_samples, text, factors, final.configuration.seed)
+    return Outcome(selection, final, tuple(curves))
+
+
+def chosen_text(curve: Curve, space: Space) -> str:
+    """Ranks and factors of a final run, without frozen modules."""
+    return choice_text(space.of_adapted(curve.configuration.ranks), curve.configuration.factors)

@@ -79,7 +79,7 @@ class ModelSearch:
         """The runs, first asked first."""
         import optuna
 
-        every = {configuration.name: configuration for configuration in space.every()}
+        every = space.every()
         runs: dict[str, Curve] = {}
         with _quiet():
             study = optuna.create_study(sampler=self.sampler(space.seed), pruner=self.pruner(space.steps))
@@ -89,13 +89,11 @@ class ModelSearch:
                     break
                 trial = study.ask()
                 configuration, goes_on = _suggested(trial, space), _Pruned(trial, space.steps)
-                name = configuration.name
                 if not any(configuration.ranks.values()):  # trains nothing
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                     continue
-                if name not in every:
-                    configuration = nearest(space, configuration)
-                    name = configuration.name
+                configuration = nearest(space, every, configuration)
+                name = configuration.name
                 if name not in runs:
                     (runs[name],) = trainer.train([configuration], AskEach(goes_on))
                 last, losses = _until_stopped(runs[name].points, goes_on)

@@ -9,9 +9,10 @@ from mars_jax.search.strategies.base import Space
 from mars_jax.search.trainer import Configuration
 
 
-def nearest(space: Space, configuration: Configuration) -> Configuration:
-    """The configuration that may be chosen and is nearest to one that perhaps may not."""
-    every = space.every()
+def nearest(space: Space, every: Sequence[Configuration], configuration: Configuration) -> Configuration:
+    """Of all configurations that may be chosen, the one nearest to one that perhaps may not."""
+    if configuration in every:
+        return configuration
     distances = np.linalg.norm(octaves(space, every) - octaves(space, [configuration]), axis=1)
     return every[int(np.argmin(distances))]
 

@@ -1,11 +1,10 @@
-"""Strategy `race`: a few spread configurations are begun as final runs, and leave once they can't win any more."""
+"""Strategy `race`: a few spread configurations are begun as final runs, and stop once they can't win any more."""
 
 from collections.abc import Sequence
 
 from mars_jax.lanes.race import PairedRace, paired_error
-from mars_jax.search.selection import choice_text, without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
-from mars_jax.search.strategies.lowest import winner
+from mars_jax.search.strategies.lowest import chosen_text, outcome_of, winner
 from mars_jax.search.strategies.spread import spread_configurations
 from mars_jax.search.trainer import Configuration, Curve, Trainer
 
@@ -46,22 +45,20 @@ def raced(method: str, configurations: Sequence[Configuration], space: Space, tr
     best = winner(curves, space)
     equal = [curve for curve in curves if curve.steps == space.steps and is_equal(curve, best)]
     final = min(equal, key=lambda curve: (space.parameters(curve.configuration), curve.loss))
-    ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
     text = f"{len(curves)} final runs were begun; {sum(c.steps == space.steps for c in curves)} came to their end. "
-    lowest = choice_text(space.of_adapted(best.configuration.ranks), best.configuration.factors)
     if final is best:
-        text += f"That of {lowest} has the lowest validation loss, {best.loss:.4f} nats."
+        text += f"That of {chosen_text(best, space)} has the lowest validation loss, {best.loss:.4f} nats."
     else:
         text += (
-            f"These are equal within the noise of the validation samples: "
-            f"{'; '.join(f'{c.configuration.name} {c.loss:.4f}' for c in equal)} nats. The pick has the fewest "
+            "These are equal within the noise of the validation samples: "
+            f"{'; '.join(f'{chosen_text(c, space)}: {c.loss:.4f}' for c in equal)} nats. The pick has the fewest "
             "parameters of them."
         )
-    return Outcome(
-        without_laws(method, ranks, space.num_samples, text, factors, final.configuration.seed), final, tuple(curves)
-    )
+    return outcome_of(method, text, final, curves, space)
 
 
 def is_equal(curve: Curve, best: Curve) -> bool:
     """Whether two final losses differ by at most two standard errors, over the validation samples at the last step."""
-    return curve is best or curve.loss - best.loss <= 2 * paired_error(curve.points[-1], best.points[-1])
+    return curve is best or curve.loss - best.loss <= 2 * paired_error(
+        curve.points[-1].sample_losses, best.points[-1].sample_losses
+    )

@@ -35,7 +35,7 @@ def spread_configurations(space: Space, number: int) -> list[Configuration]:
         ranks = {m: _level(space.grids[m], share) for m, share in zip(searched, point, strict=False)}
         rates = zip(space.factors, point[len(searched) :], strict=True)
         factors = {module: _level(space.factors[module], share) for module, share in rates}
-        found = nearest(space, space.configuration(ranks, factors))
+        found = nearest(space, every, space.configuration(ranks, factors))
         chosen.setdefault(found.name, found)
         if len(chosen) == min(number, len(every)):
             break

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.selection import without_laws
 from mars_jax.search.strategies.base import Budget, Outcome, Space
-from mars_jax.search.strategies.lowest import winner
+from mars_jax.search.strategies.lowest import outcome_of, winner
 from mars_jax.search.trainer import Configuration, Trainer
 
 
@@ -47,10 +46,10 @@ class Uniform:
         """See `Strategy`."""
         curves = trainer.train(self.configurations(space, budget), Patience())
         final = winner(curves, space)
-        ranks, factors = space.of_adapted(final.configuration.ranks), final.configuration.factors
+        ranks = final.configuration.ranks
         taken = f"Rank {ranks[space.searched[0]]} was" if space.searched else "The given ranks were"
         explanation = f"{taken} taken for every {'searched ' if space.searched else ''}module; nothing was searched."
-        return Outcome(without_laws(self.name, ranks, space.num_samples, explanation, factors), final, tuple(curves))
+        return outcome_of(self.name, explanation, final, curves, space)
 
 
 UNIFORM = Uniform()
