@@ -54,7 +54,7 @@ DATA_PAGE = (DOCS / "data.md").read_text()
         f"| a file | {MAX_ROWS:,} rows; JSON, CSV and TSV: {MAX_TEXT_BYTES // 2**30} GiB |",
         f"| a parquet or Arrow file | in memory {MOST_GROWTH} times its size, at least {FREE_BYTES // 2**30} GiB |",
         f"An id is a text or number of at most {MAX_ID} characters",
-        f"within {SECONDS:g} seconds and {MAX_RENDERED:,} characters",
+        f"within {SECONDS:g} seconds of processor time and {MAX_RENDERED:,} characters",
     ],
 )
 def test_the_page_on_data_gives_the_limits_as_they_are(limit):

@@ -1,5 +1,6 @@
 """Chat templates render as in transformers, and end in a fault where they would take all time or memory."""
 
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -79,6 +80,22 @@ def test_a_template_without_end_or_measure_is_stopped(template: str) -> None:
     assert time.monotonic() - start < 20 * SECONDS  # not minutes
 
 
+def test_a_template_was_refused_because_the_machine_stood_still() -> None:
+    def stand_still(*_: object) -> None:
+        time.sleep(1.1 * SECONDS)
+
+    before = signal.signal(signal.SIGALRM, stand_still)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        start = time.monotonic()
+        template = "{% for i in range(50) %}{% for j in range(1000) %}{% endfor %}{% endfor %}done"
+        assert render(template, MESSAGES, {}) == "done"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start > SECONDS
+
+
 def test_renderings_in_other_threads_put_off_the_end_of_one_without_end() -> None:
     template = f"{{% if messages[0].role == 'system' %}}{ENDLESS['nested loops']}{{% endif %}}short"
     start = time.monotonic()
@@ -88,7 +105,7 @@ def test_renderings_in_other_threads_put_off_the_end_of_one_without_end() -> Non
             assert render(template, MESSAGES[1:], {}) == "short"
             time.sleep(SECONDS / 20)
         was_stopped = endless.done()
-        with pytest.raises(TemplateFaultError, match="takes more than 2 seconds for one conversation"):
+        with pytest.raises(TemplateFaultError, match="takes more than 2 seconds of processor time for one"):
             endless.result()
     assert was_stopped
 
