@@ -18,7 +18,7 @@ from mars_jax.job.phase import Phase, run_phase
 from mars_jax.report.phase import REPORT
 from mars_jax.runtime.jsonfiles import Document
 from mars_jax.runtime.progress import Reporter
-from mars_jax.search.phases import COMPARE, FINETUNE, FIT, PLAN, PROBE, SELECT, check_strategy, needs_probes
+from mars_jax.search.phases import COMPARE, FINETUNE, FIT, PLAN, PROBE, SELECT, check_strategy, has_probes
 
 SEARCH = (DATA, PLAN, PROBE, FIT, SELECT)
 PIPELINES: dict[str, tuple[Phase, ...]] = {
@@ -75,7 +75,7 @@ def check(config: Config, reporter: Reporter, *, show: int = 3) -> Document:
     check_model(config, job.base)
     summary = job.data.summary()
     check_data(config, job.base, job.data)
-    if needs_probes(config):
+    if has_probes(config):
         check_probed_pictures(config, job.base.targets, job.data.search.train)
     targets = [
         {"module": t.module, "path": path, "layers": t.num_layers or 1, "in": t.d_in, "out": t.d_out}

@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--tongue", type=float, default=0.4, help="share of the answers that are in German, 0 to 1")
     parser.add_argument("--sentences", type=float, default=0.0, help="share of answers that are sentences")
     parser.add_argument("--describe", type=float, default=0.0, help="share of requests to describe the picture")
-    parser.add_argument("--train", type=int, default=2048, help="training samples")
+    parser.add_argument("--train", type=int, default=4096, help="training samples")
     parser.add_argument("--validation", type=int, default=256, help="validation samples")
     parser.add_argument("--test", type=int, default=400, help="test samples")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and questions")

@@ -38,7 +38,7 @@ REGISTRIES = {"METHODS": METHODS, "RULES": RULES, "FAMILIES": FAMILIES, "FORMATS
 
 @pytest.mark.parametrize("name", REGISTRIES)
 def test_the_architecture_page_lists_the_members_of_every_registry(name):
-    (listed,) = re.findall(rf"`{name}`: ([a-z0-9_, ]+) \|", PAGE)
+    (listed,) = re.findall(rf"`{name}`: ([a-z0-9_+, ]+) \|", PAGE)
     assert tuple(listed.split(", ")) == REGISTRIES[name].names
 
 

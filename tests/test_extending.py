@@ -104,7 +104,7 @@ class Steepest:
     """A strategy: probes, fits the laws, and trains the ranks whose probe fell furthest, from the smallest D."""
 
     name = "steepest"
-    needs_probes = True
+    probes = "losses"
     takes_budget = False
     needs_convergence = True
 

@@ -371,15 +371,44 @@ def test_a_race_is_decided_at_its_rungs_and_resumes_where_it_was(job, tmp_path):
     )
     runs = read(run / "sweep" / "runs.json")["runs"]
     assert len(runs) == 5
-    assert {step for one in runs for step, _ in one["looks"]} == {0, 1, 2, 4, 6, 8, 12, 16}
+    assert {step for one in runs for step, _ in one["looks"]} == {0, 2, 4, 6, 8, 10, 12, 14, 16}
     ends = [one["looks"][-1][0] for one in runs]
     assert 16 in ends
-    assert set(ends) <= {2, 4, 8, 12, 16}
+    assert set(ends) <= {4, 6, 8, 10, 12, 14, 16}
     selection = read(run / "selection.json")
     assert selection["method"] == "race"
     whole = [one for one in runs if one["looks"][-1][0] == 16]
     assert document["pick"] in [one["ranks"] for one in whole]
     assert selection["explanation"].startswith(f"5 final runs were begun; {len(whole)} came to their end.")
+
+
+def test_laws_and_race_show_convergence_beside_a_pick_that_a_law_of_final_runs_helped(job, tmp_path):
+    run, modules = tmp_path / "run", read_yaml(job.config)["lora"]["modules"]
+    modules["llm"] |= {"rates": [0.1, 1.0]}
+    settings = (
+        *(f"run_dir={run}", f"lora.modules={json.dumps(modules)}", "selection={method: laws+race, sweep: 4}"),
+        "convergence={rule: loss_fraction, epsilon: 0.5, sustain: 1}",
+        "finetune={steps: 16, look_every: 8, warmup_steps: 1}",
+        "evaluate={max_samples: 3, controls: false, batch_size: 4}",
+    )
+    document = job.mars("run", job.config, *settings)
+    lanes = [json.loads(line) for line in (run / "probes" / "lanes.jsonl").read_text().splitlines()]
+    assert {tuple(lane["adapted"]) for lane in lanes} == {("vision",), ("llm",)}  # each module alone
+    laws, selection = (read(run / name) for name in ("laws.json", "selection.json"))
+    assert laws["performance"] is None
+    assert set(laws["convergence"]) | set(laws["untimed"]) == {"vision", "llm"}
+    begun = read(run / "sweep" / "runs.json")["runs"]
+    assert len(begun) == 4 + 2
+    assert selection["method"] == "laws+race"
+    assert set(selection["step_law"]["A"]) == {"vision", "llm"}
+    assert set(selection["convergence_steps"]) == set(laws["convergence"])
+    assert "By Law-P in step sizes, fitted to " in selection["explanation"]
+    assert document["pick"] in [one["ranks"] for one in begun if one["looks"][-1][0] == 16]
+    page = (run / "report" / "index.html").read_text()
+    assert "Law-P in step sizes: the loss that ranks and learning rates lead to" in page
+    plan = read(run / "plan.json")
+    assert (plan["final_runs"], plan["final_steps"]) == (6, 6 * 16)
+    assert plan["full_grid_steps"] == 3 * 2 * 2 * 16
 
 
 def _forget_final_run(run):

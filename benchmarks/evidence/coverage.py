@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks.lib.child import Document, arguments, publish
-from mars_jax.laws.fit import Laws, fit_laws
+from mars_jax.laws.fit import Laws, determined, fit_laws
 from mars_jax.laws.records import LaneRecord
 from mars_jax.laws.resamples import central_interval
 from mars_jax.search.probes.design import probed_vectors
@@ -208,12 +208,12 @@ def intervals(design: Design, laws: Laws) -> list[tuple[str, float, tuple[float,
                 found.append(
                     (f"t of {module}, {where}", float(np.log(true_time(design, module, rank, size))), (low, high))
                 )
-    power = laws.multiplicative
+    power = determined(laws.multiplicative)
     found += [(f"alpha of {module}", ALPHA[module], power.ci[f"alpha/{module}"]) for module in power.modules]
     found.append(("beta", BETA, power.ci["beta"]))
     vectors = probed_vectors(design.grids, corners=design.corners)
     for where, size in targets.items():
-        draws = laws.performance.loss_draws(vectors, size)
+        draws = determined(laws.performance).loss_draws(vectors, size)
         for vector, (low, high) in zip(vectors, np.transpose(central_interval(draws)), strict=True):
             found.append((f"loss, {where}", true_loss(vector, size), (low, high)))
     return found

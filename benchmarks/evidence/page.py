@@ -1,21 +1,9 @@
-"""What docs/evidence.md shows of each result: the rows that its text speaks of. All rows are in the result's JSON."""
+"""What docs/evidence.md and docs/laws.md show of each result: rows that a reader needs, and what they mean."""
 
-import re
 from collections.abc import Callable, Sequence
 
 from benchmarks.lib.markdown import Row, number
 from benchmarks.lib.pages import Section
-
-# Whole names of methods, by what they are compared for.
-_OTHERS = r"[^:]+"
-_FIXED = r"uniform rank \d+|random pair|separate learning rates.*|successive halving.*"
-_TOOL = r"(half |quarter )?nested: best probe, sweep of 4"
-_BEST_PROBES = r"(.* )?nested: best probe(, sweep of \d+)?|separate: best probe(, sweep of 4)?"
-_LAW_P = r"(half )?nested: loss alone, (chosen form|sweep of 4)|separate: loss alone, chosen form"
-_BOTH = r"half nested: best probe and the laws' pick, sweep of 4"
-_RULES = r"(nested|separate): (loss_fraction|splice), (chosen form|paper)"
-METHODS = re.compile("|".join([_OTHERS, _BEST_PROBES, _LAW_P, _BOTH, _RULES]))
-METHODS_BY_TASK = re.compile(f"{_FIXED}|{_TOOL}")
 
 
 def law_fits(detail: Row) -> Section:
@@ -59,19 +47,89 @@ def noise(detail: Row) -> Section:
 
 
 def evidence(detail: Row) -> Section:
-    """The methods that the page speaks of, and every other table."""
-    shown, tables = {}, detail["tables"]
-    for title, rows in tables.items():
-        shown[title] = _of(METHODS_BY_TASK if title.startswith("Mean regret") else METHODS, rows)
-    first = next(iter(tables))
-    return Section(
-        shown,
-        f"Shown are {len(shown[first])} of {len(tables[first])} methods; benchmarks/results/evidence.json has all.",
+    """The goals in words, and the strategies."""
+    rows = [
+        {
+            "strategy": row["strategy"],
+            "final runs begun": "its default" if row["begun"] is None else row["begun"],
+            "compute, final runs": row["runs"],
+            "excess, %": 100 * row["excess"],
+            "interval, %": f"{number(100 * row['interval'][0])} to {number(100 * row['interval'][1])}",
+            "worst cell, %": 100 * row["worst cell"],
+        }
+        for row in detail["tables"]["Strategies"]
+    ]
+    cells, one_seed = detail["cells"], detail["tasks_with_one_seed"]
+    tasks = len({name.rsplit("-seed", 1)[0] for name in cells})
+    table = f"From {len(cells)} cells of {tasks} tasks"
+    if one_seed:
+        table += f"; {len(one_seed)} of the tasks have one recorded seed, so their excess is too high by their noise"
+    return Section({"Strategies": rows}, " ".join([f"{table}.", *_goals(detail["strategy"], detail["goals"])]))
+
+
+def _goals(strategy: str, goals: Row) -> Sequence[str]:
+    first, second, third, sixth = (goals[name] for name in ("G1", "G2", "G3", "G6"))
+    said = [
+        f"G1: `{strategy}` ends {_percent(first['excess'])} above an average run of the best configuration "
+        f"({_between(first)}) for {number(first['runs'])} final runs; aimed at: at most 0, at most 2 % at the upper "
+        "end, for 3.6.",
+        f"G2: {_percent(second['share'])} of the cells are within one run-to-run deviation "
+        f"({_percent(second['deviation'])}) of that; aimed at: 95 %.",
+    ]
+    if third is None:
+        said.append("G3 was not measured.")
+    elif third["share"] is None:
+        said.append(
+            f"G3: none of TPE, GP and Hyperband ends as low within what was replayed, so it takes at most "
+            f"{number(third['at most, where null'])} of their compute; aimed at: 0.5."
+        )
+    else:
+        best = max((share, name) for name, share in third["peers"].items() if share is not None)[1]
+        said.append(
+            f"G3: it takes {number(third['share'])} of the compute at which the best of TPE, GP and Hyperband ({best}) "
+            "ends as low; aimed at: 0.5."
+        )
+    said += [
+        f"G4: of the gap from {name} at the default learning rate, {_percent(gap['gap'])}, it closes "
+        f"{_percent(gap['closed'])}; aimed at: 90 %, from rank 16."
+        for name, gap in goals["G4"].items()
+    ]
+    fifth = goals["G5"]
+    said.append(
+        f"G5: beside {number(fifth['runs of the restarts'])} restarts of the middle configuration it ends "
+        f"{_percent(fifth['difference'])} higher ({_between(fifth)}); aimed at: at most 0."
     )
+    said.append(
+        f"G6: the order of ranks at their best rates has a Kendall tau of {number(sixth['tau'])} with that at eight "
+        "times the steps; aimed at: 0.4."
+        if sixth
+        else "G6, the order at eight times the steps, is not recorded yet."
+    )
+    return said
 
 
-def _of(methods: re.Pattern[str], rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if "method" not in row or methods.fullmatch(row["method"])]
+def _between(goal: Row) -> str:
+    low, high = goal["interval"]
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _percent(share: float) -> str:
+    return f"{number(100 * share)} %"
+
+
+def law_forms(detail: Row) -> Section:
+    """Order and pick after half of a run."""
+    rows = [
+        {
+            "form": row["form"],
+            "runs": row["runs"],
+            "order": row["order"],
+            "pick, % above the lowest": 100 * row["pick"],
+        }
+        for row in detail["tables"]["Order and pick by form"]
+        if row["part"] == 0.5
+    ]
+    return Section({"After half of a run": rows}, "")
 
 
 SECTIONS: dict[str, Callable[[Row], Section]] = {
@@ -79,4 +137,5 @@ SECTIONS: dict[str, Callable[[Row], Section]] = {
     "planted": planted,
     "noise": noise,
     "evidence": evidence,
+    "law_forms": law_forms,
 }

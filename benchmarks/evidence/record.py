@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
+import numpy as np
 
 from benchmarks.evidence.design import (
     BATCH,
@@ -26,10 +27,12 @@ from benchmarks.evidence.design import (
     eval_steps,
     long_configurations,
 )
-from benchmarks.evidence.runs import test_batches
 from benchmarks.evidence.table import TABLE, VALIDATION, Cell, RecordedRun, cell_name, write_cell
 from benchmarks.evidence.tasks import LONG_TASKS, TASKS, Task
 from benchmarks.lib.trials import by_width, make_data, one_engine, task_job
+from mars_jax.data.batches import Batch, eval_batches
+from mars_jax.data.examples import ExampleSource
+from mars_jax.data.shapes import plan_shapes
 from mars_jax.job.job import Job
 from mars_jax.lanes.engine import Engine
 from mars_jax.lanes.inputs import LaneInputs
@@ -95,6 +98,15 @@ def cell_job(task: Task, seed: int, steps: int, folder: Path) -> Job:
         "convergence.rule=null",
         "selection.method=halving",
     )
+
+
+def test_batches(job: Job, batch_size: int) -> Batch:
+    """Test samples [V, B, ...] in the shapes of training batches; longer ones are left out."""
+    data = job.data
+    kept = plan_shapes(data.test_records, data.preprocessor, data.shapes.max_tokens).kept
+    source = ExampleSource(kept, data.preprocessor, data.shapes, cache_bytes=0)
+    batches = [batch for batch, _ in eval_batches(source, batch_size)]
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def trained(job: Job, wanted: Sequence[Configuration]) -> list[RecordedRun]:

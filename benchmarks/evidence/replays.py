@@ -13,20 +13,21 @@ configuration, for tasks with two seeds), and of the compute. Strategies that dr
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.evidence.design import LENGTHS, SEARCHED
+from benchmarks.evidence.design import FACTORS, FULL_RANKS, LENGTHS, PROJECTOR_RANK, SEARCHED
 from benchmarks.evidence.table import Cell, read_table
 from mars_jax.errors import ConfigError
+from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import Document, dump_json
 from mars_jax.search.recorded_trainer import RecordedTrainer
 from mars_jax.search.strategies.base import Budget, Space, Strategy
 from mars_jax.search.strategies.registry import STRATEGIES
-from mars_jax.search.trainer import Configuration, distinct
+from mars_jax.search.trainer import Configuration, Curve
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,15 @@ class Replayed:
 
 
 def space_of(cell: Cell, seed: int = 0) -> Space:
-    """All that is recorded in a cell, to choose from."""
+    """The configurations to choose from: every one of the ranks and rates that a cell has all combinations of."""
     curves = [run.curve for run in cell.runs]
-    modules = list(curves[0].configuration.ranks)
-    grids = {module: sorted({curve.configuration.ranks[module] for curve in curves}) for module in modules}
-    factors = {m: sorted({curve.configuration.factors.get(m, 1.0) for curve in curves}) for m in SEARCHED}
+    grids = {"vision": FULL_RANKS, "projector": (PROJECTOR_RANK,), "llm": FULL_RANKS}
+    factors = dict.fromkeys(SEARCHED, FACTORS)
     return Space(
         grids=grids,
         num_samples=cell.num_samples,
         steps=cell.steps,
-        probed=[one.ranks for one in distinct(Configuration(curve.configuration.ranks) for curve in curves)],
+        probed=(),
         sizes=(),
         parameters_per_rank=cell.parameters_per_rank,
         rates=cell.rates,
@@ -64,7 +64,6 @@ def space_of(cell: Cell, seed: int = 0) -> Space:
         most_together=len(curves),
         seed=seed,
         factors=factors,
-        only=frozenset(curve.configuration.name for curve in curves),
     )
 
 
@@ -74,13 +73,27 @@ def _no_laws(records: Sequence[LaneRecord]) -> Laws:
 
 def replayed(cell: Cell, strategy: Strategy, budget: Budget | None = None, seed: int = 0) -> Replayed:
     """Replays a strategy."""
-    trainer = RecordedTrainer(run.curve for run in cell.runs)
+    trainer = RecordedTrainer(_with_samples(run.curve) for run in cell.runs)
     outcome = strategy.search(space_of(cell, seed), trainer, budget or Budget())
     assert outcome.final is not None
     name = outcome.final.configuration.name
     (run,) = [run for run in cell.runs if run.curve.configuration.name == name]
     steps = sum(curve.steps for curve in trainer.trained)
     return Replayed(run.curve.configuration, run.curve.loss, run.test_loss, steps / cell.steps)
+
+
+def _with_samples(curve: Curve) -> Curve:
+    """A curve with losses of samples at all its eval points: between those that keep them, the last kept, scaled."""
+    points: list[EvalPoint] = []
+    kept: EvalPoint | None = None
+    for point in curve.points:
+        if point.sample_losses:
+            kept = point
+        elif kept is not None and point.alive:
+            scale = point.validation_loss / kept.validation_loss
+            point = replace(point, sample_losses=tuple(scale * loss for loss in kept.sample_losses))
+        points.append(point)
+    return replace(curve, points=tuple(points))
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class Truth:
 
 
 def truth_of(cells: Sequence[Cell]) -> Truth:
-    """The truth of a task from its cells, one a seed, at least two."""
+    """The truth of a task from its cells, one a seed; of one seed alone it is that seed's losses."""
     by_seed = {cell.seed: {run.curve.configuration.name: run.curve.loss for run in cell.runs} for cell in cells}
     names = [
         n
@@ -123,7 +136,8 @@ def truth_of(cells: Sequence[Cell]) -> Truth:
 
 _SAMPLED = ("tpe", "gp", "hyperband")
 BUDGETS: Mapping[str, Sequence[int | None]] = {
-    "race": (4, 6, 8),
+    "race": (4, 6, 8, None),
+    "laws+race": (None, 8),
     "halving": (4, 8, None),
     "random": (2, 4, 8),
     "restarts": (1, 2, 4),
@@ -132,7 +146,7 @@ BUDGETS: Mapping[str, Sequence[int | None]] = {
 """Final runs that strategies begin; None: as many as they would."""
 
 REPLAYS = 10
-_DRAWN = ("random", *_SAMPLED)
+DRAWN = ("random", *_SAMPLED)
 
 
 def rows_of(names: Sequence[str], cells: Sequence[Cell]) -> list[Document]:
@@ -148,7 +162,7 @@ def _row(name: str, runs: int | None, cells: Sequence[Cell], truths: Mapping[str
     regrets, excesses, compute = [], [], []
     for cell in cells:
         lowest = min(run.curve.loss for run in cell.runs)
-        for seed in range(REPLAYS if name in _DRAWN else 1):
+        for seed in range(REPLAYS if name in DRAWN else 1):
             found = replayed(cell, STRATEGIES[name], Budget(runs), seed)
             regrets.append(found.loss / lowest - 1.0)
             compute.append(found.runs)
@@ -166,7 +180,7 @@ def _row(name: str, runs: int | None, cells: Sequence[Cell], truths: Mapping[str
 
 def main() -> None:
     """Prints the rows."""
-    known = [name for name in STRATEGIES.names if not STRATEGIES[name].needs_probes]
+    known = [name for name in STRATEGIES.names if STRATEGIES[name].probes != "losses"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help_text = f"of {', '.join(known)}; all by default"
     parser.add_argument("strategies", nargs="*", choices=known, metavar="STRATEGY", help=help_text)

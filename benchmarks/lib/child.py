@@ -107,11 +107,21 @@ def answer(spec: str, work: Callable[..., Document]) -> None:
 SEPARATE = ("probe.sampling=separate", "probe.num_samples=[256,2048]", "probe.steps=80", "selection.method=laws")
 
 
+# Probes of pairs of ranks at one learning rate: what the benchmarks of probes measure.
+PROBED = (
+    "lora.modules.vision.rates=[1]",
+    "lora.modules.llm.rates=[1]",
+    "probe.num_samples=[256,512,1024]",
+    "convergence.rule=null",
+    "selection.method=best_probes",
+)
+
+
 def demo_config(run_dir: Path | str, overrides: Sequence[str] = (), config: Path | str = DEMO) -> "Config":
-    """The demo's config, or another, with changes and another run directory."""
+    """The demo's config with probes of pairs of ranks, or another, with changes and another run directory."""
     from mars_jax.config.load import load_config
 
-    return load_config(config, [f"run_dir={run_dir}", *overrides])
+    return load_config(config, [f"run_dir={run_dir}", *(PROBED if config == DEMO else ()), *overrides])
 
 
 class Warnings:

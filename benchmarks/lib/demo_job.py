@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.lib.child import DEMO, argument_parser
+from benchmarks.lib.child import DEMO, PROBED, argument_parser
 from benchmarks.lib.results import MAX_FOREIGN_CORES, foreign_load, require_quiet
 from benchmarks.speed.peft_side import Head, PeftGrid, TorchSettings
 from mars_jax.config.load import load_config
@@ -109,7 +109,7 @@ class Conditions:
 
 def demo_job(*overrides: str) -> Job:
     """The demo with some settings changed, in which lanes train as PEFT's do."""
-    return make_job(load_config(DEMO, [*AS_PEFT, *overrides]), ConsoleReporter())
+    return make_job(load_config(DEMO, [*PROBED, *AS_PEFT, *overrides]), ConsoleReporter())
 
 
 def peft_grid(job: Job, head: Head, attention: Literal["sdpa", "eager"] = "sdpa", **where: Any) -> PeftGrid:

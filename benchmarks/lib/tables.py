@@ -1,8 +1,9 @@
-"""Writes docs/performance.md and docs/evidence.md from benchmarks/results/*.json and templates. It measures nothing.
+"""Writes docs/performance.md, evidence.md and laws.md from benchmarks/results/*.json and templates; measures nothing.
 
 The first line of a script's docstring is what it measures, in the table of all results; the paragraphs up to the usage
 are the text of its section. Which rows are shown, and what they mean, is in benchmarks/lib/pages.py and, for
-evidence.md, benchmarks/evidence/page.py. A result without an entry there shows its `detail.tables`: title -> rows.
+evidence.md and laws.md, benchmarks/evidence/page.py. A result without an entry there shows its `detail.tables`: title
+-> rows.
 
     python -m benchmarks.lib.tables [--results FOLDER] [--out FOLDER]
 """
@@ -25,8 +26,12 @@ from mars_jax.runtime.jsonfiles import read_json, write_text
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent
 ROOT = BENCHMARKS.parent
-EVIDENCE = ("evidence", "noise", "law_fits", "coverage", "planted")
+PAGES = {"evidence": ("evidence", "law_forms", "noise"), "laws": ("law_fits", "coverage", "planted")}
+"""Pages and their results; all others are on `performance`."""
+
 ORDER = (
+    "evidence",
+    "law_forms",
     "probe_grid",
     "step_beside_peft",
     "gpu_step",
@@ -60,11 +65,15 @@ def main() -> None:
 
 def texts(documents: Mapping[str, Row]) -> dict[str, str]:
     """The text of each page that some of the results belong to, by its name."""
-    of_page = {
-        name: {key: value for key, value in documents.items() if (key in EVIDENCE) == (name == "evidence")}
-        for name in ("performance", "evidence")
-    }
-    return {name: page(some, name) for name, some in of_page.items() if some}
+    of_page: dict[str, dict[str, Row]] = {}
+    for key, value in documents.items():
+        of_page.setdefault(page_of(key), {})[key] = value
+    return {name: page(of_page[name], name) for name in ("performance", *PAGES) if name in of_page}
+
+
+def page_of(result: str) -> str:
+    """The page that shows a result."""
+    return next((name for name, results in PAGES.items() if result in results), "performance")
 
 
 def page(documents: Mapping[str, Row], name: str = "performance") -> str:

@@ -166,9 +166,9 @@ class ConvergenceConfig(Section):
     """The convergence rule of modules. `loss_fraction` also needs lanes that adapt one module only."""
 
     rule: str | None = Field(
-        default=None,
-        description="loss_fraction, splice (module swaps) or drift; null: none, so the ranks are picked by loss alone, "
-        "from fewer lanes",
+        default="loss_fraction",
+        description="loss_fraction, splice (module swaps) or drift, for the strategies that run probes; null: "
+        "convergence is not measured",
     )
     epsilon: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         default=None, description="threshold; null: the rule's default"
@@ -197,15 +197,16 @@ class SelectionConfig(Section):
     """The strategy that picks the ranks."""
 
     method: str = Field(
-        default="best_probes",
-        description="the strategy: best_probes (final runs of the best probes, halved in rungs), laws, paper, race, "
-        "halving, random, restarts, uniform, separate_rates, tpe, gp or hyperband",
+        default="laws+race",
+        description="the strategy: laws+race (final runs, raced; their Law-P proposes more), race, best_probes (final "
+        "runs of the best probes, halved in rungs), laws, paper, halving, random, restarts, uniform, separate_rates, "
+        "tpe, gp or hyperband",
     )
     target_num_samples: Count | None = Field(default=None, description="D to pick for; null: all training samples")
     sweep: Few | None = Field(
         default=None,
-        description="final runs that the strategy starts, of which it keeps the last or best; null: its default, 4 for "
-        "best_probes",
+        description="final runs that the strategy starts, of which it keeps the last or best; null: its default, 5 for "
+        "laws+race before its law proposes",
     )
 
 

@@ -175,7 +175,7 @@ class Draws:
     """The bootstrap draws in laws.json."""
 
     convergence: dict[str, dict[str, list[float]]]
-    performance: dict[str, list[float]]
+    performance: dict[str, list[float]] | None
     multiplicative: dict[str, list[float]] | None
 
 
@@ -185,7 +185,7 @@ class Laws:
 
     convergence: dict[str, ConvergenceLaw]
     untimed: dict[str, str]
-    performance: PerformanceLaw
+    performance: PerformanceLaw | None
     multiplicative: PerformanceLaw | None
     diverged: int
     draws: Draws
@@ -221,6 +221,8 @@ class Selection:
     tau: Number = None
     factors: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+    step_law: dict[str, Any] | None = None
+    convergence_steps: Numbers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class BegunRun:
     factors: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
+    learning_rate: dict[str, float] = field(default_factory=dict)
     sample_losses: list[list[float]] = field(default_factory=list)
 
 

@@ -14,8 +14,9 @@ from mars_jax.lanes.eval_points import EvalPoint, Points
 from mars_jax.lanes.stopping import StoppingRule, alive_lanes
 
 _LEAST_LOSS = 1e-9  # nats; the log of a loss of 0 is no number
-RUNGS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Parts of a run at which lanes may stop."""
+_ENDED = -1  # number of the run that has ended, beside those of the lanes
+RUNGS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+"""Parts of a run at which lanes may stop. Before a quarter the order says little of the end (docs/benchmark.md)."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,21 @@ class PairedRace(StoppingRule):
 
     The difference of two lanes at the end is taken for normal about that at the rung, with the standard error of the
     paired difference over validation samples and a spread for what is still to come: how much differences of log losses
-    changed from half the rung's step to the rung (standard deviation over lanes, at least half of that of the rung
-    before), times the share of the steps that is left. The leader is the lane with the lowest loss at the rung.
+    changed since the last eval point at or before half of the rung's step (standard deviation over lanes, at least half
+    of that of the rung before), times the share of the steps that is left. The leader is the lane with the lowest loss
+    at the rung.
 
     Attributes:
         horizon: the last step.
         margin: share of the leader's loss by which a win counts, such as 0.005.
         chance: probability of such a win below which a lane stops, in (0, 0.5).
+        against: eval points of a run that has ended, which the lanes have to beat as well.
     """
 
     horizon: int
     margin: float = 0.005
-    chance: float = 0.05
+    chance: float = 0.3
+    against: Points = ()
 
     needs_sample_losses = True
 
@@ -46,26 +50,27 @@ class PairedRace(StoppingRule):
 
     @property
     def eval_steps(self) -> tuple[int, ...]:
-        """The rungs, and half of the step of each."""
-        return tuple(sorted({*self.rungs, *(max(1, rung // 2) for rung in self.rungs)}))
+        """The rungs, and half of the step of the first."""
+        return tuple(sorted({max(1, self.rungs[0] // 2), *self.rungs}))
 
     def running(self, points: Sequence[Points]) -> list[int]:
         """See `StoppingRule`."""
         step = max((of_lane[-1].step for of_lane in points if of_lane), default=0)
-        kept, spread = list(range(len(points))), 0.0
+        curves = dict(enumerate(points)) | ({_ENDED: self.against} if self.against else {})
+        kept, spread = list(curves), 0.0
         for rung in self.rungs:
             if step < rung:
                 break
-            here = {k: point for k in kept if (point := _at(points[k], rung)) is not None}
-            before = {k: point for k in here if (point := _at(points[k], max(1, rung // 2))) is not None}
+            here = {k: point for k in kept if (point := _at(curves[k], rung)) is not None}
+            if not here:  # All have diverged, or the rung was no eval point of theirs.
+                continue
+            before = {k: point for k in here if (point := _by(curves[k], max(1, rung // 2))) is not None}
             spread = max(spread / 2, _spread([here[k] for k in before], list(before.values())))
             kept = self._kept(here, spread * (1 - rung / self.horizon))
         return [k for k in alive_lanes(points) if k in kept]
 
     def _kept(self, here: dict[int, EvalPoint], spread: float) -> list[int]:
         """Lanes that may still win, from their eval points at a rung."""
-        if not here:
-            return []
         leader = min(here, key=lambda k: here[k].validation_loss)
         return [k for k in here if k == leader or self.win_chance(here[k], here[leader], spread) >= self.chance]
 
@@ -92,6 +97,11 @@ def paired_error(left: Sequence[float], right: Sequence[float]) -> float:
 def _at(points: Points, step: int) -> EvalPoint | None:
     """The eval point at a step; None where the lane had stopped or diverged by then."""
     return next((point for point in points if point.step == step and point.alive), None)
+
+
+def _by(points: Points, step: int) -> EvalPoint | None:
+    """The last eval point at or before a step, but for the one before training."""
+    return next((point for point in reversed(points) if 0 < point.step <= step), None)
 
 
 def _spread(here: Sequence[EvalPoint], before: Sequence[EvalPoint]) -> float:

@@ -30,7 +30,7 @@ class Laws:
         convergence: Law-C of each searched module (more than one rank among the lanes) whose times determine it.
         untimed: each other searched module -> why its Law-C is not determined, and what to add; empty where the lanes
             have no convergence times.
-        performance: Law-P in the form to select with.
+        performance: Law-P in the form to select with; None where no lane adapts all modules.
         multiplicative: Law-P in the paper's form; the same object when `performance` has that form.
         diverged: number of lanes left out because they diverged.
 
@@ -39,8 +39,8 @@ class Laws:
 
     convergence: Mapping[str, ConvergenceLaw]
     untimed: Mapping[str, str]
-    performance: PerformanceLaw
-    multiplicative: PerformanceLaw
+    performance: PerformanceLaw | None
+    multiplicative: PerformanceLaw | None
     diverged: int
 
     def to_json(self) -> Document:
@@ -49,12 +49,12 @@ class Laws:
         return {
             "convergence": {module: law.to_json() for module, law in self.convergence.items()},
             "untimed": dict(self.untimed),
-            "performance": self.performance.to_json(),
+            "performance": None if self.performance is None else self.performance.to_json(),
             "multiplicative": None if other is None else other.to_json(),
             "diverged": self.diverged,
             "draws": {
                 "convergence": {module: _columns(law.names, law.draws) for module, law in self.convergence.items()},
-                "performance": _performance_columns(self.performance),
+                "performance": None if self.performance is None else _performance_columns(self.performance),
                 "multiplicative": None if other is None else _performance_columns(other),
             },
         }
@@ -72,7 +72,9 @@ class Laws:
                 module: ConvergenceLaw.from_json(entry, _rows(draws["convergence"][module]))
                 for module, entry in document["convergence"].items()
             }
-            performance = PerformanceLaw.from_json(document["performance"], _rows(draws["performance"]))
+            performance = None
+            if document["performance"] is not None:
+                performance = PerformanceLaw.from_json(document["performance"], _rows(draws["performance"]))
             multiplicative = performance
             if document["multiplicative"] is not None:
                 multiplicative = PerformanceLaw.from_json(document["multiplicative"], _rows(draws["multiplicative"]))
@@ -82,6 +84,20 @@ class Laws:
             raise DataError(
                 f"laws.json has no key {error}. Fit the laws again (`mars fit`) to write it anew."
             ) from None
+
+
+def determined(law: PerformanceLaw | None) -> PerformanceLaw:
+    """A Law-P of `Laws`.
+
+    Raises:
+        NoValidResultError: the probes determine none.
+    """
+    if law is None:
+        raise NoValidResultError(
+            "there is no Law-P: no probe adapts all modules together. Probe with a strategy that picks by it "
+            "(selection.method: laws, paper or best_probes)."
+        )
+    return law
 
 
 def _columns(names: Sequence[str], draws: np.ndarray) -> dict[str, list[float]]:
@@ -123,10 +139,12 @@ def fit_laws(
 
     Returns:
         The laws, with intervals and draws. A module whose lanes converged at too few ranks or sizes, or in too few
-        runs, has no Law-C; the losses of those lanes still count for Law-P.
+        runs, has no Law-C; the losses of those lanes still count for Law-P. Without lanes that adapt all modules there
+        is no Law-P.
 
     Raises:
-        NoValidResultError: the lanes do not determine Law-P or its intervals; the message names what to add.
+        NoValidResultError: the lanes do not determine Law-P or its intervals, or determine neither law; the message
+            names what to add.
     """
     if num_bootstraps < _FEWEST_DRAWS:
         raise ConfigError(f"num_bootstraps is {num_bootstraps}; allowed: {_FEWEST_DRAWS} or more.")
@@ -149,12 +167,14 @@ def fit_laws(
     measured = {module: np.isfinite(time) & ~censored for module, (time, censored) in times.items()}
     losses = np.array([np.nan if lane.best_loss is None else lane.best_loss for lane in kept], np.float64)
     joint = np.all(every_rank > 0, axis=1) & np.isfinite(losses)
-    if not joint.any():
+    timed = any(lane.convergence_steps for lane in kept)
+    if joint.any():
+        joint &= _at_usual_rates(kept, joint)
+    elif not timed:
         raise NoValidResultError(
             f"Law-P: none of the {len(kept)} lanes adapts all of {', '.join(modules)} with a finite loss. "
             "Add probe lanes that adapt them together."
         )
-    joint &= _at_usual_rates(kept, joint)
 
     # Only runs whose lanes serve the same laws can exchange residuals.
     serves = np.stack([joint, *(np.isfinite(time) for time, _ in times.values())], axis=1).tolist()
@@ -163,7 +183,7 @@ def fit_laws(
     horizons = np.array([lane.steps for lane in kept])
     convergence, untimed = {}, {}
     # Without a convergence rule no lane has a time, and no Law-C is missing.
-    for module in searched if any(lane.convergence_steps for lane in kept) else []:
+    for module in searched if timed else []:
         time, censored = times[module]
         used = np.isfinite(time)
         weights = _weights(kept, time, measured[module], every_rank, samples, measuring_interval)
@@ -180,8 +200,10 @@ def fit_laws(
             convergence[module] = fit_convergence_law(module, measured_times, resamples.of(used))
         except NoValidResultError as error:
             untimed[module] = str(error)
-    points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]
-    performance, power = _performance_laws(points, resamples.of(joint), huber)
+    performance, power = None, None
+    if joint.any():
+        points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]
+        performance, power = _performance_laws(points, resamples.of(joint), huber)
     return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
 
 

@@ -20,6 +20,7 @@ AICC, SPREAD = -2, -1
 _EM_ITERATIONS, _INNER_ITERATIONS, _OFFSETS = 60, 3, 48
 # Convergence times lie on a grid of eval points: a spread under 0.1 % is no evidence for another parameter.
 _SMALLEST_SPREAD = 1e-3
+_FAR_OUT = 20.0  # standard deviations beyond which float32 has no digits left for the normal distribution's tail
 
 
 class Points(NamedTuple):
@@ -101,7 +102,7 @@ def _expectation_maximisation(
         theta, spread = state
         mean, sigma = _log_time(theta, points), spread * noise
         z = (y - mean) / sigma
-        hazard = jnp.exp(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-z))
+        hazard = _hazard(z)
         target = jnp.where(censored, mean + sigma * hazard, y)
         imputed_variance = jnp.where(censored, sigma**2 * jnp.clip(1.0 + z * hazard - hazard**2, 0.0, 1.0), 0.0)
         theta, cost = refit(theta, target)
@@ -116,6 +117,13 @@ def _expectation_maximisation(
     log_likelihood = jnp.sum(points.known * jnp.where(censored, log_ndtr(-z), log_density))
     aicc = _aicc(log_likelihood, jnp.sum(points.known), theta.size + has_offset, has_offset=has_offset)
     return jnp.concatenate([theta, jnp.stack([aicc, spread])])
+
+
+def _hazard(z: jax.Array) -> jax.Array:
+    """Density of the standard normal distribution over its share above z; far out by its asymptote z + 1/z."""
+    near = jnp.minimum(z, _FAR_OUT)
+    exact = jnp.exp(-0.5 * near**2 - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-near))
+    return jnp.where(z > _FAR_OUT, z + 1.0 / jnp.maximum(z, _FAR_OUT), exact)
 
 
 def _aicc(log_likelihood: jax.Array, points: jax.Array, parameters: int, *, has_offset: bool) -> jax.Array:

@@ -15,6 +15,7 @@ from mars_jax.report.collect import RunRecord, read_run
 from mars_jax.report.facts import CONDITIONS, build_report, picked_candidate
 from mars_jax.report.figures_curves import finetune_curves, probe_curves, probe_groups
 from mars_jax.report.figures_laws import law_c, law_p, rank_grid
+from mars_jax.report.figures_steps import step_law
 from mars_jax.report.laws_data import joint_lanes, searched_modules
 from mars_jax.report.style import DARK, LIGHT, figure_style, inline_svg, to_svg
 from mars_jax.runtime.jsonfiles import Document, write_json, write_text
@@ -122,8 +123,16 @@ def _figures(run: RunRecord) -> "Iterator[tuple[str, str, str, str, Figure | Non
             "Law-P: the loss that ranks and data size lead to",
             "Left: on the diagonal the law is exact; bars are the central 95% of the bootstrap refits. "
             "Right: lines are the fitted law, points the lanes.",
-            law_p(run, laws.performance),
+            None if laws.performance is None else law_p(run, laws.performance),
         )
+    yield (
+        "laws",
+        "step_law",
+        "Law-P in step sizes: the loss that ranks and learning rates lead to",
+        "Points are final runs, hollow where they were stopped, by how much they were above the lowest at their last "
+        "step. Lines are the fitted law, with the other modules as picked; a dotted line is the pick.",
+        step_law(run),
+    )
     largest = max((lane["num_samples"] for lane in joint_lanes(run)), default=None)
     measured = f" In brackets: the loss measured with {largest} samples." if largest else ""
     yield (

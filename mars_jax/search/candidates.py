@@ -13,7 +13,7 @@ import numpy as np
 
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.lane import Ranks
-from mars_jax.laws.fit import Laws
+from mars_jax.laws.fit import Laws, determined
 from mars_jax.laws.resamples import central_interval
 from mars_jax.search.selection import Candidate, Selection, ranks_text
 
@@ -205,7 +205,7 @@ def _check(
     searched = [module for module, grid in grids.items() if len(set(grid)) > 1]
     if not searched:
         raise ConfigError("every module has one rank in its grid, so there is nothing to select. Give two or more.")
-    known = list(laws.performance.modules)
+    known = list(determined(laws.performance).modules)
     unknown = [module for module in searched if module not in known]
     if unknown or any(module not in grids for module in known):
         raise ConfigError(

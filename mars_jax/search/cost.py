@@ -15,8 +15,11 @@ from mars_jax.runtime.jsonfiles import Document
 from mars_jax.search.probes.design import prefixes
 from mars_jax.search.probes.run import needs_swaps
 from mars_jax.search.probes.swaps import swapped
+from mars_jax.search.space import job_space
 from mars_jax.search.strategies.base import DEFAULT_RUNS
+from mars_jax.search.strategies.laws_race import BEGUN, PROPOSED
 from mars_jax.search.strategies.registry import STRATEGIES
+from mars_jax.search.strategies.spread import begun_by_default
 
 
 def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
@@ -41,6 +44,7 @@ def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
         )
     points = len(eval_steps(settings.horizon, settings.looks_per_doubling)) if needs_swaps(config) else 0
     grid_size = math.prod(len(ranks) for ranks in grids.values())
+    full_grid = grid_size * math.prod(len(factors) for factors in config.lora.factors.values())
     runs = planned_final_runs(job, lanes)
     total = len(lanes) * settings.horizon
     return {
@@ -50,10 +54,10 @@ def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
         "samples": total * settings.batch_size,
         "flops": sum(settings.horizon * job.prices.step(lane.ranks) for lane in lanes),
         "final_runs": runs,
-        "final_steps": lane_steps(halving_schedule(runs, config.finetune.steps)),
+        "final_steps": _most_final_steps(job, runs),
         "rank_vectors": grid_size,
-        "full_grid_steps": grid_size * config.finetune.steps,
-        "full_grid_samples": grid_size * config.finetune.steps * config.finetune.batch_size,
+        "full_grid_steps": full_grid * config.finetune.steps,
+        "full_grid_samples": full_grid * config.finetune.steps * config.finetune.batch_size,
         "parameters_per_rank": job.base.parameters_per_rank,
         "base_bytes": base_bytes,
         "lane_bytes": lane_bytes,
@@ -66,13 +70,28 @@ def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
 
 
 def planned_final_runs(job: Job, lanes: tuple[Lane, ...]) -> int:
-    """Final runs that the strategy begins, halved in rungs: at most as many as rank vectors adapt all modules."""
+    """Final runs that the strategy begins, at most."""
     config = job.config
-    if not STRATEGIES[config.selection.method].takes_budget:
+    strategy = STRATEGIES[config.selection.method]
+    if not strategy.takes_budget:
         return 1
+    if strategy.probes == "convergence":
+        return min(config.selection.sweep or begun_by_default(job_space(job), BEGUN), _together(job)) + PROPOSED
     most = max(len(lane.adapted) for lane in lanes)
     joint = {tuple(lane.ranks.items()) for lane in lanes if len(lane.adapted) == most}
-    return min(config.selection.sweep or DEFAULT_RUNS, config.probe.lanes_per_program, len(joint))
+    return min(config.selection.sweep or DEFAULT_RUNS, _together(job), len(joint))
+
+
+def _together(job: Job) -> int:
+    return job.config.probe.lanes_per_program
+
+
+def _most_final_steps(job: Job, runs: int) -> int:
+    """Steps of so many final runs: of those that are halved, and otherwise as if none were stopped."""
+    steps = job.config.finetune.steps
+    if STRATEGIES[job.config.selection.method].probes == "convergence":
+        return runs * steps
+    return lane_steps(halving_schedule(runs, steps))
 
 
 def search_flops(job: Job) -> float:

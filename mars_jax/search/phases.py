@@ -30,19 +30,19 @@ from mars_jax.search.finals import (
 )
 from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.probes.block_size import lane_block, measure_lane_block
-from mars_jax.search.probes.design import planned_lanes
+from mars_jax.search.probes.design import design, planned_lanes
 from mars_jax.search.probes.restore import check_lanes, recover_lanes, restore_lanes, warn_of_missing_lanes
 from mars_jax.search.probes.run import recorded_probes, run_probes
-from mars_jax.search.selection import Selection, without_laws
-from mars_jax.search.space import fit_records, job_space
+from mars_jax.search.selection import Selection, with_convergence, without_laws
+from mars_jax.search.space import fit_records, job_space, read_laws
 from mars_jax.search.strategies.base import Budget
 from mars_jax.search.strategies.registry import STRATEGIES
 from mars_jax.search.trainer import Configuration, Curve
 
 
-def needs_probes(config: Config) -> bool:
-    """Whether the config's strategy asks for probes and laws."""
-    return config.lora.is_searched and STRATEGIES[config.selection.method].needs_probes
+def has_probes(config: Config) -> bool:
+    """Whether a config's probes have any lanes."""
+    return config.lora.is_searched and bool(design(config))
 
 
 def check_strategy(config: Config) -> None:
@@ -59,10 +59,10 @@ def check_strategy(config: Config) -> None:
             "its own. Leave selection.sweep out, or choose another method, such as best_probes."
         )
     frozen = [module for module in config.lora.searched if 0 in config.lora.grids[module]]
-    if strategy.needs_probes and (config.lora.factors or frozen):
+    if strategy.probes == "losses" and (config.lora.factors or frozen):
         asked = [f"lora.modules.{module}.rates" for module in config.lora.factors]
         asked += [f"rank 0 in lora.modules.{module}.ranks" for module in frozen]
-        others = ", ".join(name for name in STRATEGIES.names if not STRATEGIES[name].needs_probes)
+        others = ", ".join(name for name in STRATEGIES.names if STRATEGIES[name].probes != "losses")
         raise ConfigError(
             f"selection.method: {strategy.name} chooses by laws of ranks alone, and can't choose from "
             f"{' and '.join(asked)}. Choose a method that trains what it chooses from ({others}), or give each module "
@@ -82,7 +82,7 @@ def check_probes(config: Config) -> None:
         ConfigError: the config gives every module one rank, or its strategy needs no probes.
     """
     check_searched(config)
-    if not needs_probes(config):
+    if not has_probes(config):
         raise ConfigError(
             f"selection.method: {config.selection.method} picks without probes, so there is nothing to plan, to probe "
             "or to fit. Run `mars run`, or choose another method."
@@ -91,7 +91,7 @@ def check_probes(config: Config) -> None:
 
 def programs_of(job: Job) -> tuple[Program, ...]:
     """The programs of the probe phase, which final runs may use too; none where nothing is probed."""
-    if not needs_probes(job.config):
+    if not has_probes(job.config):
         return ()
     return probe_programs(job, planned_lanes(job.config), lane_block(job))
 
@@ -112,13 +112,13 @@ def _plan(job: Job) -> Document:
     write_json(job.directory / files.PLAN, document)
     job.reporter.notice(
         f"plan: {document['lanes']} lanes, {document['lane_steps']} lane-steps; then {document['final_runs']} "
-        f"final runs, halved in rungs, {document['final_steps']}; the full grid of final runs would be "
+        f"final runs, at most {document['final_steps']}; the full grid of final runs would be "
         f"{document['full_grid_steps']}"
     )
     return document
 
 
-PLAN = Phase("plan", _plan_inputs, (files.PLAN,), _plan, applies=needs_probes)
+PLAN = Phase("plan", _plan_inputs, (files.PLAN,), _plan, applies=has_probes)
 
 
 # Probe.
@@ -150,7 +150,7 @@ PROBE = Phase(
     (files.LANES, files.CURVES, files.PROBE_ADAPTERS),
     _probe,
     _lane_counts,
-    applies=needs_probes,
+    applies=has_probes,
     repair=restore_lanes,
 )
 
@@ -181,7 +181,7 @@ FIT = Phase(
     (files.LAWS,),
     _fit,
     lambda job: _without_draws(job.directory.read(files.LAWS)),
-    applies=needs_probes,
+    applies=has_probes,
 )
 
 
@@ -192,7 +192,7 @@ def _select_inputs(job: Job) -> Inputs:
     config = job.config
     names = ("selection", "lora", "adapter", "seed", "optimizer", "finetune", "model", "data", "probe")
     made = {**sources_of(job), **sections(config, *names)}
-    if not needs_probes(config):
+    if not has_probes(config):
         return made
     check_there(job.directory / files.LAWS, "fit")
     return {**files_of(job, files.LAWS, files.LANES, files.PROBE_ADAPTERS), **made}
@@ -220,7 +220,8 @@ def _searched(job: Job) -> Selection:
         leave_final_run(job, outcome.final)
     if outcome.curves:
         write_json(job.directory / files.SWEEP, {"runs": [_begun(job, curve) for curve in outcome.curves]})
-    return outcome.selection
+    probed_for = strategy.probes == "convergence" and has_probes(job.config)
+    return with_convergence(outcome.selection, read_laws(job)) if probed_for else outcome.selection
 
 
 def _begun(job: Job, curve: Curve) -> Document:
@@ -229,6 +230,7 @@ def _begun(job: Job, curve: Curve) -> Document:
         "ranks": dict(ranks),
         "parameters": {module: rank * job.base.parameters_per_rank[module] for module, rank in ranks.items()},
         "factors": dict(curve.configuration.factors),
+        "learning_rate": rates_of(job.config, curve.configuration),
         "seed": curve.configuration.seed,
         "looks": [(point.step, point.validation_loss if point.alive else None) for point in curve.points],
         # For paired comparisons, where the strategy asked for them; five digits will do.

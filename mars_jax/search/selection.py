@@ -1,11 +1,16 @@
 """The pick of a search and all that it was picked from: the document selection.json."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mars_jax.lanes.lane import Ranks
+from mars_jax.laws.fit import Laws
+from mars_jax.laws.law_steps import StepLaw
 from mars_jax.runtime.jsonfiles import Document, FloatOrNan
+
+_TOGETHER = 1.25  # ratio of convergence times up to which modules converge together
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class Selection:
         explanation: why this pick, in plain words.
         factors: module -> picked factor on its learning rate, for those where it isn't 1.
         seed: added to the config's for the draw of the final run's adapters.
+        step_law: Law-P in step sizes of the final runs, where the strategy fitted one.
+        convergence_steps: searched module -> convergence time by Law-C of the picked ranks, in steps, at the usual
+            learning rates; empty where none was measured beside the pick.
     """
 
     target_num_samples: int
@@ -66,6 +74,8 @@ class Selection:
     explanation: str
     factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    step_law: StepLaw | None = None
+    convergence_steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Document:
         """The document selection.json, of which `load_json` is the inverse."""
@@ -97,6 +107,29 @@ def without_laws(
         factors=dict(factors or {}),
         seed=seed,
     )
+
+
+def with_convergence(selection: Selection, laws: Laws) -> Selection:
+    """A selection with the convergence times of its ranks by Law-C, which took no part in it."""
+    steps = {
+        module: math.exp(law.log_steps(rank, selection.target_num_samples))
+        for module, law in laws.convergence.items()
+        if (rank := selection.pick.get(module, 0))
+    }
+    text = " ".join(f"{selection.explanation} {_balance_text(steps)} {' '.join(laws.untimed.values())}".split())
+    return dataclasses.replace(selection, convergence_steps=steps, explanation=text)
+
+
+def _balance_text(steps: Mapping[str, float]) -> str:
+    if not steps:
+        return ""
+    times = " and ".join(f"{module} takes about {time:,.0f} steps" for module, time in steps.items())
+    text = f"By Law-C, at these ranks and the usual learning rates, {times} to converge"
+    if len(steps) == 1:
+        return f"{text}."
+    slowest, fastest = (chosen(steps, key=lambda module: steps[module]) for chosen in (max, min))
+    lag = steps[slowest] / steps[fastest]
+    return f"{text}: {f'{slowest} lags by a factor {lag:.1f}' if lag > _TOGETHER else 'they converge together'}."
 
 
 def ranks_text(ranks: Ranks) -> str:

@@ -24,13 +24,14 @@ def fit_records(config: Config, records: Sequence[LaneRecord]) -> Laws:
     )
 
 
+def read_laws(job: Job) -> Laws:
+    """The laws that the fit phase wrote."""
+    return Laws.from_json(job.directory.read(files.LAWS))
+
+
 def job_space(job: Job) -> Space:
     """The space of a job's config; its laws are those that the fit phase wrote."""
     config = job.config
-
-    def written_laws(records: Sequence[LaneRecord]) -> Laws:
-        return Laws.from_json(job.directory.read(files.LAWS))
-
     return Space(
         grids=config.lora.grids,
         num_samples=job.data.target_num_samples(),
@@ -39,7 +40,7 @@ def job_space(job: Job) -> Space:
         sizes=config.probe.num_samples,
         parameters_per_rank=job.base.parameters_per_rank,
         rates=config.learning_rates(config.finetune.learning_rate),
-        fit=written_laws,
+        fit=lambda records: read_laws(job),
         most_together=config.probe.lanes_per_program,
         seed=config.seed,
         factors=config.lora.factors,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.evidence import design, replays, table
+from benchmarks.evidence import design, forms, goals, page, pictures, replays, table
 from benchmarks.evidence.table import Cell, RecordedRun, read_cell, write_cell
 from benchmarks.evidence.tasks import LONG_TASKS, TASKS
 from mars_jax.lanes.eval_points import EvalPoint
@@ -102,10 +102,11 @@ def test_tasks_differ_and_are_within_what_the_data_builder_takes():
 
 def test_a_replay_finds_the_best_of_what_it_sees_and_counts_its_steps():
     whole = replays.replayed(CELLS[0], STRATEGIES["random"], Budget(runs=len(CELLS[0].runs)))
-    best = min(CELLS[0].runs, key=lambda run: run.curve.loss)
+    may = {one.name for one in replays.space_of(CELLS[0]).every()}
+    best = min((run for run in CELLS[0].runs if run.curve.configuration.name in may), key=lambda run: run.curve.loss)
     assert whole.configuration == best.curve.configuration
     assert (whole.loss, whole.test_loss) == (best.curve.loss, best.test_loss)
-    assert whole.runs == len(CELLS[0].runs) - len(design.RESTARTS)  # restarts are no configurations of the space
+    assert whole.runs == len(may) == 81
     restarts = replays.replayed(CELLS[0], STRATEGIES["restarts"])
     assert (restarts.configuration.ranks["llm"], restarts.runs) == (8, 4.0)
     raced = replays.replayed(CELLS[0], STRATEGIES["race"], Budget(6))
@@ -128,3 +129,109 @@ def test_a_configuration_that_diverged_for_a_seed_has_no_mean():
     truth = replays.truth_of([CELLS[0], broken])
     assert first.name not in truth.losses
     assert len(truth.losses) == len(CELLS[0].runs) - 1
+
+
+def test_between_rungs_the_samples_of_the_rung_before_are_scaled_to_the_loss():
+    run = recorded(design.configuration((8, 8), (1.0, 1.0)))
+    thin = [
+        dataclasses.replace(p, sample_losses=p.sample_losses if p.step in (2, STEPS) else ()) for p in run.curve.points
+    ]
+    filled = replays._with_samples(dataclasses.replace(run.curve, points=tuple(thin))).points
+    by_step = {point.step: point for point in filled}
+    assert by_step[0].sample_losses == by_step[1].sample_losses == ()
+    scale = by_step[8].validation_loss / by_step[2].validation_loss
+    np.testing.assert_allclose(by_step[8].sample_losses, scale * np.array(by_step[2].sample_losses))
+    assert by_step[STEPS].sample_losses == run.curve.points[-1].sample_losses
+
+
+def rows_of_goals(cells):
+    by_task = {"made up": cells}
+    truths = {task: replays.truth_of(some) for task, some in by_task.items()}
+    return truths, [goals._replayed_row(name, 4, cells, truths) for name in (goals.DEFAULT, "random", *goals.PEERS)]
+
+
+def test_goals_are_judged_by_excess_over_an_average_run_of_the_best_and_by_compute():
+    truths, rows = rows_of_goals(CELLS)
+    best = truths["made up"].best
+    for row in rows:
+        low, high = row["interval"]
+        assert low == pytest.approx(row["excess"]) == pytest.approx(high)  # one task: nothing to resample
+        assert 0.0 <= row["excess"] <= row["worst cell"]
+    within = goals._within_noise(CELLS, truths)
+    assert 0.0 <= within["share"] <= 1.0
+    closed = goals._gap_closed(8, CELLS, truths)
+    uniform = truths["made up"].losses[design.configuration((8, 8), (1.0, 1.0)).name]
+    assert closed["gap"] == pytest.approx(uniform / best - 1.0)
+    found = goals.excesses(goals.DEFAULT, None, CELLS, truths)
+    left = sum(one["excess"] for one in found) / len(found)
+    assert closed["closed"] == pytest.approx(1.0 - left / closed["gap"])
+    assert goals._beside_restarts(CELLS, truths)["runs of the restarts"] == 4.0
+
+
+def test_the_share_of_compute_is_interpolated_between_budgets_and_null_beyond_them():
+    def row(strategy, runs, excess):
+        return {"strategy": strategy, "runs": runs, "excess": excess}
+
+    default = row(goals.DEFAULT, 3.0, 0.02)
+    peers = [row("tpe", 4.0, 0.03), row("tpe", 16.0, 0.01), row("gp", 4.0, 0.05), row("gp", 8.0, 0.03)]
+    found = goals._compute_share(default, [*peers, row("hyperband", 12.0, 0.01)])
+    assert found["peers"] == {"tpe": pytest.approx(3.0 / 8.0), "gp": None, "hyperband": pytest.approx(0.25)}
+    assert found["share"] == pytest.approx(3.0 / 8.0)
+
+
+def test_orders_of_both_lengths_are_compared_at_the_best_rates():
+    shorter = dataclasses.replace(CELLS[0], steps=design.LENGTHS[0])
+    names = {one.name for one in design.long_configurations()}
+    runs = [run for run in CELLS[0].runs if run.curve.configuration.name in names]
+    longer = dataclasses.replace(CELLS[0], steps=design.LENGTHS[1], runs=runs)
+    assert goals._orders_by_length([shorter, longer]) == {"tau": 1.0, "cells": {longer.name: 1.0}}
+    assert goals._orders_by_length([shorter]) is None
+
+
+def test_a_form_orders_what_it_was_not_fitted_to():
+    def planted(run):
+        ranks, factors = run.curve.configuration.ranks, run.curve.configuration.factors
+        if not all(ranks[module] for module in design.SEARCHED):
+            return run
+        steps = [ranks[module] * factors.get(module, 1.0) / 8 for module in design.SEARCHED]
+        loss = math.exp(sum(0.1 * step**-0.5 + 0.1 * step for step in steps))
+        points = [dataclasses.replace(point, validation_loss=loss) for point in run.curve.points]
+        return dataclasses.replace(run, curve=dataclasses.replace(run.curve, points=tuple(points)))
+
+    cells = [dataclasses.replace(CELLS[0], runs=[planted(run) for run in CELLS[0].runs])]
+    known, unknown = (forms._row(name, 1.0, 16, cells, 3) for name in (forms.CHOSEN, next(iter(forms.FORMS))))
+    assert known["order"] > 0.9 > 0.5 > unknown["order"]
+    assert known["pick"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_page_and_the_picture_follow_what_was_found():
+    truths, rows = rows_of_goals(CELLS)
+    fifth = goals._beside_restarts(CELLS, truths)
+    judged = {
+        "G1": {"excess": 0.011, "interval": [-0.004, 0.019], "runs": 3.5},
+        "G2": {"deviation": 0.015, "share": 0.9},
+        "G3": {"share": 0.4, "at most, where null": 0.3, "peers": {"tpe": 0.4, "gp": None, "hyperband": 0.2}},
+        "G4": {"uniform rank 8": {"gap": 0.05, "closed": 0.8}},
+        "G5": fifth,
+        "G6": None,
+    }
+    detail = {
+        "cells": [cell.name for cell in CELLS],
+        "tasks_with_one_seed": [],
+        "strategy": goals.DEFAULT,
+        "goals": judged,
+        "tables": {"Strategies": rows},
+    }
+    shown = page.evidence(detail)
+    assert "ends 1.1 % above an average run of the best configuration (-0.4 % to 1.9 %) for 3.5" in shown.meaning
+    assert "of the compute at which the best of TPE, GP and Hyperband (tpe) ends as low" in shown.meaning
+    assert "G6, the order at eight times the steps, is not recorded yet." in shown.meaning
+    assert len(shown.tables["Strategies"]) == len(rows)
+    orders = [
+        {"form": form, "part": 0.5, "runs": runs, "order": 0.5, "pick": 0.1}
+        for form in pictures.FORMS
+        for runs in forms.RUNS
+    ]
+    drawing = pictures.picture(detail, {"tables": {"Order and pick by form": orders}})
+    assert drawing.startswith("<?xml") or drawing.startswith("<svg")
+    assert set(pictures.FORMS) <= set(forms.FORMS)

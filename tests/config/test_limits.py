@@ -170,12 +170,13 @@ def test_a_config_of_many_values_took_seconds_to_be_refused(tmp_path):
     ("overrides", "expected"),
     [
         (
-            ["probe.seeds=1000"],
+            ["probe.seeds=1000", "convergence.rule=null"],
             "up to 13,000 lanes are planned (13 rank vectors, 1 data sizes, 1000 seeds); at most 10,000 are allowed.",
         ),
         (
             [
                 f"lora.modules={{{', '.join(f'm{i}: {{targets: [x], ranks: [1, 2]}}' for i in range(60))}}}",
+                "convergence.rule=null",
             ],
             "up to 1,152,921,504,606,846,976 lanes are planned (1,152,921,504,606,846,976 rank vectors",
         ),

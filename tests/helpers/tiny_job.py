@@ -82,7 +82,7 @@ def config(path: Path, base: Path, train: Path, run_dir: Path, **sections: dict[
         },
         "convergence": {"rule": "drift", "epsilon": 0.7, "sustain": 1},
         "laws": {"bootstraps": 20},
-        "selection": {"sweep": 3},
+        "selection": {"method": "best_probes", "sweep": 3},
         "finetune": {"steps": 16, "batch_size": 4, "warmup_steps": 2, "look_every": 8},
         "evaluate": {"batch_size": 4},
     }

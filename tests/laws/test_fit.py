@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mars_jax.errors import ConfigError, DataError, NoValidResultError
-from mars_jax.laws.fit import Laws, fit_laws
+from mars_jax.laws.fit import Laws, determined, fit_laws
 from mars_jax.laws.law_p import fit_performance_law
 from mars_jax.laws.records import read_records
 from mars_jax.runtime.jsonfiles import load_json, write_json
@@ -165,9 +165,28 @@ def test_lanes_without_two_ranks_are_refused(lanes):
 
 
 def test_lanes_that_never_adapt_all_modules_are_refused(lanes):
-    alone = [record for record in lanes if not record["ranks"]["vision"] or not record["ranks"]["llm"]]
+    untimed = [{**record, "convergence_steps": {}, "censored": {}} for record in alone(lanes)]
     with pytest.raises(NoValidResultError, match="none of the 12 lanes adapts all of vision, llm"):
-        fit_laws(read_records(alone), key=jax.random.key(0))
+        fit_laws(read_records(untimed), key=jax.random.key(0))
+
+
+def alone(lanes):
+    return [record for record in lanes if not record["ranks"]["vision"] or not record["ranks"]["llm"]]
+
+
+def test_lanes_that_never_adapt_all_modules_give_law_c_alone():
+    rng = np.random.default_rng(0)
+    cells = [(*pair, d) for d in (256, 1024, 4096) for r in (4, 8, 16, 64) for pair in ((r, 0), (0, r))]
+    single = [lane(i, *cell, 0, rng) for i, cell in enumerate(cells)]
+    laws = fit_laws(read_records(single), key=jax.random.key(0), num_bootstraps=20)
+    assert set(laws.convergence) == {"vision", "llm"}
+    assert laws.performance is None
+    assert laws.multiplicative is None
+    again = Laws.from_json(json.loads(json.dumps(laws.to_json())))
+    assert again.performance is None
+    assert again.convergence == laws.convergence
+    with pytest.raises(NoValidResultError, match="there is no Law-P: no probe adapts all modules together"):
+        determined(again.performance)
 
 
 def test_one_number_of_samples_is_refused(lanes):

@@ -111,6 +111,15 @@ def test_convergence_law_with_offset_is_scipys_least_squares():
     np.testing.assert_allclose([np.log(law.k), law.gamma, law.delta, law.E], reference, rtol=1e-3)
 
 
+def test_a_censored_time_far_beyond_the_others_gave_no_number():
+    # A resample of few runs may draw errors of many standard deviations.
+    log_steps = [1.28, 0.59, -3.75, 1.28, -21.86, -0.1, 1.28, -22.57, -0.1]
+    hidden = [True, True, False, True, False, True, True, False, True]
+    times = ConvergenceTimes(np.repeat([2, 8, 32], 3), np.tile([1024, 512, 256], 3), np.exp(log_steps), hidden)
+    law = fit_convergence_law("llm", times)
+    assert np.all(np.isfinite([law.k, law.gamma, law.delta, law.E, law.rmse_log]))
+
+
 def test_censored_fit_is_scipys_maximum_likelihood():
     from scipy.stats import norm
 

@@ -42,8 +42,8 @@ def test_rates_and_frozen_modules_are_refused_by_what_fits_laws_of_ranks(tmp_pat
         check_strategy(config(tmp_path, f"selection.method={method}", setting))
     assert str(error.value) == (
         f"selection.method: {method} chooses by laws of ranks alone, and can't choose from {named}. Choose a method "
-        "that trains what it chooses from (race, halving, random, restarts, uniform, separate_rates, tpe, gp, "
-        "hyperband), or give each module one rate and ranks above 0."
+        "that trains what it chooses from (race, laws+race, halving, random, restarts, uniform, separate_rates, tpe, "
+        "gp, hyperband), or give each module one rate and ranks above 0."
     )
     for training in ("halving", "random", "tpe", "uniform", "separate_rates"):
         check_strategy(config(tmp_path, f"selection.method={training}", setting))

@@ -178,7 +178,7 @@ def test_json_has_the_documented_keys_and_comes_back(tmp_path):
     found = pick(laws())
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     keys = {"target_num_samples", "pick", "factors", "p_best", "fallback", "method", "candidates", "tau"}
-    assert set(document) == keys | {"explanation", "seed"}
+    assert set(document) == keys | {"explanation", "seed", "step_law", "convergence_steps"}
     candidate_keys = {"ranks", "convergence_steps", "imbalance", "kept", "reason", "predicted_loss", "predicted_ci"}
     assert set(document["candidates"][0]) == candidate_keys | {"parameters", "p_best", "probed_loss"}
     write_json(tmp_path / "selection.json", found.to_json())

@@ -10,6 +10,7 @@ from dataclasses import replace
 from mars_jax.config.load import Config
 from mars_jax.lanes.lane import Lane, Ranks
 from mars_jax.laws.convergence.registry import RULES
+from mars_jax.search.strategies.registry import STRATEGIES
 
 
 def rank_vectors(grids: Mapping[str, Sequence[int]], corners: bool) -> list[dict[str, int]]:
@@ -71,10 +72,14 @@ def plan_lanes(vectors: Sequence[Ranks], sizes: Sequence[int], num_seeds: int) -
 
 
 def design(config: Config) -> list[dict[str, int]]:
-    """Rank vectors of a config's probes."""
-    rule = config.convergence.rule
+    """Rank vectors of a config's probes; none where neither its strategy nor a convergence rule asks for any."""
+    rule, probes = config.convergence.rule, STRATEGIES[config.selection.method].probes
+    # Frozen modules and learning rates are left to final runs.
+    grids = {module: tuple(rank for rank in grid if rank) or (0,) for module, grid in config.lora.grids.items()}
     single = rule is not None and RULES[rule].needs_single_module
-    return probed_vectors(config.lora.grids, corners=config.probe.corners, single_module=single)
+    if probes == "losses" or (probes == "convergence" and rule is not None and not single):
+        return probed_vectors(grids, corners=config.probe.corners, single_module=single)
+    return single_module_vectors(grids) if probes == "convergence" and single else []
 
 
 def planned_lanes(config: Config) -> tuple[Lane, ...]:

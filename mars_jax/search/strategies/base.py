@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mars_jax.lanes.lane import Ranks
 from mars_jax.laws.fit import Laws
@@ -87,6 +87,10 @@ class Space:
         return {module: ranks[module] for module in self.adapted}
 
 
+Probes = Literal["losses", "convergence", "none"]
+"""What probes are run for: `losses` and convergence times of ranks, which the strategy picks by; `convergence` times
+alone, which are shown beside its pick, where the config has a convergence rule; `none`."""
+
 DEFAULT_RUNS = 4
 """Final runs that a strategy begins where the config has no number."""
 
@@ -126,8 +130,8 @@ class Strategy(Protocol):
         ...
 
     @property
-    def needs_probes(self) -> bool:
-        """Whether it asks for probes and laws; without, the phases before it are left out."""
+    def probes(self) -> Probes:
+        """What is probed before it; where nothing is, the phases before it are left out."""
         ...
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.lanes.lane import Ranks
 from mars_jax.search.selection import Selection, ranks_text
-from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
+from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.halving import halved
 from mars_jax.search.strategies.law_pick import fitted_pick
 from mars_jax.search.strategies.laws import pick_by_laws
@@ -23,7 +23,7 @@ class BestProbes:
     """Final runs of the best probes, halved in rungs."""
 
     name = "best_probes"
-    needs_probes = True
+    probes: Probes = "losses"
     takes_budget = True
     needs_convergence = False
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mars_jax.lanes.halving import halving_schedule
 from mars_jax.lanes.stopping import Halving
-from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.trainer import Configuration, Curve, Trainer, distinct
 
@@ -17,7 +17,7 @@ class HalvingStrategy:
     """Final runs of a cross design, halved in rungs; nothing is probed."""
 
     name = "halving"
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = True
     needs_convergence = False
 

@@ -9,7 +9,7 @@ from mars_jax.laws.records import LaneRecord
 from mars_jax.search.candidates import ProbedLosses
 from mars_jax.search.probes.records import probed_losses
 from mars_jax.search.selection import Selection
-from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.trainer import Trainer
 
 
@@ -47,7 +47,7 @@ class LawPick:
     name: str
     rule: PickRule
     needs_convergence: bool
-    needs_probes = True
+    probes: Probes = "losses"
     takes_budget = False
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:

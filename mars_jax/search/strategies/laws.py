@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mars_jax.laws.fit import Laws
+from mars_jax.laws.fit import Laws, determined
 from mars_jax.search.candidates import ProbedLosses, Pruning, RankGrid, least_unbalanced, pick_among, rank_grid
 from mars_jax.search.selection import Selection
 from mars_jax.search.strategies.law_pick import LawPick
@@ -43,7 +43,7 @@ def pick_by_laws(
         ConfigError: the grid, the laws and the parameter counts do not belong together.
     """
     grid = rank_grid(laws, grids, num_samples, parameters_per_rank)
-    draws = laws.performance.loss_draws(grid.vectors, num_samples)
+    draws = determined(laws.performance).loss_draws(grid.vectors, num_samples)
     fallback = None
     if grid.imbalance is None or grid.tau is None:
         kept = np.ones(len(grid.vectors), bool)

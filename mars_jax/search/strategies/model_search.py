@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.eval_points import EvalPoint, Points
 from mars_jax.lanes.stopping import AskEach
-from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
+from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.strategies.octaves import nearest
 from mars_jax.search.trainer import Configuration, Curve, Trainer
@@ -50,7 +50,7 @@ class ModelSearch:
     needs: tuple[str, ...] = ("optuna",)
     extra: str = "compare"
 
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = True
     needs_convergence = False
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mars_jax.errors import NoValidResultError
 from mars_jax.laws.balance import balanced_rank
-from mars_jax.laws.fit import Laws
+from mars_jax.laws.fit import Laws, determined
 from mars_jax.search.candidates import ProbedLosses, Pruning, RankGrid, least_unbalanced, pick_among, rank_grid
 from mars_jax.search.selection import Selection
 from mars_jax.search.strategies.law_pick import LawPick
@@ -49,7 +49,7 @@ def pick_as_published(
     if not kept.any():
         kept, fallback = least_unbalanced(grid, grid.imbalance, grid.tau)
     words = "another rank balances better", "nearest balance for this rank of the pivot"
-    law = laws.multiplicative
+    law = determined(laws.multiplicative)
     return pick_among(
         grid,
         Pruning(

@@ -3,45 +3,44 @@
 from collections.abc import Sequence
 
 from mars_jax.lanes.race import PairedRace, paired_error
-from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import chosen_text, outcome_of, winner
-from mars_jax.search.strategies.spread import spread_configurations
-from mars_jax.search.trainer import Configuration, Curve, Trainer
+from mars_jax.search.strategies.spread import begun_by_default, spread_configurations
+from mars_jax.search.trainer import Curve, Trainer
 
 BEGUN = 6
-"""Final runs that are begun where the config has no number."""
+"""Final runs that are begun where the config has no number, and one more for each module that may be frozen."""
 
 
 class Race:
     """Final runs of spread configurations, raced."""
 
     name = "race"
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = True
     needs_convergence = False
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs that are begun."""
-        number = min(budget.runs or BEGUN, space.most_together)
-        return raced(self.name, spread_configurations(space, number), space, trainer)
+        number = min(budget.runs or begun_by_default(space, BEGUN), space.most_together)
+        curves = trainer.train(spread_configurations(space, number), PairedRace(space.steps))
+        return raced_outcome(self.name, curves, space)
 
 
 RACE = Race()
 
 
-def raced(method: str, configurations: Sequence[Configuration], space: Space, trainer: Trainer) -> Outcome:
-    """Final runs of configurations under `PairedRace`; of those that end as well as the best, the smallest is kept.
+def raced_outcome(method: str, curves: Sequence[Curve], space: Space) -> Outcome:
+    """Of the final runs of a race that end as well as the best, the smallest.
 
     Args:
         method: name of the strategy.
-        configurations: that are begun.
+        curves: of all runs that were begun.
         space: that was searched.
-        trainer: of the runs.
 
     Raises:
         NoValidResultError: no final run came to its end.
     """
-    curves = trainer.train(configurations, PairedRace(space.steps))
     best = winner(curves, space)
     equal = [curve for curve in curves if curve.steps == space.steps and is_equal(curve, best)]
     final = min(equal, key=lambda curve: (space.parameters(curve.configuration), curve.loss))
@@ -58,7 +57,10 @@ def raced(method: str, configurations: Sequence[Configuration], space: Space, tr
 
 
 def is_equal(curve: Curve, best: Curve) -> bool:
-    """Whether two final losses differ by at most two standard errors, over the validation samples at the last step."""
-    return curve is best or curve.loss - best.loss <= 2 * paired_error(
+    """Whether two final losses differ by at most a standard error, over the validation samples at the last step.
+
+    The one-standard-error rule (Breiman et al. 1984), for paired differences.
+    """
+    return curve is best or curve.loss - best.loss <= paired_error(
         curve.points[-1].sample_losses, best.points[-1].sample_losses
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
+from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.trainer import Configuration, Trainer
 
@@ -14,7 +14,7 @@ class RandomSearch:
     """The best of randomly drawn configurations."""
 
     name = "random"
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = True
     needs_convergence = False
 

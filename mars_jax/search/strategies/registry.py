@@ -22,6 +22,7 @@ STRATEGIES: "Registry[Strategy]" = Registry(
         "laws": f"{_HERE}.laws:LAWS",
         "paper": f"{_HERE}.paper:PAPER",
         "race": f"{_HERE}.race:RACE",
+        "laws+race": f"{_HERE}.laws_race:LAWS_RACE",
         "halving": f"{_HERE}.halving:HALVING",
         "random": f"{_HERE}.random:RANDOM",
         "restarts": f"{_HERE}.restarts:RESTARTS",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Space
+from mars_jax.search.strategies.base import DEFAULT_RUNS, Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.trainer import Configuration, Trainer
 
@@ -16,7 +16,7 @@ class Restarts:
     """Final runs of the middle ranks at the usual rates, which differ in the draw of their adapters."""
 
     name = "restarts"
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = True
     needs_convergence = False
 

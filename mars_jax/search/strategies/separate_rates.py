@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import lowest_of
 from mars_jax.search.strategies.uniform import UNIFORM
 from mars_jax.search.trainer import Configuration, Trainer, distinct
@@ -15,7 +15,7 @@ class SeparateRates:
     """A uniform rank, and other learning rates of one module: those to choose among, or a third and three times."""
 
     name = "separate_rates"
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = False
     needs_convergence = False
 

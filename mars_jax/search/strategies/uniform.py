@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.stopping import Patience
-from mars_jax.search.strategies.base import Budget, Outcome, Space
+from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import outcome_of, winner
 from mars_jax.search.trainer import Configuration, Trainer
 
@@ -21,7 +21,7 @@ class Uniform:
     rank: int | None = None
 
     name = "uniform"
-    needs_probes = False
+    probes: Probes = "none"
     takes_budget = False
     needs_convergence = False
 

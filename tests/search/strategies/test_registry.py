@@ -107,7 +107,7 @@ class TestEveryStrategy:
     def test_it_asks_for_probes_only_if_it_says_so(self, name):
         replayed = trainer()
         STRATEGIES[name].search(SPACE, replayed, Budget())
-        assert bool(replayed.probed) == STRATEGIES[name].needs_probes
+        assert bool(replayed.probed) == (STRATEGIES[name].probes == "losses")
 
     def test_the_same_search_comes_to_the_same_pick(self, name):
         picks = [STRATEGIES[name].search(SPACE, trainer(), Budget()).selection.pick for _ in range(2)]
@@ -175,7 +175,7 @@ class Smallest:
     """A strategy of somebody else's: the smallest ranks, trained."""
 
     name = "smallest"
-    needs_probes = False
+    probes = "none"
     takes_budget = False
     needs_convergence = False
 
@@ -217,7 +217,7 @@ RATED = dataclasses.replace(
     factors={"vision": (0.3, 1.0, 3.0), "llm": (0.3, 3.0)},
     probed=rank_vectors({"vision": (0, 8, 32), "projector": (8,), "llm": (2, 8)}, corners=True),
 )
-TRAINING = [name for name in STRATEGIES.names if not STRATEGIES[name].needs_probes]
+TRAINING = [name for name in STRATEGIES.names if STRATEGIES[name].probes != "losses"]
 
 
 def rated_loss(configuration):
@@ -271,15 +271,18 @@ def test_a_search_finds_that_a_module_is_best_left_frozen_and_another_trained_fa
     assert rated_loss(by_tpe.final.configuration) <= rated_loss(RATED.configuration(best, {"llm": 3.0})) + 0.15
 
 
-def test_spread_configurations_begin_in_the_middle_and_use_every_level_alike():
+def test_spread_configurations_begin_in_the_middle_with_frozen_modules_and_spread_step_sizes():
     first = spread_configurations(RATED, 4)
     assert first[0].ranks == RATED.middle.ranks
-    more = spread_configurations(RATED, 12)
+    frozen = [module for module in RATED.searched if 0 in RATED.grids[module]]
+    assert [one.ranks for one in first[1 : 1 + len(frozen)]] == [{**RATED.middle.ranks, m: 0} for m in frozen]
+    more = spread_configurations(RATED, 20)
     assert more[:4] == first
-    assert len({one.name for one in more}) == 12
+    assert len({one.name for one in more}) == 20
     for module, grid in RATED.grids.items():
-        counts = [sum(one.ranks[module] == rank for one in more) for rank in grid]
-        assert max(counts) <= 2 * min(counts)
+        if len(grid) > 1:
+            steps = sorted(one.ranks[module] * one.factors.get(module, 1.0) for one in more if one.ranks[module])
+            assert steps[0] < sorted(grid)[len(grid) // 2] < steps[-1]
     everything = spread_configurations(RATED, 1000)
     assert {one.name for one in everything} == {one.name for one in RATED.every()}
 
