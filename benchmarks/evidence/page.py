@@ -132,10 +132,25 @@ def law_forms(detail: Row) -> Section:
     return Section({"After half of a run": rows}, "")
 
 
+def beginnings(detail: Row) -> Section:
+    """Excess from drawn beginnings."""
+    rows = [
+        {
+            "begun": row["begun"],
+            "proposed": row["proposed"],
+            "compute, final runs": row["runs"],
+            "excess, %": 100 * row["excess"],
+        }
+        for row in detail["tables"]["Beginnings"]
+    ]
+    return Section({"Means over cells and beginnings": rows}, f"{detail['draws']} beginnings in each cell.")
+
+
 SECTIONS: dict[str, Callable[[Row], Section]] = {
     "law_fits": law_fits,
     "planted": planted,
     "noise": noise,
     "evidence": evidence,
     "law_forms": law_forms,
+    "beginnings": beginnings,
 }

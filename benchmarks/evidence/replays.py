@@ -73,7 +73,7 @@ def _no_laws(records: Sequence[LaneRecord]) -> Laws:
 
 def replayed(cell: Cell, strategy: Strategy, budget: Budget | None = None, seed: int = 0) -> Replayed:
     """Replays a strategy."""
-    trainer = RecordedTrainer(_with_samples(run.curve) for run in cell.runs)
+    trainer = RecordedTrainer(with_samples(run.curve) for run in cell.runs)
     outcome = strategy.search(space_of(cell, seed), trainer, budget or Budget())
     assert outcome.final is not None
     name = outcome.final.configuration.name
@@ -82,7 +82,7 @@ def replayed(cell: Cell, strategy: Strategy, budget: Budget | None = None, seed:
     return Replayed(run.curve.configuration, run.curve.loss, run.test_loss, steps / cell.steps)
 
 
-def _with_samples(curve: Curve) -> Curve:
+def with_samples(curve: Curve) -> Curve:
     """A curve with losses of samples at all its eval points: between those that keep them, the last kept, scaled."""
     points: list[EvalPoint] = []
     kept: EvalPoint | None = None

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.evidence import design, forms, goals, page, pictures, replays, table
+from benchmarks.evidence import beginnings, design, forms, goals, page, pictures, replays, table
 from benchmarks.evidence.table import Cell, RecordedRun, read_cell, write_cell
 from benchmarks.evidence.tasks import LONG_TASKS, TASKS
 from mars_jax.lanes.eval_points import EvalPoint
@@ -136,7 +136,7 @@ def test_between_rungs_the_samples_of_the_rung_before_are_scaled_to_the_loss():
     thin = [
         dataclasses.replace(p, sample_losses=p.sample_losses if p.step in (2, STEPS) else ()) for p in run.curve.points
     ]
-    filled = replays._with_samples(dataclasses.replace(run.curve, points=tuple(thin))).points
+    filled = replays.with_samples(dataclasses.replace(run.curve, points=tuple(thin))).points
     by_step = {point.step: point for point in filled}
     assert by_step[0].sample_losses == by_step[1].sample_losses == ()
     scale = by_step[8].validation_loss / by_step[2].validation_loss
@@ -202,6 +202,19 @@ def test_a_form_orders_what_it_was_not_fitted_to():
     known, unknown = (forms._row(name, 1.0, 16, cells, 3) for name in (forms.CHOSEN, next(iter(forms.FORMS))))
     assert known["order"] > 0.9 > 0.5 > unknown["order"]
     assert known["pick"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_drawn_beginnings_keep_the_middle_and_larger_ones_add_to_smaller_ones():
+    space = replays.space_of(CELLS[0])
+    few, more = (beginnings._drawn(space.every(), space.middle, number, draw=3) for number in (5, 7))
+    assert few == more[:5]
+    assert few[0].name == space.middle.name
+    assert len({one.name for one in more}) == 7
+    truths = {"made up": replays.truth_of(CELLS)}
+    rows = [beginnings._row(begun, proposed, CELLS, truths, 2) for begun, proposed in beginnings.SIZES]
+    assert rows[0]["runs"] < rows[1]["runs"]
+    assert rows[1]["excess"] <= rows[0]["excess"] + 0.01  # the smallest of equal runs may be picked
+    assert page.beginnings({"draws": 2, "tables": {"Beginnings": rows}}).meaning == "2 beginnings in each cell."
 
 
 def test_the_page_and_the_picture_follow_what_was_found():

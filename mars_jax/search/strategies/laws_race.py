@@ -34,10 +34,7 @@ class LawsRace:
         """See `Strategy`; the budget is the number of runs that are begun before the law proposes."""
         number = min(budget.runs or begun_by_default(space, BEGUN), space.most_together)
         curves = trainer.train(spread_configurations(space, number), PairedRace(space.steps))
-        proposed = proposals(curves, space, PROPOSED)
-        if proposed:
-            leader = winner(curves, space)
-            curves = [*curves, *trainer.train(proposed, PairedRace(space.steps, against=leader.points))]
+        curves = propose_and_race(curves, space, trainer, PROPOSED)
         outcome = raced_outcome(self.name, curves, space)
         law = step_law(curves, space)
         if law is None:
@@ -47,6 +44,15 @@ class LawsRace:
 
 
 LAWS_RACE = LawsRace()
+
+
+def propose_and_race(curves: Sequence[Curve], space: Space, trainer: Trainer, number: int) -> list[Curve]:
+    """Final runs, and those that the law of them proposes, which have to beat the leader to come to their end."""
+    proposed = proposals(curves, space, number)
+    if not proposed:
+        return list(curves)
+    leader = winner(curves, space)
+    return [*curves, *trainer.train(proposed, PairedRace(space.steps, against=leader.points))]
 
 
 def _doublings(law: StepLaw, pick: Selection, space: Space, curves: Sequence[Curve]) -> str:
