@@ -483,6 +483,34 @@ def test_status_and_plan_of_a_finished_run(job):
 # Beside its alternatives.
 
 
+def test_any_strategies_are_compared_on_the_task_and_none_of_their_runs_twice(job, tmp_path):
+    run = tmp_path / "run"
+    settings = (
+        *(
+            f"run_dir={run}",
+            "selection={method: race, sweep: 3}",
+            "compare.strategies=[race,halving,restarts,laws+race]",
+        ),
+        "finetune={steps: 16, look_every: 8, warmup_steps: 1}",
+        "evaluate={max_samples: 3, controls: false, batch_size: 4}",
+    )
+    job.mars("select", job.config, *settings)
+    found = job.mars("compare", job.config, *settings)
+    rows = {row["method"]: row for row in found["methods"]}
+    assert {"race", "halving", "restarts", "laws+race"} < set(rows)
+    assert all(rows[name]["runs"] == 1 and rows[name]["test_loss"] > 0 for name in ("race", "halving", "restarts"))
+    assert rows["laws+race"]["compute"] > rows["race"]["compute"] * 0.5
+    trials = (run / "compare" / "trials.jsonl").read_text()
+    (run / "compare.json").unlink()
+    assert job.mars("compare", job.config, *settings)["methods"] == found["methods"]
+    assert (run / "compare" / "trials.jsonl").read_text() == trials
+    code, _, error = in_process(
+        "select", job.config, f"run_dir={tmp_path}/x", *settings[1:2], "compare.strategies=[laws]"
+    )
+    assert code == 2
+    assert "compare.strategies has laws, which picks by probes of ranks, and selection.method: race runs none." in error
+
+
 def test_the_pick_is_compared_with_alternatives_that_are_trained_as_it_was(job, tmp_path):
     run = copy_of(job, tmp_path / "copy", lambda config: None)
     found = job.mars("compare", run)

@@ -24,6 +24,7 @@ from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.jsonfiles import Document, dump_json
+from mars_jax.search.probes.design import rank_vectors
 from mars_jax.search.recorded_trainer import RecordedTrainer
 from mars_jax.search.strategies.base import Budget, Space, Strategy
 from mars_jax.search.strategies.registry import STRATEGIES
@@ -56,7 +57,7 @@ def space_of(cell: Cell, seed: int = 0) -> Space:
         grids=grids,
         num_samples=cell.num_samples,
         steps=cell.steps,
-        probed=(),
+        probed=rank_vectors(grids, corners=True),
         sizes=(),
         parameters_per_rank=cell.parameters_per_rank,
         rates=cell.rates,

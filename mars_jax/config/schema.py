@@ -258,6 +258,14 @@ class EvaluateConfig(Section):
     controls: Flag = Field(default=True, description="also measure without images and with shuffled images")
 
 
+class CompareConfig(Section):
+    """What `mars compare` trains beside the pick, uniform ranks, separate learning rates and random ranks."""
+
+    strategies: tuple[str, ...] = Field(
+        default=(), description="strategies that search the same space, such as [race, halving, restarts]"
+    )
+
+
 class MeshConfig(Section):
     """Devices along each axis; -1 for all that remain."""
 
@@ -289,6 +297,7 @@ class Config(Section):
     selection: SelectionConfig = SelectionConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
     export: ExportConfig = ExportConfig()
     mesh: MeshConfig = MeshConfig()
 

@@ -20,7 +20,7 @@ CONDITIONS = {  # condition of evaluation.json -> its name on the page, in the o
 }
 SURE = 0.8  # least P(best) at which the laws alone decide the pick
 EXTRAPOLATION = 4.0  # largest ratio of target D to probed D without a warning
-CLOSE = 0.06  # final losses of one pair differ by about this share between seeds (docs/evidence.md)
+CLOSE = 0.02  # final losses of two runs of one pair differ by about this share (docs/evidence.md, noise)
 
 
 def build_report(run: RunRecord) -> Document:

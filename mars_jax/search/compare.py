@@ -16,13 +16,14 @@ from mars_jax.job.job import Job
 from mars_jax.job.programs import Program
 from mars_jax.lanes.stopping import Patience
 from mars_jax.runtime.jsonfiles import Document, write_json
-from mars_jax.search.cost import search_flops
+from mars_jax.search.cost import probe_flops, search_flops
 from mars_jax.search.lane_trainer import LaneTrainer
 from mars_jax.search.selection import Selection
 from mars_jax.search.space import job_space
 from mars_jax.search.strategies.base import Budget, Space
 from mars_jax.search.strategies.model_search import is_installed
 from mars_jax.search.strategies.random import RANDOM
+from mars_jax.search.strategies.registry import STRATEGIES
 from mars_jax.search.strategies.separate_rates import SEPARATE_RATES
 from mars_jax.search.strategies.tpe import TPE
 from mars_jax.search.strategies.uniform import Uniform, shared_ranks
@@ -30,6 +31,7 @@ from mars_jax.search.trainer import Configuration
 from mars_jax.search.trials import TrialRecord, TrialTrainer
 
 _DRAWS = 1000
+_TAKE_STEPS = ("tpe", "gp", "hyperband", "random", "restarts")  # whose runs are as many as they are paid for
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ def compare_run(job: Job, programs: Sequence[Program], selection: Selection) -> 
     alternatives = [searched, *_designed(space, budget)]
     planned = {c.name: c for alternative in alternatives for c in alternative.configurations}
     trainer.train(list(planned.values()), Patience())
-    if is_installed():
+    alternatives += [_searched_by(job, name, space, trainer, budget) for name in job.config.compare.strategies]
+    if is_installed() and TPE.name not in job.config.compare.strategies:
         alternatives.append(_by_tpe(job, space, trainer, budget))
-    else:
+    elif not is_installed():
         job.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
     records = trainer.records()
     rows = [_row(job, alternative, records, records[pick.name]) for alternative in alternatives]
@@ -110,6 +113,20 @@ def _designed(space: Space, budget: Budget) -> list[Alternative]:
         Alternative(f"random search, {len(drawn)} runs", drawn),
         Alternative("random ranks", drawn, takes="mean"),
     ]
+
+
+def _searched_by(job: Job, name: str, space: Space, trainer: TrialTrainer, budget: Budget) -> Alternative:
+    """What a strategy comes to; one without a number of runs of its own gets as many as the run's search could pay."""
+    strategy = STRATEGIES[name]
+    outcome = strategy.search(space, trainer, budget if name in _TAKE_STEPS else Budget())
+    selection = outcome.selection
+    pick = Configuration(space.configuration(selection.pick).ranks, selection.factors, selection.seed)
+    if outcome.final is None:
+        trainer.train([pick], Patience())
+    others = [curve for curve in outcome.curves if curve.configuration.name != pick.name]
+    flops = sum(c.steps / space.steps * job.prices.final_run(c.configuration.ranks) for c in others)
+    flops += probe_flops(job) if strategy.probes == "losses" else 0.0
+    return Alternative(name, (pick,), search_flops=flops)
 
 
 def _by_tpe(job: Job, space: Space, trainer: TrialTrainer, budget: Budget) -> Alternative:

@@ -95,10 +95,17 @@ def _most_final_steps(job: Job, runs: int) -> int:
 
 
 def search_flops(job: Job) -> float:
-    """FLOPs of probes and final runs of a search at their own ranks, with eval points and module swaps.
+    """FLOPs of probes and final runs of a search at their own ranks; the final run that was kept is among them."""
+    config, directory = job.config, job.directory
+    flops = probe_flops(job)
+    if (directory / files.SWEEP).exists():
+        for run in directory.read(files.SWEEP)["runs"]:
+            flops += run["looks"][-1][0] / config.finetune.steps * job.prices.final_run(run["ranks"])
+    return flops
 
-    The final run that was kept is among them.
-    """
+
+def probe_flops(job: Job) -> float:
+    """FLOPs of the probes at their own ranks, with eval points and module swaps."""
     config, directory, warn = job.config, job.directory, job.reporter.warn
     records = {record.lane: record for record in read_records(directory.lines(files.LANES, warn))}
     points = eval_steps(config.probe.horizon, config.probe.looks_per_doubling)
@@ -114,7 +121,4 @@ def search_flops(job: Job) -> float:
         if point.get("remaining"):
             price = job.prices.eval_point(records[point["lane"]].ranks, samples)
             flops += len(swapped(list(point["remaining"]))) * price
-    if (directory / files.SWEEP).exists():
-        for run in directory.read(files.SWEEP)["runs"]:
-            flops += run["looks"][-1][0] / config.finetune.steps * job.prices.final_run(run["ranks"])
     return flops

@@ -35,7 +35,7 @@ from mars_jax.search.probes.restore import check_lanes, recover_lanes, restore_l
 from mars_jax.search.probes.run import recorded_probes, run_probes
 from mars_jax.search.selection import Selection, with_convergence, without_laws
 from mars_jax.search.space import fit_records, job_space, read_laws
-from mars_jax.search.strategies.base import Budget
+from mars_jax.search.strategies.base import Budget, Strategy
 from mars_jax.search.strategies.registry import STRATEGIES
 from mars_jax.search.trainer import Configuration, Curve
 
@@ -58,21 +58,33 @@ def check_strategy(config: Config) -> None:
             f"selection.sweep is {settings.sweep}, but selection.method: {strategy.name} picks without final runs of "
             "its own. Leave selection.sweep out, or choose another method, such as best_probes."
         )
-    frozen = [module for module in config.lora.searched if 0 in config.lora.grids[module]]
-    if strategy.probes == "losses" and (config.lora.factors or frozen):
-        asked = [f"lora.modules.{module}.rates" for module in config.lora.factors]
-        asked += [f"rank 0 in lora.modules.{module}.ranks" for module in frozen]
-        others = ", ".join(name for name in STRATEGIES.names if STRATEGIES[name].probes != "losses")
-        raise ConfigError(
-            f"selection.method: {strategy.name} chooses by laws of ranks alone, and can't choose from "
-            f"{' and '.join(asked)}. Choose a method that trains what it chooses from ({others}), or give each module "
-            "one rate and ranks above 0."
-        )
+    _check_space(config, strategy, "selection.method")
+    for name in config.compare.strategies:
+        _check_space(config, STRATEGIES[name], "compare.strategies")
+        if STRATEGIES[name].probes == "losses" and strategy.probes != "losses":
+            raise ConfigError(
+                f"compare.strategies has {name}, which picks by probes of ranks, and selection.method: {strategy.name} "
+                "runs none. Compare others, or search by selection.method: best_probes, laws or paper."
+            )
     if config.lora.is_searched and strategy.needs_convergence and config.convergence.rule is None:
         raise ConfigError(
             f"selection.method: {strategy.name} balances the modules' convergence, which convergence.rule: null "
             f"doesn't measure. Name a rule ({', '.join(RULES.names)}), or choose selection.method: laws."
         )
+
+
+def _check_space(config: Config, strategy: Strategy, setting: str) -> None:
+    """Refuses rates and frozen modules to choose from for a strategy that fits laws of ranks."""
+    frozen = [module for module in config.lora.searched if 0 in config.lora.grids[module]]
+    if strategy.probes != "losses" or not (config.lora.factors or frozen):
+        return
+    asked = [f"lora.modules.{module}.rates" for module in config.lora.factors]
+    asked += [f"rank 0 in lora.modules.{module}.ranks" for module in frozen]
+    others = ", ".join(name for name in STRATEGIES.names if STRATEGIES[name].probes != "losses")
+    raise ConfigError(
+        f"{setting}: {strategy.name} chooses by laws of ranks alone, and can't choose from {' and '.join(asked)}. "
+        f"Choose a method that trains what it chooses from ({others}), or give each module one rate and ranks above 0."
+    )
 
 
 def check_probes(config: Config) -> None:
@@ -288,7 +300,21 @@ FINETUNE = Phase("finetune", _finetune_inputs, (files.SUMMARY, files.ADAPTERS, f
 def _compare_inputs(job: Job) -> Inputs:
     check_searched(job.config)
     check_there(job.directory / files.SELECTION, "select")
-    names = ("seed", "selection", "finetune", "optimizer", "evaluate", "lora", "adapter", "model", "data", "probe")
+    names = (
+        *(
+            "seed",
+            "selection",
+            "finetune",
+            "optimizer",
+            "evaluate",
+            "compare",
+            "lora",
+            "adapter",
+            "model",
+            "data",
+            "probe",
+        ),
+    )
     made = files_of(job, files.SELECTION, files.LANES, files.CURVES, files.SWEEP)
     return {**made, **sources_of(job), **sections(job.config, *names)}
 

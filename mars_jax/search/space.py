@@ -9,7 +9,7 @@ from mars_jax.job import files
 from mars_jax.job.job import Job
 from mars_jax.laws.fit import Laws, fit_laws
 from mars_jax.laws.records import LaneRecord
-from mars_jax.search.probes.design import design
+from mars_jax.search.probes.design import whole_design
 from mars_jax.search.strategies.base import Space
 
 
@@ -36,7 +36,7 @@ def job_space(job: Job) -> Space:
         grids=config.lora.grids,
         num_samples=job.data.target_num_samples(),
         steps=config.finetune.steps,
-        probed=design(config),
+        probed=whole_design(config),
         sizes=config.probe.num_samples,
         parameters_per_rank=job.base.parameters_per_rank,
         rates=config.learning_rates(config.finetune.learning_rate),

@@ -12,7 +12,7 @@ from mars_jax.job import files
 from mars_jax.job.job import Job
 from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.lanes.lane import Ranks
-from mars_jax.lanes.stopping import AskEach, StoppingRule, replay
+from mars_jax.lanes.stopping import AskEach, Patience, StoppingRule, replay
 from mars_jax.laws.records import LaneRecord
 from mars_jax.runtime.durable import sync_tree
 from mars_jax.runtime.jsonfiles import Document, FloatOrNan, append_jsonl, load_jsonl, number_or_nan
@@ -39,6 +39,7 @@ class TrialRecord:
         test_tokens: supervised tokens of each.
         test_correct: whether each was answered rightly.
         seed: added to the config's for the draw of the adapters.
+        sample_losses: `EvalPoint.sample_losses` of each look, where a stopping rule read them.
     """
 
     trial: str
@@ -51,6 +52,7 @@ class TrialRecord:
     test_tokens: Sequence[float] = field(default_factory=tuple)
     test_correct: Sequence[bool] = field(default_factory=tuple)
     seed: int = 0
+    sample_losses: Sequence[Sequence[FloatOrNan]] = field(default_factory=tuple)
 
     @property
     def is_whole(self) -> bool:
@@ -58,13 +60,23 @@ class TrialRecord:
         return not self.trial.endswith(_STOPPED)
 
     @property
+    def steps(self) -> int:
+        """Steps that it had."""
+        return self.looks[-1][0]
+
+    @property
     def curve(self) -> Curve:
         """It as a curve, without adapters."""
+        samples = self.sample_losses or [()] * len(self.looks)
         points = tuple(
             EvalPoint(
-                step, number_or_nan(loss), alive=loss is not None, reason=None if loss is not None else self.reason
+                step,
+                number_or_nan(loss),
+                alive=loss is not None,
+                reason=None if loss is not None else self.reason,
+                sample_losses=tuple(map(number_or_nan, of_look)),
             )
-            for step, loss in self.looks
+            for (step, loss), of_look in zip(self.looks, samples, strict=True)
         )
         return Curve(Configuration(self.ranks, self.factors, self.seed), points)
 
@@ -72,7 +84,7 @@ class TrialRecord:
         """A record of trials.jsonl, of which `load_jsonl` is the inverse."""
         document = asdict(self)
         if not self.is_whole:
-            return {name: document[name] for name in ("trial", "ranks", "factors", "looks", "seed")}
+            return {name: document[name] for name in ("trial", "ranks", "factors", "looks", "seed", "sample_losses")}
         return document
 
 
@@ -87,8 +99,11 @@ class TrialTrainer:
         self._file: Path = self._job.directory / files.TRIALS
 
     def records(self) -> dict[str, TrialRecord]:
-        """All trials so far, by name."""
-        return {record.trial: record for record in load_jsonl(self._file, self._job.reporter.warn, TrialRecord)}
+        """All trials so far, by name; of several of one name the last."""
+        return {record.trial: record for record in self._recorded()}
+
+    def _recorded(self) -> list[TrialRecord]:
+        return load_jsonl(self._file, self._job.reporter.warn, TrialRecord)
 
     def probe(self, configurations: Sequence[Ranks], sizes: Sequence[int]) -> list[LaneRecord]:
         """See `Trainer`."""
@@ -96,6 +111,8 @@ class TrialTrainer:
 
     def train(self, configurations: Sequence[Configuration], stopping: StoppingRule) -> list[Curve]:
         """See `Trainer`. The curves that are returned have no adapters."""
+        if not isinstance(stopping, Patience | AskEach):
+            return self._raced(configurations, stopping)
         known = self._known(stopping)
         missing = [configuration for configuration in configurations if configuration.name not in known]
         most = self._job.config.probe.lanes_per_program
@@ -115,6 +132,39 @@ class TrialTrainer:
         seen = replay([curve.points for curve in curves], stopping)
         return [replace(curve, points=tuple(points)) for curve, points in zip(curves, seen, strict=True)]
 
+    def _raced(self, configurations: Sequence[Configuration], stopping: StoppingRule) -> list[Curve]:
+        """Final runs under a rule that decides over all of them together; recorded ones serve if all of them do."""
+        if (curves := self._replayed(configurations, stopping)) is not None:
+            return curves
+        widest = {module: max(ranks) for module, ranks in self._job.config.lora.grids.items()}
+        folder = self._lanes.folder / f"{configurations[0].name} and {len(configurations) - 1} more"
+        trained = replace(self._lanes, folder=folder).train(configurations, stopping)
+        append_jsonl(self._file, *[self._record(curve, widest).to_json() for curve in trained])
+        sync_tree(self._file)
+        shutil.rmtree(folder)
+        return [self.records()[self._name(curve)].curve for curve in trained]
+
+    def _replayed(self, configurations: Sequence[Configuration], stopping: StoppingRule) -> list[Curve] | None:
+        """Recorded curves as far as a rule lets them run; None where one is not recorded so far, or too coarsely."""
+        furthest: dict[str, TrialRecord] = {}
+        for record in self._recorded():
+            name = record.trial.removesuffix(_STOPPED)
+            if _serves(record, stopping) and (name not in furthest or record.steps >= furthest[name].steps):
+                furthest[name] = record
+        if any(configuration.name not in furthest for configuration in configurations):
+            return None
+        found = [furthest[configuration.name] for configuration in configurations]
+        seen = replay([record.curve.points for record in found], stopping)
+        if not all(found[k].is_whole for k in stopping.running(seen)):
+            return None
+        return [replace(record.curve, points=tuple(points)) for record, points in zip(found, seen, strict=True)]
+
+    def _name(self, curve: Curve) -> str:
+        """Name of a curve's record."""
+        last = curve.points[-1]
+        stopped = last.alive and last.step < self._job.config.finetune.steps
+        return curve.configuration.name + (_STOPPED if stopped else "")
+
     def _known(self, stopping: StoppingRule) -> dict[str, TrialRecord]:
         """Trials that need not be run, by the names of their configurations."""
         records = self.records()
@@ -132,16 +182,18 @@ class TrialTrainer:
 
     def _record(self, curve: Curve, widest: Mapping[str, int]) -> TrialRecord:
         """The record of a run; with the loss and the answer of every test sample, unless it was stopped."""
-        last = curve.points[-1]
         looks = [(point.step, point.validation_loss if point.alive else None) for point in curve.points]
-        configuration = curve.configuration
-        if last.alive and last.step < self._job.config.finetune.steps:
+        kept = any(point.sample_losses for point in curve.points)
+        samples = [point.sample_losses for point in curve.points] if kept else ()
+        configuration, name = curve.configuration, self._name(curve)
+        if name != configuration.name:
             return TrialRecord(
-                configuration.name + _STOPPED,
+                name,
                 configuration.ranks,
                 configuration.factors,
                 looks,
                 seed=configuration.seed,
+                sample_losses=samples,
             )
         # Padded, so that one compiled program scores them all.
         base = self._job.base
@@ -158,4 +210,12 @@ class TrialTrainer:
             test_tokens=outcome.tokens.tolist(),
             test_correct=outcome.correct.tolist(),
             seed=configuration.seed,
+            sample_losses=samples,
         )
+
+
+def _serves(record: TrialRecord, stopping: StoppingRule) -> bool:
+    """Whether a record has what a stopping rule reads, as far as it ran."""
+    steps = {step for step, _ in record.looks}
+    reached = {step for step in stopping.eval_steps if step <= record.steps}
+    return reached <= steps and (bool(record.sample_losses) or not stopping.needs_sample_losses)

@@ -74,12 +74,21 @@ def plan_lanes(vectors: Sequence[Ranks], sizes: Sequence[int], num_seeds: int) -
 def design(config: Config) -> list[dict[str, int]]:
     """Rank vectors of a config's probes; none where neither its strategy nor a convergence rule asks for any."""
     rule, probes = config.convergence.rule, STRATEGIES[config.selection.method].probes
+    if probes == "losses":
+        return whole_design(config)
+    if probes == "none" or rule is None:
+        return []
     # Frozen modules and learning rates are left to final runs.
     grids = {module: tuple(rank for rank in grid if rank) or (0,) for module, grid in config.lora.grids.items()}
+    single = RULES[rule].needs_single_module
+    return single_module_vectors(grids) if single else probed_vectors(grids, corners=config.probe.corners)
+
+
+def whole_design(config: Config) -> list[dict[str, int]]:
+    """The rank vectors that stand for a config's grid, and those that its convergence rule needs."""
+    rule = config.convergence.rule
     single = rule is not None and RULES[rule].needs_single_module
-    if probes == "losses" or (probes == "convergence" and rule is not None and not single):
-        return probed_vectors(grids, corners=config.probe.corners, single_module=single)
-    return single_module_vectors(grids) if probes == "convergence" and single else []
+    return probed_vectors(config.lora.grids, corners=config.probe.corners, single_module=single)
 
 
 def planned_lanes(config: Config) -> tuple[Lane, ...]:
