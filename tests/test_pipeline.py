@@ -339,12 +339,13 @@ def test_restarts_are_drawn_anew_and_the_pick_keeps_its_draw(job, tmp_path):
         "selection={method: restarts, sweep: 3}",
         "evaluate={max_samples: 3, controls: false, batch_size: 4}",
     ]
-    job.mars("run", job.config, f"run_dir={run}", *settings)
+    job.mars("select", job.config, f"run_dir={run}", *settings)
     runs = read(run / "sweep" / "runs.json")["runs"]
     assert [one["seed"] for one in runs] == [0, 1, 2]
     assert len({json.dumps(one["looks"][1:]) for one in runs}) == 3
     assert len({json.dumps(one["ranks"]) for one in runs}) == 1
-    selection, summary = read(run / "selection.json"), read(run / "finetune" / "summary.json")
+    selection, summary = read(run / "selection.json"), job.mars("finetune", run)
+    assert summary["from_sweep"]
     best = min(runs, key=lambda one: min(loss for _, loss in one["looks"]))
     assert selection["seed"] == best["seed"]
     _forget_final_run(run)
@@ -352,7 +353,7 @@ def test_restarts_are_drawn_anew_and_the_pick_keeps_its_draw(job, tmp_path):
     assert not again["from_sweep"]
     assert again["best_validation_loss"] == pytest.approx(summary["best_validation_loss"], rel=1e-3)
     # The config's seed draws other adapters and another order.
-    job.mars("run", job.config, f"run_dir={tmp_path / 'other'}", "seed=1", *settings)
+    job.mars("select", job.config, f"run_dir={tmp_path / 'other'}", "seed=1", *settings)
     others = read(tmp_path / "other" / "sweep" / "runs.json")["runs"]
     assert {json.dumps(one["looks"][1:]) for one in runs}.isdisjoint(json.dumps(one["looks"][1:]) for one in others)
 
@@ -379,7 +380,8 @@ def test_a_race_is_decided_at_its_rungs_and_resumes_where_it_was(job, tmp_path):
     assert selection["method"] == "race"
     whole = [one for one in runs if one["looks"][-1][0] == 16]
     assert document["pick"] in [one["ranks"] for one in whole]
-    assert selection["explanation"].startswith(f"5 final runs were begun; {len(whole)} came to their end.")
+    its = "its" if len(whole) == 1 else "their"
+    assert selection["explanation"].startswith(f"5 final runs were begun; {len(whole)} came to {its} end.")
 
 
 def test_laws_and_race_show_convergence_beside_a_pick_that_a_law_of_final_runs_helped(job, tmp_path):

@@ -38,7 +38,7 @@ class PairedRace(StoppingRule):
 
     horizon: int
     margin: float = 0.005
-    chance: float = 0.3
+    chance: float = 0.15
     against: Points = ()
 
     needs_sample_losses = True

@@ -44,7 +44,8 @@ def raced_outcome(method: str, curves: Sequence[Curve], space: Space) -> Outcome
     best = winner(curves, space)
     equal = [curve for curve in curves if curve.steps == space.steps and is_equal(curve, best)]
     final = min(equal, key=lambda curve: (space.parameters(curve.configuration), curve.loss))
-    text = f"{len(curves)} final runs were begun; {sum(c.steps == space.steps for c in curves)} came to their end. "
+    ended = sum(curve.steps == space.steps for curve in curves)
+    text = f"{len(curves)} final runs were begun; {ended} came to {'its' if ended == 1 else 'their'} end. "
     if final is best:
         text += f"That of {chosen_text(best, space)} has the lowest validation loss, {best.loss:.4f} nats."
     else:
