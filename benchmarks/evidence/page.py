@@ -118,16 +118,15 @@ def _percent(share: float) -> str:
 
 
 def law_forms(detail: Row) -> Section:
-    """Order and pick after half of a run."""
+    """Orders after half of a run, a row for each form."""
+    half = [row for row in detail["tables"]["Order and pick by form"] if row["part"] == 0.5]
     rows = [
         {
-            "form": row["form"],
-            "runs": row["runs"],
-            "order": row["order"],
-            "pick, % above the lowest": 100 * row["pick"],
+            "form": form,
+            **{f"order, {row['runs']} runs": row["order"] for row in half if row["form"] == form},
+            **{f"pick, {row['runs']} runs, %": 100 * row["pick"] for row in half if row["form"] == form},
         }
-        for row in detail["tables"]["Order and pick by form"]
-        if row["part"] == 0.5
+        for form in dict.fromkeys(row["form"] for row in half)
     ]
     return Section({"After half of a run": rows}, "")
 
