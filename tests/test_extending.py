@@ -108,6 +108,9 @@ class Steepest:
     takes_budget = False
     needs_convergence = True
 
+    def begins(self, space, budget):
+        return 1
+
     def search(self, space, trainer, budget):
         records = trainer.probe(space.probed, space.sizes)
         space.fit(records)

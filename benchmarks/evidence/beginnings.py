@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.evidence.design import LENGTHS
-from benchmarks.evidence.replays import Truth, space_of, truth_of, with_samples
+from benchmarks.evidence.replays import Truth, space_of, truths_of, with_samples
 from benchmarks.evidence.table import Cell, read_table
 from benchmarks.lib.child import arguments, publish
 from mars_jax.lanes.race import PairedRace
@@ -35,7 +35,7 @@ def main() -> None:
     """Replays, and publishes the means."""
     options = arguments(__doc__)
     cells = [cell for cell in read_table() if cell.steps == LENGTHS[0]]
-    truths = {task: truth_of([one for one in cells if one.task == task]) for task in {cell.task for cell in cells}}
+    truths = truths_of(cells)
     draws = 2 if options.short else DRAWS
     rows = [_row(begun, proposed, cells, truths, draws) for begun, proposed in SIZES]
     detail: Document = {"cells": [cell.name for cell in cells], "draws": draws, "tables": {"Beginnings": rows}}

@@ -4,7 +4,8 @@ Definitions. In each cell some configurations that train both modules are drawn,
 squares to the logs of their validation losses at a part of the run; amplitudes are >= 0 where the form's terms say so.
 It then predicts all others. `order` is Kendall's tau between these predictions and the losses at the end of the run (1:
 the same order); `pick` is how much the configuration that the form expects to be lowest of all ends above the lowest of
-the cell. Means over cells and draws. s is a module's step size, rank times learning rate.
+the cell. Means over cells and draws. s is a module's step size, rank times learning rate. Beside the forms stands the
+order of the losses themselves, of all these configurations at a part of their runs.
 
 figure = order by the form of `laws.law_steps` after half of a run of ten configurations.
 
@@ -24,6 +25,7 @@ from benchmarks.evidence.table import Cell, read_table
 from benchmarks.lib.child import arguments, publish
 from mars_jax.laws.law_steps import FALL, RISE
 from mars_jax.runtime.jsonfiles import Document
+from mars_jax.search.trainer import Curve
 
 RUNS = (6, 10, 16)
 PARTS = (1 / 4, 1 / 2, 1.0)
@@ -70,7 +72,9 @@ def main() -> None:
     forms, draws = ([CHOSEN], 2) if options.short else (list(FORMS), DRAWS)
     rows = [_row(form, part, runs, cells, draws) for form in forms for part in PARTS for runs in RUNS]
     (figure,) = [row["order"] for row in rows if (row["form"], row["part"], row["runs"]) == (CHOSEN, 0.5, 10)]
-    detail = {"cells": [cell.name for cell in cells], "tables": {"Order and pick by form": rows}}
+    parts = [_order_of_losses(part, cells) for part in (1 / 8, 1 / 4, 1 / 2, 3 / 4)]
+    tables = {"Order and pick by form": rows, "Order of the losses themselves": parts}
+    detail = {"cells": [cell.name for cell in cells], "tables": tables}
     publish(options, "law_forms", figure, "Kendall's tau", "none: this is what the form is chosen by", detail)
 
 
@@ -86,15 +90,41 @@ def _row(form: str, part: float, runs: int, cells: Sequence[Cell], draws: int) -
     }
 
 
+def _order_of_losses(part: float, cells: Sequence[Cell]) -> Document:
+    """How the losses at a part of the runs order their ends, and how far above the lowest the lowest of them ends."""
+    found = [(_losses_at(cell, part), _ends(cell)) for cell in cells]
+    picks = [float(ends[np.argmin(losses)] / ends.min() - 1.0) for losses, ends in found]
+    return {
+        "part": part,
+        "order": statistics.mean(float(kendalltau(losses, ends)[0]) for losses, ends in found),
+        "pick": statistics.mean(picks),
+        "worst pick": max(picks),
+    }
+
+
+def _curves(cell: Cell) -> list[Curve]:
+    """Those of all combinations of ranks and rates that did not diverge."""
+    names = {one.name for one in space_of(cell).every()}
+    return [run.curve for run in cell.runs if run.curve.configuration.name in names and np.isfinite(run.curve.loss)]
+
+
+def _losses_at(cell: Cell, part: float) -> np.ndarray:
+    """[N] validation losses of `_curves` at a part of their steps."""
+    step = round(part * cell.steps)
+    return np.array([next(p.validation_loss for p in curve.points if p.step == step) for curve in _curves(cell)])
+
+
+def _ends(cell: Cell) -> np.ndarray:
+    """[N] losses that `_curves` came to."""
+    return np.array([curve.loss for curve in _curves(cell)])
+
+
 def _held_out(cell: Cell, form: str, part: float, runs: int, draw: int) -> tuple[float, float]:
     """Order of the configurations that a form was not fitted to, and regret of its pick among all."""
-    names = {one.name for one in space_of(cell).every()}
-    curves = [run.curve for run in cell.runs if run.curve.configuration.name in names and np.isfinite(run.curve.loss)]
+    curves = _curves(cell)
     ranks = np.log2([[curve.configuration.ranks[module] for module in SEARCHED] for curve in curves])
     factors = np.log2([[curve.configuration.factors.get(module, 1.0) for module in SEARCHED] for curve in curves])
-    step = round(part * cell.steps)
-    losses = np.array([next(p.validation_loss for p in curve.points if p.step == step) for curve in curves])
-    ends = np.array([curve.loss for curve in curves])
+    losses, ends = _losses_at(cell, part), _ends(cell)
     chosen = np.random.default_rng((draw, runs)).permutation(len(curves))[:runs]
     terms, positive = FORMS[form]
     columns = np.concatenate([np.ones((len(curves), 1)), terms(ranks, factors)], axis=1)

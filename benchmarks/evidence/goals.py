@@ -22,37 +22,28 @@ figure = mean excess of the default strategy.
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import kendalltau
 
 from benchmarks.evidence.design import LENGTHS, configuration
-from benchmarks.evidence.replays import DRAWN, Truth, replayed, truth_of
+from benchmarks.evidence.replays import (
+    BUDGETS,
+    DEFAULT,
+    PEERS,
+    Truth,
+    excesses,
+    interval_of_tasks,
+    mean_of_tasks,
+    replayed_row,
+    truths_of,
+)
 from benchmarks.evidence.table import Cell, read_table
 from benchmarks.lib.child import arguments, publish
 from benchmarks.lib.results import RESULTS
-from mars_jax.config.schema import SelectionConfig
 from mars_jax.runtime.jsonfiles import Document, read_json
-from mars_jax.search.strategies.base import Budget
-from mars_jax.search.strategies.registry import STRATEGIES
 
-DEFAULT = SelectionConfig().method
-PEERS = ("tpe", "gp", "hyperband")
-BUDGETS: Mapping[str, Sequence[int | None]] = {
-    DEFAULT: (None,),
-    "race": (4, 6, 8),
-    "halving": (4, 8),
-    "random": (2, 4, 8),
-    "restarts": (2, 4),
-    **dict.fromkeys(PEERS, (2, 4, 8)),
-}
-"""Strategies, and the final runs that they begin; None: as many as they would."""
-
-REPEATS = 4
-"""Replays of a strategy that draws at random, in a cell."""
-
-BOOTSTRAPS = 10_000
 UNIFORM = (8, 32)
 
 
@@ -62,14 +53,10 @@ def main() -> None:
     table = read_table()
     cells = [cell for cell in table if cell.steps == LENGTHS[0]]
     budgets = {DEFAULT: (None,), "restarts": (4,)} if options.short else BUDGETS
-    by_task: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_task.setdefault(cell.task, []).append(cell)
-    truths = {task: truth_of(some) for task, some in by_task.items()}
-    rows = []
+    truths, rows = truths_of(cells), []
     for name, counts in budgets.items():
         for begun in counts:
-            rows.append(_replayed_row(name, begun, cells, truths))
+            rows.append(replayed_row(name, begun, cells, truths))
             print(f"{name}, {begun}: excess {rows[-1]['excess']:.4f}", file=sys.stderr, flush=True)
     default = rows[0]
     goals = {
@@ -82,51 +69,12 @@ def main() -> None:
     }
     detail: Document = {
         "cells": [cell.name for cell in table],
-        "tasks_with_one_seed": [task for task, some in by_task.items() if len(some) == 1],
+        "tasks_with_one_seed": [task for task, truth in truths.items() if len(truth.effects) == 1],
         "strategy": DEFAULT,
         "goals": goals,
         "tables": {"Strategies": rows},
     }
     publish(options, "evidence", default["excess"], "mean share above an average run of the best", "at most 0", detail)
-
-
-def excesses(name: str, begun: int | None, cells: Sequence[Cell], truths: Mapping[str, Truth]) -> list[Document]:
-    """Excess, test loss and compute of each replay of a strategy, with the task."""
-    found = []
-    for cell in cells:
-        for seed in range(REPEATS if name in DRAWN else 1):
-            run = replayed(cell, STRATEGIES[name], Budget(begun), seed)
-            excess = truths[cell.task].excess(cell.seed, run.loss)
-            found.append({"task": cell.task, "cell": cell.name, "excess": excess, "runs": run.runs})
-    return found
-
-
-def _replayed_row(name: str, begun: int | None, cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Document:
-    found = excesses(name, begun, cells, truths)
-    return {
-        "strategy": name,
-        "begun": begun,
-        "runs": statistics.mean(one["runs"] for one in found),
-        "excess": _mean_of_tasks(found),
-        "interval": _interval(found, _mean_of_tasks),
-        "worst cell": max(one["excess"] for one in found),
-    }
-
-
-def _mean_of_tasks(found: Sequence[Document], key: str = "excess") -> float:
-    tasks: dict[str, list[float]] = {}
-    for one in found:
-        tasks.setdefault(one["task"], []).append(one[key])
-    return statistics.mean(map(statistics.mean, tasks.values()))
-
-
-def _interval(found: Sequence[Document], of: Callable[[Sequence[Document]], float]) -> list[float]:
-    """95 % interval of a mean over tasks, by bootstrap over tasks."""
-    tasks = sorted({one["task"] for one in found})
-    means = np.array([of([one for one in found if one["task"] == task]) for task in tasks])
-    drawn = np.random.default_rng(0).integers(len(tasks), size=(BOOTSTRAPS, len(tasks)))
-    low, high = np.percentile(means[drawn].mean(axis=1), [2.5, 97.5])
-    return [float(low), float(high)]
 
 
 def _within_noise(cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Document:
@@ -160,8 +108,8 @@ def _gap_closed(rank: int, cells: Sequence[Cell], truths: Mapping[str, Truth]) -
     for one in excesses(DEFAULT, None, cells, truths):
         gap = truths[one["task"]].losses[name] / truths[one["task"]].best - 1.0
         found.append({"task": one["task"], "gap": gap, "left": one["excess"]})
-    closed = 1.0 - _mean_of_tasks(found, "left") / _mean_of_tasks(found, "gap")
-    return {"gap": _mean_of_tasks(found, "gap"), "closed": closed}
+    closed = 1.0 - mean_of_tasks(found, "left") / mean_of_tasks(found, "gap")
+    return {"gap": mean_of_tasks(found, "gap"), "closed": closed}
 
 
 def _beside_restarts(cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Document:
@@ -171,8 +119,8 @@ def _beside_restarts(cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Docu
         for one, other in zip(ours, theirs, strict=True)
     ]
     return {
-        "difference": _mean_of_tasks(apart),
-        "interval": _interval(apart, _mean_of_tasks),
+        "difference": mean_of_tasks(apart),
+        "interval": interval_of_tasks(apart, mean_of_tasks),
         "runs of the restarts": statistics.mean(one["runs"] for one in theirs),
     }
 

@@ -128,7 +128,16 @@ def law_forms(detail: Row) -> Section:
         }
         for form in dict.fromkeys(row["form"] for row in half)
     ]
-    return Section({"After half of a run": rows}, "")
+    parts = [
+        {
+            "part of the run": row["part"],
+            "order": row["order"],
+            "lowest ends above the lowest by, %": 100 * row["pick"],
+            "at most, %": 100 * row["worst pick"],
+        }
+        for row in detail["tables"]["Order of the losses themselves"]
+    ]
+    return Section({"After half of a run": rows, "Order of the losses themselves": parts}, "")
 
 
 def beginnings(detail: Row) -> Section:

@@ -5,20 +5,22 @@ runs: the steps of all runs that a strategy began, over the steps of one.
 
     python -m benchmarks.evidence.replays [STRATEGY ...]
 
-replays strategies on every cell of the shorter length, and prints for each budget, as JSON, the means over cells of the
-regret (how much the delivered run is above the lowest of the cell), of the excess (above an average run of the best
-configuration, for tasks with two seeds), and of the compute. Strategies that draw at random are replayed ten times.
+replays strategies on every cell of the shorter length, and prints for each budget, as JSON, means over tasks of the
+excess (how much the delivered run is above an average run of the task's best configuration; of a task with one seed
+above its lowest) with a 95 % interval by bootstrap over tasks, and of the compute. Strategies that draw at random are
+replayed several times.
 """
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from benchmarks.evidence.design import FACTORS, FULL_RANKS, LENGTHS, PROJECTOR_RANK, SEARCHED
 from benchmarks.evidence.table import Cell, read_table
+from mars_jax.config.schema import SelectionConfig
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.eval_points import EvalPoint
 from mars_jax.laws.fit import Laws
@@ -135,48 +137,72 @@ def truth_of(cells: Sequence[Cell]) -> Truth:
     return Truth(losses, dict(zip(by_seed, np.exp(effects).tolist(), strict=True)))
 
 
-_SAMPLED = ("tpe", "gp", "hyperband")
-BUDGETS: Mapping[str, Sequence[int | None]] = {
-    "race": (4, 6, 8, None),
-    "laws+race": (None, 8),
-    "halving": (4, 8, None),
-    "random": (2, 4, 8),
-    "restarts": (1, 2, 4),
-    **dict.fromkeys(_SAMPLED, (2, 4, 8)),
-}
-"""Final runs that strategies begin; None: as many as they would."""
-
-REPLAYS = 10
-DRAWN = ("random", *_SAMPLED)
-
-
-def rows_of(names: Sequence[str], cells: Sequence[Cell]) -> list[Document]:
-    """What strategies come to on average, a row for each and its budgets."""
+def truths_of(cells: Sequence[Cell]) -> dict[str, Truth]:
+    """The truth of each task that some cells are of."""
     by_task: dict[str, list[Cell]] = {}
     for cell in cells:
         by_task.setdefault(cell.task, []).append(cell)
-    truths = {task: truth_of(some) for task, some in by_task.items() if len(some) > 1}
-    return [_row(name, runs, cells, truths) for name in names for runs in BUDGETS.get(name, (None,))]
+    return {task: truth_of(some) for task, some in by_task.items()}
 
 
-def _row(name: str, runs: int | None, cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Document:
-    regrets, excesses, compute = [], [], []
+DEFAULT = SelectionConfig().method
+PEERS = ("tpe", "gp", "hyperband")
+BUDGETS: Mapping[str, Sequence[int | None]] = {
+    DEFAULT: (None,),
+    "race": (4, 6, 8),
+    "halving": (4, 8),
+    "random": (2, 4, 8),
+    "restarts": (2, 4),
+    **dict.fromkeys(PEERS, (2, 4, 8)),
+}
+"""Strategies, and the final runs that they begin; None: as many as they would."""
+
+REPEATS = 4
+"""Replays of a strategy that draws at random, in a cell."""
+
+BOOTSTRAPS = 10_000
+DRAWN = ("random", *PEERS)
+
+
+def excesses(name: str, begun: int | None, cells: Sequence[Cell], truths: Mapping[str, Truth]) -> list[Document]:
+    """Excess, test loss and compute of each replay of a strategy, with the task."""
+    found = []
     for cell in cells:
-        lowest = min(run.curve.loss for run in cell.runs)
-        for seed in range(REPLAYS if name in DRAWN else 1):
-            found = replayed(cell, STRATEGIES[name], Budget(runs), seed)
-            regrets.append(found.loss / lowest - 1.0)
-            compute.append(found.runs)
-            if cell.task in truths:
-                excesses.append(truths[cell.task].excess(cell.seed, found.loss))
+        for seed in range(REPEATS if name in DRAWN else 1):
+            run = replayed(cell, STRATEGIES[name], Budget(begun), seed)
+            excess = truths[cell.task].excess(cell.seed, run.loss)
+            found.append({"task": cell.task, "cell": cell.name, "excess": excess, "runs": run.runs})
+    return found
+
+
+def replayed_row(name: str, begun: int | None, cells: Sequence[Cell], truths: Mapping[str, Truth]) -> Document:
+    """What a strategy comes to on average, for a number of final runs that it may begin."""
+    found = excesses(name, begun, cells, truths)
     return {
         "strategy": name,
-        "begun": runs,
-        "cells": len(cells),
-        "regret": statistics.mean(regrets),
-        "excess": statistics.mean(excesses) if excesses else None,
-        "runs": statistics.mean(compute),
+        "begun": begun,
+        "runs": statistics.mean(one["runs"] for one in found),
+        "excess": mean_of_tasks(found),
+        "interval": interval_of_tasks(found, mean_of_tasks),
+        "worst cell": max(one["excess"] for one in found),
     }
+
+
+def mean_of_tasks(found: Sequence[Document], key: str = "excess") -> float:
+    """Mean over tasks of a task's mean."""
+    tasks: dict[str, list[float]] = {}
+    for one in found:
+        tasks.setdefault(one["task"], []).append(one[key])
+    return statistics.mean(map(statistics.mean, tasks.values()))
+
+
+def interval_of_tasks(found: Sequence[Document], of: Callable[[Sequence[Document]], float]) -> list[float]:
+    """95 % interval of a mean over tasks, by bootstrap over tasks."""
+    tasks = sorted({one["task"] for one in found})
+    means = np.array([of([one for one in found if one["task"] == task]) for task in tasks])
+    drawn = np.random.default_rng(0).integers(len(tasks), size=(BOOTSTRAPS, len(tasks)))
+    low, high = np.percentile(means[drawn].mean(axis=1), [2.5, 97.5])
+    return [float(low), float(high)]
 
 
 def main() -> None:
@@ -186,7 +212,10 @@ def main() -> None:
     help_text = f"of {', '.join(known)}; all by default"
     parser.add_argument("strategies", nargs="*", choices=known, metavar="STRATEGY", help=help_text)
     names = parser.parse_args().strategies or known
-    print(dump_json(rows_of(names, [cell for cell in read_table() if cell.steps == LENGTHS[0]]), indent=1))
+    cells = [cell for cell in read_table() if cell.steps == LENGTHS[0]]
+    truths = truths_of(cells)
+    rows = [replayed_row(name, begun, cells, truths) for name in names for begun in BUDGETS.get(name, (None,))]
+    print(dump_json(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -262,7 +262,8 @@ class CompareConfig(Section):
     """What `mars compare` trains beside the pick, uniform ranks, separate learning rates and random ranks."""
 
     strategies: tuple[str, ...] = Field(
-        default=(), description="strategies that search the same space, such as [race, halving, restarts]"
+        default=(),
+        description="strategies that search the same space, by their default budgets, such as [race, restarts]",
     )
 
 

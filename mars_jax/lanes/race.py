@@ -16,7 +16,7 @@ from mars_jax.lanes.stopping import StoppingRule, alive_lanes
 _LEAST_LOSS = 1e-9  # nats; the log of a loss of 0 is no number
 _ENDED = -1  # number of the run that has ended, beside those of the lanes
 RUNGS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-"""Parts of a run at which lanes may stop. Before a quarter the order says little of the end (docs/benchmark.md)."""
+"""Parts of a run at which lanes may stop. Before a quarter the order says little of the end (docs/evidence.md)."""
 
 
 @dataclass(frozen=True)

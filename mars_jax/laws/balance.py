@@ -7,6 +7,9 @@ import numpy as np
 
 from mars_jax.laws.law_c import ConvergenceLaw
 
+TOGETHER = 1.25
+"""Ratio of convergence times up to which modules count as converging together, however well the times are known."""
+
 
 def balanced_rank(
     pivot: ConvergenceLaw, other: ConvergenceLaw, rank: int, num_samples: float, grid: Sequence[int]

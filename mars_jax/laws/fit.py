@@ -164,7 +164,6 @@ def fit_laws(
     samples = np.array([lane.num_samples for lane in kept])
     every_rank = np.stack([ranks[module] for module in modules], axis=1)
     times = {module: _convergence_times(module, kept) for module in searched}
-    measured = {module: np.isfinite(time) & ~censored for module, (time, censored) in times.items()}
     losses = np.array([np.nan if lane.best_loss is None else lane.best_loss for lane in kept], np.float64)
     joint = np.all(every_rank > 0, axis=1) & np.isfinite(losses)
     timed = any(lane.convergence_steps for lane in kept)
@@ -180,31 +179,42 @@ def fit_laws(
     serves = np.stack([joint, *(np.isfinite(time) for time, _ in times.values())], axis=1).tolist()
     kinds = [(lane.num_samples, lane.trained, *laws) for lane, laws in zip(kept, serves, strict=True)]
     resamples = resample_runs(key, [_run(lane) for lane in kept], kinds, num_bootstraps)
-    horizons = np.array([lane.steps for lane in kept])
-    convergence, untimed = {}, {}
-    # Without a convergence rule no lane has a time, and no Law-C is missing.
-    for module in searched if timed else []:
+
+    def times_of(module: str) -> tuple[ConvergenceTimes, RunResamples]:
         time, censored = times[module]
         used = np.isfinite(time)
-        weights = _weights(kept, time, measured[module], every_rank, samples, measuring_interval)
-        measured_times = ConvergenceTimes(
+        weights = _weights(kept, time, used & ~censored, every_rank, samples, measuring_interval)
+        measured = ConvergenceTimes(
             ranks[module][used],
             samples[used],
             time[used],
             censored[used],
             rates=_rates(module, kept, used),
             weights=weights[used],
-            horizons=horizons[used],
+            horizons=np.array([lane.steps for lane in kept])[used],
         )
-        try:
-            convergence[module] = fit_convergence_law(module, measured_times, resamples.of(used))
-        except NoValidResultError as error:
-            untimed[module] = str(error)
+        return measured, resamples.of(used)
+
+    # Without a convergence rule no lane has a time, and no Law-C is missing.
+    convergence, untimed = _convergence_laws({module: times_of(module) for module in (searched if timed else [])})
     performance, power = None, None
     if joint.any():
         points = {module: ranks[module][joint] for module in searched}, samples[joint], losses[joint]
         performance, power = _performance_laws(points, resamples.of(joint), huber)
     return Laws(convergence, untimed, performance, power, len(lanes) - len(kept))
+
+
+def _convergence_laws(
+    times: Mapping[str, tuple[ConvergenceTimes, RunResamples]],
+) -> tuple[dict[str, ConvergenceLaw], dict[str, str]]:
+    """Law-C of the modules whose times determine it, and why those of the others don't."""
+    convergence, untimed = {}, {}
+    for module, (measured, resamples) in times.items():
+        try:
+            convergence[module] = fit_convergence_law(module, measured, resamples)
+        except NoValidResultError as error:
+            untimed[module] = str(error)
+    return convergence, untimed
 
 
 def _performance_laws(

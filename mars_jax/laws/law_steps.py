@@ -5,7 +5,7 @@
 With alpha = 2r a rank sets above all how far a module moves in a step, as its learning rate does: the update of r
 columns that each move by eta. So the law reads their product, the step size s_m of module m. Too small a step size
 leaves the fall unfinished (A), too large a one spoils the module (C); both are >= 0, so a module has one optimum. The
-form and its exponents were chosen by how they order runs that were not fitted (docs/benchmark.md).
+form and its exponents were chosen by how they order runs that were not fitted (docs/evidence.md, law_forms).
 """
 
 import math
@@ -19,6 +19,9 @@ from mars_jax.errors import NoValidResultError
 
 FALL, RISE = 0.5, 1.0
 """Exponents of the falling and of the rising term."""
+
+LEAST_RUNS = 3
+"""Runs below which no law is fitted."""
 
 _NOTHING = 1e-9  # a weight of a term, in log loss, that is a rounding error
 
@@ -64,13 +67,15 @@ def fit_step_law(ranks: Mapping[str, ArrayLike], rates: Mapping[str, ArrayLike],
         log_losses: [N] logs of losses at the same step, or relative to one run's at the same step.
 
     Raises:
-        NoValidResultError: fewer than three runs.
+        NoValidResultError: fewer than `LEAST_RUNS` runs.
     """
     from scipy.optimize import lsq_linear  # takes a while to import, and is used only here
 
     log_loss = np.asarray(log_losses, np.float64)
-    if len(log_loss) < 3:
-        raise NoValidResultError(f"Law-P in step sizes: {len(log_loss)} runs; needed: three or more. Begin more runs.")
+    if len(log_loss) < LEAST_RUNS:
+        raise NoValidResultError(
+            f"Law-P in step sizes: {len(log_loss)} runs; needed: {LEAST_RUNS} or more. Begin more runs."
+        )
     modules = list(ranks)
     steps = {m: np.asarray(ranks[m], np.float64) * np.asarray(rates[m], np.float64) for m in modules}
     unit = {m: math.exp(float(np.mean(np.log(steps[m])))) for m in modules}

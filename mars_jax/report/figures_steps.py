@@ -1,6 +1,5 @@
 """Figure of Law-P in step sizes, beside the final runs that it was fitted to."""
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,23 +23,26 @@ def step_law(run: RunRecord) -> "Figure | None":
     if not document or not begun:
         return None
     law = StepLaw(**document)
-    fitted = [one for one in begun if all(one["ranks"].get(module) for module in law.modules)]
-    behind = [_behind(one, begun) for one in fitted]
+    fitted = [
+        (one, share)
+        for one in begun
+        if all(one["ranks"].get(module) for module in law.modules) and (share := _behind(one, begun)) is not None
+    ]
     pick = {module: _pick_step(run, module, begun) for module in law.modules}
-    if not fitted or None in behind:
+    if not fitted:
         return None
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     panels = figure.subplots(1, len(law.modules), squeeze=False, sharey=True)[0]
-    last = max(one["looks"][-1][0] for one in fitted)
+    last = max(one["looks"][-1][0] for one, _ in fitted)
     for axes, module in zip(panels, law.modules, strict=True):
-        steps = [_step(one, module) for one in fitted]
+        steps = [_step(one, module) for one, _ in fitted]
         line = np.geomspace(min(steps), max(steps), 60)
         others = {m: np.full(60, pick[m] or law.unit[m]) for m in law.modules}
         curve = np.expm1(law.log_loss(dict.fromkeys(law.modules, np.ones(60)), others | {module: line}))
         axes.plot(line, np.minimum(curve, _TOP), color=LIGHT["ink"])
-        for one, x, share in zip(fitted, steps, behind, strict=True):
+        for (one, share), x in zip(fitted, steps, strict=True):
             ended = one["looks"][-1][0] == last
-            axes.plot(x, min(share or 0.0, _TOP), "o", color=LIGHT["ink"], mfc=LIGHT["ink"] if ended else "none")
+            axes.plot(x, min(share, _TOP), "o", color=LIGHT["ink"], mfc=LIGHT["ink"] if ended else "none")
         if pick[module]:
             axes.axvline(pick[module], color=LIGHT["ink"], linestyle=":", linewidth=1)
         plain_log_axis(axes, "x", sorted(set(steps)) if len(set(steps)) <= 5 else [min(steps), max(steps)])
@@ -55,7 +57,7 @@ def _behind(one: Record, begun: list[Record]) -> float | None:
     """Share by which a run was above the lowest of all at its last step; None where it diverged."""
     step, loss = one["looks"][-1]
     others = [value for other in begun for at, value in other["looks"] if at == step and value is not None]
-    return None if loss is None or not others else math.expm1(math.log(loss / min(others)))
+    return None if loss is None else float(loss / min(others) - 1.0)
 
 
 def _step(one: Record, module: str) -> float:

@@ -13,11 +13,11 @@ import numpy as np
 
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.lane import Ranks
+from mars_jax.laws.balance import TOGETHER
 from mars_jax.laws.fit import Laws, determined
 from mars_jax.laws.resamples import central_interval
 from mars_jax.search.selection import Candidate, Selection, ranks_text
 
-_SMALLEST_TAU = math.log(1.25)
 _ONE_SIDED_95 = 1.64
 
 ProbedLosses = Sequence[tuple[Ranks, float]]
@@ -223,4 +223,4 @@ def _tau(laws: Laws, columns: Mapping[str, Sequence[int]], log_times: np.ndarray
     vector = np.arange(log_times.shape[1])
     gaps = draws[log_times.argmax(axis=0), :, vector] - draws[log_times.argmin(axis=0), :, vector]
     low, high = np.percentile(gaps, [15.87, 84.13], axis=1)
-    return max(_SMALLEST_TAU, _ONE_SIDED_95 * float(np.median((high - low) / 2)))
+    return max(math.log(TOGETHER), _ONE_SIDED_95 * float(np.median((high - low) / 2)))

@@ -31,7 +31,6 @@ from mars_jax.search.trainer import Configuration
 from mars_jax.search.trials import TrialRecord, TrialTrainer
 
 _DRAWS = 1000
-_TAKE_STEPS = ("tpe", "gp", "hyperband", "random", "restarts")  # whose runs are as many as they are paid for
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def compare_run(job: Job, programs: Sequence[Program], selection: Selection) -> 
     alternatives = [searched, *_designed(space, budget)]
     planned = {c.name: c for alternative in alternatives for c in alternative.configurations}
     trainer.train(list(planned.values()), Patience())
-    alternatives += [_searched_by(job, name, space, trainer, budget) for name in job.config.compare.strategies]
-    if is_installed() and TPE.name not in job.config.compare.strategies:
+    alternatives += [_searched_by(job, name, space, trainer) for name in job.config.compare.strategies]
+    if is_installed():
         alternatives.append(_by_tpe(job, space, trainer, budget))
-    elif not is_installed():
+    else:
         job.reporter.notice("compare: TPE is left out, since Optuna isn't installed (pip install optuna)")
     records = trainer.records()
     rows = [_row(job, alternative, records, records[pick.name]) for alternative in alternatives]
@@ -115,10 +114,10 @@ def _designed(space: Space, budget: Budget) -> list[Alternative]:
     ]
 
 
-def _searched_by(job: Job, name: str, space: Space, trainer: TrialTrainer, budget: Budget) -> Alternative:
-    """What a strategy comes to; one without a number of runs of its own gets as many as the run's search could pay."""
+def _searched_by(job: Job, name: str, space: Space, trainer: TrialTrainer) -> Alternative:
+    """What a strategy comes to with the final runs that it begins by default."""
     strategy = STRATEGIES[name]
-    outcome = strategy.search(space, trainer, budget if name in _TAKE_STEPS else Budget())
+    outcome = strategy.search(space, trainer, Budget())
     selection = outcome.selection
     pick = Configuration(space.configuration(selection.pick).ranks, selection.factors, selection.seed)
     if outcome.final is None:

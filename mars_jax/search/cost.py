@@ -2,6 +2,7 @@
 
 import math
 
+from mars_jax.config.load import Config
 from mars_jax.errors import DoesNotFitError
 from mars_jax.job import files
 from mars_jax.job.job import Job
@@ -16,10 +17,8 @@ from mars_jax.search.probes.design import prefixes
 from mars_jax.search.probes.run import needs_swaps
 from mars_jax.search.probes.swaps import swapped
 from mars_jax.search.space import job_space
-from mars_jax.search.strategies.base import DEFAULT_RUNS
-from mars_jax.search.strategies.laws_race import BEGUN, PROPOSED
+from mars_jax.search.strategies.base import Budget
 from mars_jax.search.strategies.registry import STRATEGIES
-from mars_jax.search.strategies.spread import begun_by_default
 
 
 def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
@@ -45,7 +44,8 @@ def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
     points = len(eval_steps(settings.horizon, settings.looks_per_doubling)) if needs_swaps(config) else 0
     grid_size = math.prod(len(ranks) for ranks in grids.values())
     full_grid = grid_size * math.prod(len(factors) for factors in config.lora.factors.values())
-    runs = planned_final_runs(job, lanes)
+    # A pick that was not trained yet has a final run too.
+    runs = max(1, STRATEGIES[config.selection.method].begins(job_space(job), Budget(config.selection.sweep)))
     total = len(lanes) * settings.horizon
     return {
         "lanes": sum(len(prefixes(config, lane)) for lane in lanes),
@@ -54,7 +54,7 @@ def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
         "samples": total * settings.batch_size,
         "flops": sum(settings.horizon * job.prices.step(lane.ranks) for lane in lanes),
         "final_runs": runs,
-        "final_steps": _most_final_steps(job, runs),
+        "final_steps": _most_final_steps(config, runs),
         "rank_vectors": grid_size,
         "full_grid_steps": full_grid * config.finetune.steps,
         "full_grid_samples": full_grid * config.finetune.steps * config.finetune.batch_size,
@@ -69,29 +69,11 @@ def lane_costs(job: Job, lanes: tuple[Lane, ...]) -> Document:
     }
 
 
-def planned_final_runs(job: Job, lanes: tuple[Lane, ...]) -> int:
-    """Final runs that the strategy begins, at most."""
-    config = job.config
-    strategy = STRATEGIES[config.selection.method]
-    if not strategy.takes_budget:
-        return 1
-    if strategy.probes == "convergence":
-        return min(config.selection.sweep or begun_by_default(job_space(job), BEGUN), _together(job)) + PROPOSED
-    most = max(len(lane.adapted) for lane in lanes)
-    joint = {tuple(lane.ranks.items()) for lane in lanes if len(lane.adapted) == most}
-    return min(config.selection.sweep or DEFAULT_RUNS, _together(job), len(joint))
-
-
-def _together(job: Job) -> int:
-    return job.config.probe.lanes_per_program
-
-
-def _most_final_steps(job: Job, runs: int) -> int:
+def _most_final_steps(config: Config, runs: int) -> int:
     """Steps of so many final runs: of those that are halved, and otherwise as if none were stopped."""
-    steps = job.config.finetune.steps
-    if STRATEGIES[job.config.selection.method].probes == "convergence":
-        return runs * steps
-    return lane_steps(halving_schedule(runs, steps))
+    steps = config.finetune.steps
+    halves = STRATEGIES[config.selection.method].probes == "losses"
+    return lane_steps(halving_schedule(runs, steps)) if halves else runs * steps
 
 
 def search_flops(job: Job) -> float:

@@ -300,21 +300,7 @@ FINETUNE = Phase("finetune", _finetune_inputs, (files.SUMMARY, files.ADAPTERS, f
 def _compare_inputs(job: Job) -> Inputs:
     check_searched(job.config)
     check_there(job.directory / files.SELECTION, "select")
-    names = (
-        *(
-            "seed",
-            "selection",
-            "finetune",
-            "optimizer",
-            "evaluate",
-            "compare",
-            "lora",
-            "adapter",
-            "model",
-            "data",
-            "probe",
-        ),
-    )
+    names = (*FINAL_SETTINGS, "selection", "evaluate", "compare", "probe")
     made = files_of(job, files.SELECTION, files.LANES, files.CURVES, files.SWEEP)
     return {**made, **sources_of(job), **sections(job.config, *names)}
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mars_jax.lanes.lane import Ranks
+from mars_jax.laws.balance import TOGETHER
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.law_steps import StepLaw
 from mars_jax.runtime.jsonfiles import Document, FloatOrNan
-
-_TOGETHER = 1.25  # ratio of convergence times up to which modules converge together
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _balance_text(steps: Mapping[str, float]) -> str:
         return f"{text}."
     slowest, fastest = (chosen(steps, key=lambda module: steps[module]) for chosen in (max, min))
     lag = steps[slowest] / steps[fastest]
-    return f"{text}: {f'{slowest} lags by a factor {lag:.1f}' if lag > _TOGETHER else 'they converge together'}."
+    return f"{text}: {f'{slowest} lags by a factor {lag:.1f}' if lag > TOGETHER else 'they converge together'}."
 
 
 def ranks_text(ranks: Ranks) -> str:

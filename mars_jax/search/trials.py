@@ -142,7 +142,7 @@ class TrialTrainer:
         append_jsonl(self._file, *[self._record(curve, widest).to_json() for curve in trained])
         sync_tree(self._file)
         shutil.rmtree(folder)
-        return [self.records()[self._name(curve)].curve for curve in trained]
+        return [replace(curve, adapters=None) for curve in trained]
 
     def _replayed(self, configurations: Sequence[Configuration], stopping: StoppingRule) -> list[Curve] | None:
         """Recorded curves as far as a rule lets them run; None where one is not recorded so far, or too coarsely."""

@@ -145,9 +145,9 @@ def test_between_rungs_the_samples_of_the_rung_before_are_scaled_to_the_loss():
 
 
 def rows_of_goals(cells):
-    by_task = {"made up": cells}
-    truths = {task: replays.truth_of(some) for task, some in by_task.items()}
-    return truths, [goals._replayed_row(name, 4, cells, truths) for name in (goals.DEFAULT, "random", *goals.PEERS)]
+    truths = replays.truths_of(cells)
+    names = (replays.DEFAULT, "random", *replays.PEERS)
+    return truths, [replays.replayed_row(name, 4, cells, truths) for name in names]
 
 
 def test_goals_are_judged_by_excess_over_an_average_run_of_the_best_and_by_compute():
@@ -162,7 +162,7 @@ def test_goals_are_judged_by_excess_over_an_average_run_of_the_best_and_by_compu
     closed = goals._gap_closed(8, CELLS, truths)
     uniform = truths["made up"].losses[design.configuration((8, 8), (1.0, 1.0)).name]
     assert closed["gap"] == pytest.approx(uniform / best - 1.0)
-    found = goals.excesses(goals.DEFAULT, None, CELLS, truths)
+    found = replays.excesses(replays.DEFAULT, None, CELLS, truths)
     left = sum(one["excess"] for one in found) / len(found)
     assert closed["closed"] == pytest.approx(1.0 - left / closed["gap"])
     assert goals._beside_restarts(CELLS, truths)["runs of the restarts"] == 4.0
@@ -172,7 +172,7 @@ def test_the_share_of_compute_is_interpolated_between_budgets_and_null_beyond_th
     def row(strategy, runs, excess):
         return {"strategy": strategy, "runs": runs, "excess": excess}
 
-    default = row(goals.DEFAULT, 3.0, 0.02)
+    default = row(replays.DEFAULT, 3.0, 0.02)
     peers = [row("tpe", 4.0, 0.03), row("tpe", 16.0, 0.01), row("gp", 4.0, 0.05), row("gp", 8.0, 0.03)]
     found = goals._compute_share(default, [*peers, row("hyperband", 12.0, 0.01)])
     assert found["peers"] == {"tpe": pytest.approx(3.0 / 8.0), "gp": None, "hyperband": pytest.approx(0.25)}
@@ -231,7 +231,7 @@ def test_the_page_and_the_picture_follow_what_was_found():
     detail = {
         "cells": [cell.name for cell in CELLS],
         "tasks_with_one_seed": [],
-        "strategy": goals.DEFAULT,
+        "strategy": replays.DEFAULT,
         "goals": judged,
         "tables": {"Strategies": rows},
     }

@@ -48,5 +48,5 @@ def test_losses_that_only_fall_with_the_step_size_have_no_optimum():
 
 
 def test_two_runs_determine_no_law():
-    with pytest.raises(NoValidResultError, match=r"2 runs; needed: three or more"):
+    with pytest.raises(NoValidResultError, match=r"2 runs; needed: 3 or more"):
         fit_step_law({"llm": [2, 8]}, {"llm": [1e-3, 1e-3]}, [0.1, 0.2])

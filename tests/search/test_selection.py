@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from mars_jax.laws.fit import Laws
 from mars_jax.laws.law_c import ConvergenceLaw
 from mars_jax.laws.law_p import Overfit
 from mars_jax.runtime.jsonfiles import load_json, write_json
-from mars_jax.search.selection import Selection
+from mars_jax.search.selection import Selection, with_convergence, without_laws
 from mars_jax.search.strategies.best_probes import best_probed, decided_by_final_runs
 from mars_jax.search.strategies.laws import pick_by_laws
 from mars_jax.search.strategies.paper import pick_as_published
@@ -286,3 +287,23 @@ def test_survivors_are_the_smallest_finite_losses(losses, keep):
 def test_what_does_not_belong_together_is_refused(options, text):
     with pytest.raises(ConfigError, match=text):
         pick(laws(), **options)
+
+
+def test_convergence_beside_a_pick_says_which_module_lags():
+    picked = without_laws("laws+race", {"vision": 4, "projector": 8, "llm": 64}, 1024, "It ended lowest.")
+    shown = with_convergence(picked, laws())
+    assert set(shown.convergence_steps) == set(laws().convergence)
+    slowest, fastest = (f(shown.convergence_steps, key=shown.convergence_steps.get) for f in (max, min))
+    lag = shown.convergence_steps[slowest] / shown.convergence_steps[fastest]
+    assert lag > 1.25
+    assert shown.explanation.startswith("It ended lowest. By Law-C, at these ranks and the usual learning rates, ")
+    assert shown.explanation.endswith(f" to converge: {slowest} lags by a factor {lag:.1f}.")
+    same = replace(picked, pick={**picked.pick, "vision": 64})
+    together = with_convergence(
+        same, replace(laws(), convergence=dict.fromkeys(("vision", "llm"), law_c(20.0, -0.4, 0.6)))
+    )
+    assert together.explanation.endswith(" to converge: they converge together.")
+    frozen = with_convergence(replace(picked, pick={"projector": 8, "llm": 64}), laws())
+    assert list(frozen.convergence_steps) == ["llm"]
+    untimed = with_convergence(picked, replace(laws(), convergence={}, untimed={"vision": "Too few times."}))
+    assert (untimed.convergence_steps, untimed.explanation) == ({}, "It ended lowest. Too few times.")

@@ -144,6 +144,10 @@ class Strategy(Protocol):
         """Whether it cannot do without convergence times, and so without a convergence rule."""
         ...
 
+    def begins(self, space: Space, budget: Budget) -> int:
+        """Final runs that it begins, at most; those that only train its pick are not counted."""
+        ...
+
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """Picks from the space.
 

@@ -1,4 +1,4 @@
-"""Strategy `best_probes`, the default: final runs of the best probes, halved by validation loss; the last is kept.
+"""Strategy `best_probes`: final runs of the best probes, halved by validation loss; the last is kept.
 
 The laws take part in what is reported, not in what is picked: on tasks where the best ranks are known
 (docs/evidence.md) the probes' own losses found better ranks than the laws' predictions.
@@ -7,6 +7,7 @@ The laws take part in what is reported, not in what is picked: on tasks where th
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from mars_jax.errors import ConfigError, NoValidResultError
 from mars_jax.lanes.lane import Ranks
@@ -23,15 +24,20 @@ class BestProbes:
     """Final runs of the best probes, halved in rungs."""
 
     name = "best_probes"
-    probes: Probes = "losses"
+    probes: ClassVar[Probes] = "losses"
     takes_budget = True
     needs_convergence = False
+
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        joint = sum(all(ranks[module] for module in space.adapted) for ranks in space.probed)
+        return min(budget.runs or DEFAULT_RUNS, space.most_together, joint)
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of final runs that are begun, 4 by default."""
         records = trainer.probe(space.probed, space.sizes)
         by_laws = fitted_pick(pick_by_laws, space, records)
-        vectors = best_probed(by_laws, min(budget.runs or DEFAULT_RUNS, space.most_together))
+        vectors = best_probed(by_laws, self.begins(space, budget))
         curves = halved([space.configuration(ranks) for ranks in vectors], space, trainer)
         final = winner(curves, space)
         ended = [(space.of_adapted(c.configuration.ranks), c.loss) for c in curves if c.steps == space.steps]

@@ -5,6 +5,7 @@ Successive halving (Jamieson and Talwalkar 2016) on the final schedule: the last
 
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 from mars_jax.lanes.halving import halving_schedule
 from mars_jax.lanes.stopping import Halving
@@ -17,15 +18,19 @@ class HalvingStrategy:
     """Final runs of a cross design, halved in rungs; nothing is probed."""
 
     name = "halving"
-    probes: Probes = "none"
+    probes: ClassVar[Probes] = "none"
     takes_budget = True
     needs_convergence = False
 
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        number = len(cross_design(space))
+        return min(budget.runs or number, space.most_together, number)
+
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs that are begun, by default all of the design."""
-        design = cross_design(space)
-        number = min(budget.runs or len(design), space.most_together, len(design))
-        curves = halved(design[:number], space, trainer)
+        number = self.begins(space, budget)
+        curves = halved(cross_design(space)[:number], space, trainer)
         return lowest_of(self.name, f"Of the final runs of {number} configurations, halved in rungs", curves, space)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mars_jax.laws.fit import Laws
 from mars_jax.laws.records import LaneRecord
@@ -47,8 +47,12 @@ class LawPick:
     name: str
     rule: PickRule
     needs_convergence: bool
-    probes: Probes = "losses"
+    probes: ClassVar[Probes] = "losses"
     takes_budget = False
+
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return 0
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the pick is not trained yet."""

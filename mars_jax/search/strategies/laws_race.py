@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from mars_jax.lanes.race import PairedRace
 from mars_jax.laws.law_steps import StepLaw
@@ -10,8 +11,8 @@ from mars_jax.search.selection import Selection
 from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import winner
 from mars_jax.search.strategies.propose import proposals, step_law
-from mars_jax.search.strategies.race import raced_outcome
-from mars_jax.search.strategies.spread import begun_by_default, spread_configurations
+from mars_jax.search.strategies.race import raced_outcome, spread_and_raced
+from mars_jax.search.strategies.spread import number_begun
 from mars_jax.search.trainer import Curve, Trainer
 
 BEGUN = 5
@@ -26,15 +27,18 @@ class LawsRace:
     """Spread configurations are raced; then those that the law of these runs expects to be best."""
 
     name = "laws+race"
-    probes: Probes = "convergence"
+    probes: ClassVar[Probes] = "convergence"
     takes_budget = True
     needs_convergence = False
 
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return number_begun(space, budget, BEGUN) + PROPOSED
+
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs that are begun before the law proposes."""
-        number = min(budget.runs or begun_by_default(space, BEGUN), space.most_together)
-        curves = trainer.train(spread_configurations(space, number), PairedRace(space.steps))
-        curves = propose_and_race(curves, space, trainer, PROPOSED)
+        begun = spread_and_raced(space, trainer, number_begun(space, budget, BEGUN))
+        curves = propose_and_race(begun, space, trainer, PROPOSED)
         outcome = raced_outcome(self.name, curves, space)
         law = step_law(curves, space)
         if law is None:

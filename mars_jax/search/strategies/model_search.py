@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.eval_points import EvalPoint, Points
@@ -50,9 +50,13 @@ class ModelSearch:
     needs: tuple[str, ...] = ("optuna",)
     extra: str = "compare"
 
-    probes: Probes = "none"
+    probes: ClassVar[Probes] = "none"
     takes_budget = True
     needs_convergence = False
+
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return FIRST_RUNG * (budget.runs or DEFAULT_RUNS)  # each has a quarter of its steps or more
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """Trains what the sampler suggests, one after the other, each with the losses of those before in view.

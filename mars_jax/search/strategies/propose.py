@@ -4,19 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mars_jax.laws.law_steps import StepLaw, fit_step_law
+from mars_jax.laws.law_steps import LEAST_RUNS, StepLaw, fit_step_law
 from mars_jax.search.strategies.base import Space
 from mars_jax.search.strategies.octaves import octaves
 from mars_jax.search.trainer import Configuration, Curve
 
-LEAST_RUNS = 3
-"""Runs that adapt all modules, below which nothing is proposed."""
-
 _TRUST = 0.5  # share of the law's differences that is believed; near runs correct the rest
-_STEP_LENGTH, _LENGTH = (
-    1.75,
-    6.0,
-)  # octaves over which runs resemble each other: of step sizes; of ranks and rates alone
+_STEP_LENGTH = 1.75  # octaves of step sizes over which runs resemble each other
+_LENGTH = 6.0  # octaves of ranks and of rates alone
 _NOISE = 0.05  # variance of a run's error, as a share of that between configurations
 _MOST = 0.5  # a log loss further above the leader's says no more than that the run is bad
 

@@ -1,11 +1,12 @@
 """Strategy `race`: a few spread configurations are begun as final runs, and stop once they can't win any more."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from mars_jax.lanes.race import PairedRace, paired_error
 from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
 from mars_jax.search.strategies.lowest import chosen_text, outcome_of, winner
-from mars_jax.search.strategies.spread import begun_by_default, spread_configurations
+from mars_jax.search.strategies.spread import number_begun, spread_configurations
 from mars_jax.search.trainer import Curve, Trainer
 
 BEGUN = 6
@@ -16,18 +17,25 @@ class Race:
     """Final runs of spread configurations, raced."""
 
     name = "race"
-    probes: Probes = "none"
+    probes: ClassVar[Probes] = "none"
     takes_budget = True
     needs_convergence = False
 
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return number_begun(space, budget, BEGUN)
+
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs that are begun."""
-        number = min(budget.runs or begun_by_default(space, BEGUN), space.most_together)
-        curves = trainer.train(spread_configurations(space, number), PairedRace(space.steps))
-        return raced_outcome(self.name, curves, space)
+        return raced_outcome(self.name, spread_and_raced(space, trainer, self.begins(space, budget)), space)
 
 
 RACE = Race()
+
+
+def spread_and_raced(space: Space, trainer: Trainer, number: int) -> list[Curve]:
+    """Final runs of some spread configurations, which stop once they can't win any more."""
+    return trainer.train(spread_configurations(space, number), PairedRace(space.steps))
 
 
 def raced_outcome(method: str, curves: Sequence[Curve], space: Space) -> Outcome:

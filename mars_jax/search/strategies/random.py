@@ -1,6 +1,7 @@
 """Strategy `random`: final runs of ranks and rates drawn at random, each to its end; the best is kept."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,7 +15,7 @@ class RandomSearch:
     """The best of randomly drawn configurations."""
 
     name = "random"
-    probes: Probes = "none"
+    probes: ClassVar[Probes] = "none"
     takes_budget = True
     needs_convergence = False
 
@@ -23,6 +24,10 @@ class RandomSearch:
         every = space.every()
         order = np.random.default_rng(space.seed).permutation(len(every))
         return [every[i] for i in order[: max(2, budget.runs or DEFAULT_RUNS)]]
+
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return len(self.configurations(space, budget))
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`; the budget is the number of runs."""

@@ -1,6 +1,7 @@
 """Strategy `separate_rates`: a uniform rank, and another learning rate of one module at a time."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from mars_jax.lanes.stopping import Patience
 from mars_jax.search.strategies.base import Budget, Outcome, Probes, Space
@@ -15,7 +16,7 @@ class SeparateRates:
     """A uniform rank, and other learning rates of one module: those to choose among, or a third and three times."""
 
     name = "separate_rates"
-    probes: Probes = "none"
+    probes: ClassVar[Probes] = "none"
     takes_budget = False
     needs_convergence = False
 
@@ -25,6 +26,10 @@ class SeparateRates:
         modules = [module for module in space.grids if module in space.searched or module in space.factors]
         changed = [{module: factor} for module in modules for factor in space.factors.get(module, _FACTORS)]
         return distinct([middle, *(space.configuration(middle.ranks, factors) for factors in changed)])
+
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return len(self.configurations(space, budget))
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`."""

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Iterator
 
-from mars_jax.search.strategies.base import Space
+from mars_jax.search.strategies.base import Budget, Space
 from mars_jax.search.strategies.octaves import nearest
 from mars_jax.search.trainer import Configuration
 
 _DRAWN_PER_ASKED = 64  # points of the sequence that may fall on configurations which are chosen already
 
 
-def begun_by_default(space: Space, adapted: int) -> int:
-    """Configurations to begin: `adapted` that train all modules, and one for each module that may be frozen."""
-    return adapted + len(_freezable(space))
+def number_begun(space: Space, budget: Budget, adapted: int) -> int:
+    """Final runs to begin: the budget's, or `adapted` that train all modules and one for each that may be frozen."""
+    return min(budget.runs or adapted + len(_freezable(space)), space.most_together)
 
 
 def spread_configurations(space: Space, number: int) -> list[Configuration]:

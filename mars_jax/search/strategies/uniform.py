@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mars_jax.errors import ConfigError
 from mars_jax.lanes.stopping import Patience
@@ -21,7 +22,7 @@ class Uniform:
     rank: int | None = None
 
     name = "uniform"
-    probes: Probes = "none"
+    probes: ClassVar[Probes] = "none"
     takes_budget = False
     needs_convergence = False
 
@@ -41,6 +42,10 @@ class Uniform:
             )
         rank = self.rank or shared[len(shared) // 2]
         return [space.configuration(dict.fromkeys(space.searched, rank))]
+
+    def begins(self, space: Space, budget: Budget) -> int:
+        """See `Strategy`."""
+        return len(self.configurations(space, budget))
 
     def search(self, space: Space, trainer: Trainer, budget: Budget) -> Outcome:
         """See `Strategy`."""

@@ -179,6 +179,9 @@ class Smallest:
     takes_budget = False
     needs_convergence = False
 
+    def begins(self, space, budget):
+        return 1
+
     def search(self, space, trainer, budget):
         configuration = space.configuration({module: min(space.grids[module]) for module in space.searched})
         (final,) = trainer.train([configuration], Patience())
