@@ -1,10 +1,9 @@
 """Share of runs of the demo on perturbed rounding that pick what the unperturbed one picks.
 
-Definitions. The search of configs/demo.yaml runs again and again from the same seed, each time compiled in another way:
-for other instruction sets of the CPU, on another number of devices, at another level of optimisation, with products
-taken apart otherwise. All of these differ from each other in rounding only, as machines do. Each search makes its data
-once, compiles anew, and is compared by its pick and by the validation loss of the run that it keeps. Convergence is not
-measured, since it decides nothing.
+Definitions. The search of configs/demo.yaml runs again and again from one seed and the same data, each time compiled
+anew in another way: for other instruction sets of the CPU, on another number of devices, at another level of
+optimisation. All of these differ in rounding only, as machines do. Compared are the picks and the validation losses of
+the runs that are kept. Convergence is not measured, since it decides nothing.
 
 figure = share of the perturbed searches whose pick, ranks and rates, is that of the first.
 
